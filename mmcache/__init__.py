@@ -1,0 +1,72 @@
+"""mmcache keeps language-model activations on disk and hands them back as fast as the hardware allows.
+
+    cache = mmcache.FullActivationCache.with_capacity(n_layers=12, path="acts")
+    for layer in hidden_states:                 # [seq_len, d_model] each, any device
+        cache.push(layer)
+    row = cache.get_position(layer=3, position=-1, device="cuda")
+
+`create`, `append` and `open` do the same for many sequences and several sites, `extract` fills a store from a
+model and text, `capture` takes activations from one forward pass. README.md shows each.
+"""
+
+from mmcache.cache import FullActivationCache
+from mmcache.dtypes import register_bfloat16
+from mmcache.errors import (
+    ArgumentError,
+    ClosedError,
+    CorpusError,
+    CorruptError,
+    DiskFullError,
+    DtypeError,
+    EmptyCacheError,
+    IncompleteError,
+    LockedError,
+    MmcacheError,
+    OutOfRangeError,
+    PlanMismatchError,
+    ReadOnlyError,
+    ShapeError,
+    StoreExistsError,
+    StoreNotFoundError,
+    UnknownSiteError,
+    UnsupportedModelError,
+    VersionError,
+    WriteError,
+)
+from mmcache.site_view import SiteView
+from mmcache.store import Store
+from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
+from mmcache.writer import Writer, append, create
+
+register_bfloat16()
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArgumentError",
+    "ClosedError",
+    "CorpusError",
+    "CorruptError",
+    "DiskFullError",
+    "DtypeError",
+    "EmptyCacheError",
+    "FullActivationCache",
+    "IncompleteError",
+    "LockedError",
+    "MmcacheError",
+    "OutOfRangeError",
+    "PlanMismatchError",
+    "ReadOnlyError",
+    "ShapeError",
+    "SiteView",
+    "Store",
+    "StoreExistsError",
+    "StoreNotFoundError",
+    "UnknownSiteError",
+    "UnsupportedModelError",
+    "VersionError",
+    "WriteError",
+    "Writer",
+    "append",
+    "create",
+    "open",
+]

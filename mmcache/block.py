@@ -1,0 +1,118 @@
+"""One block of tokens being filled: a shard a site, or a shard a site and layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmcache.files import available_memory, make_folder
+from mmcache.staging import Seal, ShardWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from mmcache.manifest import Manifest
+    from mmcache.pipeline import Pipeline
+    from mmcache.shards import ShardFolder
+    from mmcache.staging import Stager
+
+__all__ = ["Block", "PageCachePolicy"]
+
+
+class PageCachePolicy:
+    """Decides when writes go past the page cache.
+
+    What will be read at once should stay in it, what is larger than it only drives other data out: once a
+    quarter of the memory that was free at the start has been written, further shards are written directly.
+    """
+
+    def __init__(self, expected_bytes: int = 0) -> None:
+        self._left = available_memory() // 4 - expected_bytes
+
+    def direct(self, shard_bytes: int) -> bool:
+        """Tell whether the next shard, of about so many bytes, is written past the page cache."""
+        self._left -= shard_bytes
+        return self._left < 0
+
+
+class Block:
+    """The shards of one block of tokens, of all sites (and, in the layer layout, all layers), filled in order.
+
+    Args:
+        path: the store.
+        manifest: its geometry.
+        number: which block.
+        rows: tokens the block will have, where that is known.
+        skip: (site, slot) of shards that are there already and must stay as they are.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        number: int,
+        policy: PageCachePolicy,
+        *,
+        rows: int | None = None,
+        durable: bool = True,
+        skip: Collection[tuple[str, int]] = (),
+    ) -> None:
+        self.number, self.rows, self._durable = number, 0, durable
+        self._token_layout = manifest.layout == "token"
+        self._shards: dict[tuple[str, int], ShardWriter] = {}
+        first = number * (manifest.shard_tokens or 0)
+        try:
+            for site in manifest.sites:
+                make_folder(path / site)
+                spec = manifest.spec(site)
+                for slot in manifest.slots(site):
+                    if (site, slot) in skip:
+                        continue
+                    self._shards[site, slot] = ShardWriter(
+                        path / site / manifest.shard_key(site, number, slot),
+                        spec,
+                        manifest.shard_metadata(site, number, slot),
+                        first,
+                        rows=rows,
+                        direct=policy.direct((rows or spec.shard_rows) * spec.row_bytes),
+                        durable=durable,
+                    )
+        except BaseException:
+            self.discard()
+            raise
+
+    def append(
+        self, stager: Stager, activations: Mapping[str, Sequence[torch.Tensor]], keep: np.ndarray | None
+    ) -> None:
+        """Stage the next tokens of every site: a `[n, d_model]` tensor a layer, `keep` as in `Stager.stage`."""
+        rows = 0
+        for (site, slot), shard in self._shards.items():
+            layers = activations[site]
+            rows = len(layers[0])
+            stager.stage(shard, layers if self._token_layout else [layers[slot]], keep)
+        self.rows += rows
+
+    def restage(self, stager: Stager, old: Mapping[str, ShardFolder], keep: np.ndarray) -> None:
+        """Begin with the rows that a partly filled shard already has, their checksums compared.
+
+        Raises:
+            CorruptError: the shard on disk is damaged.
+        """
+        for (site, slot), shard in self._shards.items():
+            rows = old[site].checked(slot, self.number)
+            shard.carry(old[site].statistics(slot, self.number)["overflow"])
+            stager.stage(shard, rows.unbind(1) if self._token_layout else [rows], keep)
+        self.rows = len(keep)
+
+    def seal(self, pipeline: Pipeline, stager: Stager) -> None:
+        """Send the block on its way to the disk; returns at once."""
+        stager.flush()
+        pipeline.submit(Seal(list(self._shards.values()), durable=self._durable))
+
+    def discard(self) -> None:
+        """Leave nothing of it behind. Only while no thread of the pipeline can touch it."""
+        for shard in self._shards.values():
+            shard.discard()

@@ -1,0 +1,156 @@
+"""The dtypes that can be stored, under the names that torch, zarr and safetensors give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeGuard, cast
+
+import ml_dtypes
+import numpy as np
+import torch
+from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+from zarr.dtype import Float32, ZDType, data_type_registry
+
+from mmcache.errors import DtypeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zarr.core.common import JSON, ZarrFormat
+    from zarr.core.dtype.common import DTypeJSON
+
+__all__ = ["ACTIVATION_DTYPES", "BY_NAME", "BFloat16", "Dtype", "activation_dtype", "register_bfloat16"]
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """One storable dtype under all of its names; `size` is bytes an element."""
+
+    name: str
+    safetensors: str
+    torch: torch.dtype
+    numpy: np.dtype[np.generic]
+    fill: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes an element."""
+        return self.numpy.itemsize
+
+
+def _dtype(name: str, code: str, torch_dtype: torch.dtype, numpy_dtype: object, fill: bytes) -> Dtype:
+    return Dtype(name, code, torch_dtype, np.dtype(numpy_dtype), fill)  # type: ignore[call-overload]
+
+
+# The fill is the element's little-endian bytes: the quiet NaN for activations, so that rows which are not
+# there can never pass for zeros; -1 ("unknown") for token ids and sequence bounds.
+BY_NAME: Mapping[str, Dtype] = {
+    entry.name: entry
+    for entry in (
+        _dtype("float32", "F32", torch.float32, "<f4", b"\x00\x00\xc0\x7f"),
+        _dtype("float16", "F16", torch.float16, "<f2", b"\x00\x7e"),
+        _dtype("bfloat16", "BF16", torch.bfloat16, ml_dtypes.bfloat16, b"\xc0\x7f"),
+        _dtype("float64", "F64", torch.float64, "<f8", b"\x00\x00\x00\x00\x00\x00\xf8\x7f"),
+        _dtype("int32", "I32", torch.int32, "<i4", b"\xff" * 4),
+        _dtype("int64", "I64", torch.int64, "<i8", b"\xff" * 8),
+        _dtype("uint8", "U8", torch.uint8, "u1", b"\x00"),
+    )
+}
+ACTIVATION_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_ACTIVATIONS_BY_TORCH = {BY_NAME[name].torch: BY_NAME[name] for name in ACTIVATION_DTYPES}
+
+
+def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
+    """Look up a dtype that activations may be stored in, by torch dtype or by name.
+
+    Args:
+        dtype: for example `torch.bfloat16` or `"bfloat16"`.
+        what: the thing named in the error.
+
+    Raises:
+        DtypeError: anything but float32, float16, bfloat16 and float64.
+    """
+    if isinstance(dtype, str):
+        found = BY_NAME[dtype] if dtype in ACTIVATION_DTYPES else None
+    else:
+        found = _ACTIVATIONS_BY_TORCH.get(dtype)
+    if found is None:
+        raise DtypeError(
+            f"{what} is {dtype}, which cannot be stored as activations: expected one of "
+            f"{', '.join(ACTIVATION_DTYPES)}; cast it first, or pass dtype= to store it as another"
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class BFloat16(ZDType["np.dtype[ml_dtypes.bfloat16]", "ml_dtypes.bfloat16"], HasEndianness, HasItemSize):
+    """bfloat16 for zarr-python, by the name that the zarr-extensions registry gives it.
+
+    Source: https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/bfloat16. JSON for the
+    fill value is the same as float32's, so that work is left to zarr's own Float32. Zarr format 3 only.
+    """
+
+    dtype_cls: ClassVar[type] = type(BY_NAME["bfloat16"].numpy)
+    _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
+
+    @property
+    def item_size(self) -> int:
+        """Bytes an element."""
+        return 2
+
+    @classmethod
+    def from_native_dtype(cls, dtype: object) -> Self:
+        """Take over numpy's bfloat16 (the one that ml_dtypes registers)."""
+        if dtype == BY_NAME["bfloat16"].numpy:
+            return cls(endianness="little")
+        raise DataTypeValidationError(f"expected ml_dtypes.bfloat16, found {dtype}")
+
+    def to_native_dtype(self) -> np.dtype[ml_dtypes.bfloat16]:
+        """Give the numpy dtype, which knows only the machine's own byte order."""
+        if self.endianness == "big":
+            raise DtypeError("a big-endian bfloat16 array cannot be opened: only little-endian is known")
+        return cast("np.dtype[ml_dtypes.bfloat16]", BY_NAME["bfloat16"].numpy)
+
+    @classmethod
+    def _from_json_v2(cls, data: DTypeJSON) -> Self:
+        raise DataTypeValidationError(f"bfloat16 exists in zarr format 3 only, found {data!r}")
+
+    @classmethod
+    def _from_json_v3(cls, data: DTypeJSON) -> Self:
+        if data == cls._zarr_v3_name:
+            return cls(endianness="little")
+        raise DataTypeValidationError(f"expected {cls._zarr_v3_name!r}, found {data!r}")
+
+    def to_json(self, zarr_format: ZarrFormat) -> Literal["bfloat16"]:  # type: ignore[override]
+        """Give the name that stands in `zarr.json`."""
+        if zarr_format == 2:
+            raise DtypeError("bfloat16 cannot be stored in zarr format 2: use zarr format 3")
+        return self._zarr_v3_name
+
+    def _check_scalar(self, data: object) -> TypeGuard[ml_dtypes.bfloat16]:
+        return isinstance(data, ml_dtypes.bfloat16) or Float32()._check_scalar(data)  # noqa: SLF001 -- zarr's own subclassing hook
+
+    def cast_scalar(self, data: object) -> ml_dtypes.bfloat16:
+        """Cast a Python or numpy number to a bfloat16 scalar."""
+        if isinstance(data, ml_dtypes.bfloat16):
+            return data
+        return ml_dtypes.bfloat16(Float32().cast_scalar(data))
+
+    def default_scalar(self) -> ml_dtypes.bfloat16:
+        """Give zero, as every zarr number type does."""
+        return ml_dtypes.bfloat16(0)
+
+    def from_json_scalar(self, data: JSON, *, zarr_format: ZarrFormat) -> ml_dtypes.bfloat16:
+        """Read a fill value."""
+        return ml_dtypes.bfloat16(Float32().from_json_scalar(data, zarr_format=zarr_format))
+
+    def to_json_scalar(self, data: object, *, zarr_format: ZarrFormat) -> JSON:
+        """Write a fill value."""
+        value = float(cast("float", data))
+        return cast("JSON", Float32().to_json_scalar(value, zarr_format=zarr_format))
+
+
+def register_bfloat16() -> None:
+    """Make zarr-python read and write bfloat16 arrays, unless this zarr already knows the name."""
+    if "bfloat16" not in data_type_registry.contents:
+        data_type_registry.register("bfloat16", BFloat16)

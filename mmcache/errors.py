@@ -1,0 +1,134 @@
+"""Every error a caller can catch. Each is also the builtin that a Python user would catch.
+
+MmcacheError
+├── ArgumentError (ValueError)             an option or argument that makes no sense
+├── ShapeError (ValueError)                a tensor of the wrong shape
+├── DtypeError (TypeError)                 a dtype that cannot be stored, or not the one expected
+├── OutOfRangeError (IndexError)           a layer or position that is not there
+├── UnknownSiteError (KeyError)            a site that the store or the model does not have
+├── UnsupportedModelError (ValueError)     a model whose sites are not known
+├── EmptyCacheError (ValueError)           a question that an empty cache has no answer to
+├── ClosedError (ValueError)               use after close
+├── ReadOnlyError (PermissionError)        a write to something opened for reading
+├── StoreExistsError (FileExistsError)     the path is taken
+├── StoreNotFoundError (FileNotFoundError) no store at the path
+├── LockedError (BlockingIOError)          another writer has the store
+├── IncompleteError (LookupError)          rows that have not been written yet
+├── CorruptError (ValueError)              bytes that break the format
+│   └── VersionError                       a format version that this library does not read
+├── PlanMismatchError (ValueError)         a resume with other settings than the store's
+├── CorpusError (ValueError)               a text source that cannot be read as asked
+└── WriteError (OSError)                   a failed write; `errno` and `filename` are the system's
+    └── DiskFullError                      no room, or a quota or file-size limit was met
+
+Every message names the object, what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "ClosedError",
+    "CorpusError",
+    "CorruptError",
+    "DiskFullError",
+    "DtypeError",
+    "EmptyCacheError",
+    "IncompleteError",
+    "LockedError",
+    "MmcacheError",
+    "OutOfRangeError",
+    "PlanMismatchError",
+    "ReadOnlyError",
+    "ShapeError",
+    "StoreExistsError",
+    "StoreNotFoundError",
+    "UnknownSiteError",
+    "UnsupportedModelError",
+    "VersionError",
+    "WriteError",
+]
+
+
+class MmcacheError(Exception):
+    """The root of every error that mmcache raises on purpose."""
+
+
+class ArgumentError(MmcacheError, ValueError):
+    """An option or argument that makes no sense."""
+
+
+class ShapeError(MmcacheError, ValueError):
+    """A tensor of the wrong shape."""
+
+
+class DtypeError(MmcacheError, TypeError):
+    """A dtype that cannot be stored, or not the one that was expected."""
+
+
+class OutOfRangeError(MmcacheError, IndexError):
+    """A layer or position that is not there."""
+
+
+class UnknownSiteError(MmcacheError, KeyError):
+    """A site that the store or the model does not have."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which would quote the whole sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsupportedModelError(MmcacheError, ValueError):
+    """A model whose sites are not known."""
+
+
+class EmptyCacheError(MmcacheError, ValueError):
+    """A question that an empty cache has no answer to."""
+
+
+class ClosedError(MmcacheError, ValueError):
+    """Use after close, as with Python's own files."""
+
+
+class ReadOnlyError(MmcacheError, PermissionError):
+    """A write to something that was opened for reading."""
+
+
+class StoreExistsError(MmcacheError, FileExistsError):
+    """The path is taken."""
+
+
+class StoreNotFoundError(MmcacheError, FileNotFoundError):
+    """There is no store at the path."""
+
+
+class LockedError(MmcacheError, BlockingIOError):
+    """Another writer has the store."""
+
+
+class IncompleteError(MmcacheError, LookupError):
+    """Rows that have not been written yet."""
+
+
+class CorruptError(MmcacheError, ValueError):
+    """Bytes on disk that break the format."""
+
+
+class VersionError(CorruptError):
+    """A format version that this library does not read."""
+
+
+class PlanMismatchError(MmcacheError, ValueError):
+    """A resume with other settings than those the store was planned with."""
+
+
+class CorpusError(MmcacheError, ValueError):
+    """A text source that cannot be read as asked."""
+
+
+class WriteError(MmcacheError, OSError):
+    """A write that the system refused. `errno` and `filename` are the system's where it gave them."""
+
+
+class DiskFullError(WriteError):
+    """No room on the device, or a quota or file-size limit was met."""

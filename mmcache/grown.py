@@ -1,0 +1,173 @@
+"""What `Writer` and `FullActivationCache` share: claiming a path, one writer, one commit point."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import warnings
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
+from mmcache.files import FolderLock, list_names, make_folder, publish
+from mmcache.geometry import PAGE
+from mmcache.manifest import RESERVED, ROOT, array_json
+from mmcache.pipeline import SLOT_BYTES, Pipeline
+from mmcache.staging import Stager
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["GrownStore", "claim", "close_after"]
+
+_OPEN: weakref.WeakSet[GrownStore] = weakref.WeakSet()
+
+
+def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
+    """Check that a new store may be made at `path`. Nothing is written.
+
+    Raises:
+        StoreExistsError: a store is there, or a file, or something under a name that the store would use.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise StoreExistsError(errno.EEXIST, "that is a file: a store needs a folder", str(folder))
+    names = set(list_names(folder))
+    if ROOT in names:
+        raise StoreExistsError(
+            errno.EEXIST,
+            "the path already holds a store, which is never overwritten: open it, or choose another path",
+            str(folder),
+        )
+    taken = sorted(names & {*sites, *RESERVED})
+    if taken:
+        raise StoreExistsError(
+            errno.EEXIST, f"the folder already holds {', '.join(taken)}: choose another path", str(folder)
+        )
+    return folder
+
+
+class GrownStore:
+    """A store that one writer grows: the pipeline behind it, its lock, and the commit.
+
+    A writer that is still open when Python ends is closed then, as files are.
+    """
+
+    _manifest: Manifest
+
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        self._path, self._durable = path, durable
+        self._pipeline: Pipeline | None = None
+        self._stager: Stager | None = None
+        # Not open before `_begin`: a writer that could not be made has nothing to close.
+        self._closed = True
+        self._torn: str | None = None
+        self._changed = False
+        make_folder(path)
+        self._lock = FolderLock(path)
+
+    def _begin(self) -> None:
+        self._closed = False
+        _OPEN.add(self)
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._path
+
+    def _start(self, row_bytes: int) -> tuple[Pipeline, Stager]:
+        """Give the pipeline and its stager, made with the first rows."""
+        if self._pipeline is None or self._stager is None:
+            # A slot holds at least one row, and whole pages.
+            self._pipeline = Pipeline(max(SLOT_BYTES, -(-row_bytes // PAGE) * PAGE))
+            self._stager = Stager(self._pipeline)
+        return self._pipeline, self._stager
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self._path} was closed: open it again to go on")
+        if self._pipeline is not None:
+            self._pipeline.check()
+        if self._torn is not None:
+            raise WriteError(
+                f"a {self._torn} to {self._path} was interrupted half-way, and nothing can follow it: what was "
+                f"committed before is intact; close this and go on from there"
+            )
+
+    @contextlib.contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """Run something that is kept whole or not at all: if it is interrupted, nothing is committed any more."""
+        self._torn = what
+        yield
+        self._torn = None
+
+    def _commit_root(self, manifest: Manifest, arrays: dict[str, int]) -> None:
+        """Move the commit point: the metadata of `arrays` (name to rows) first, the root last."""
+        for array, rows in arrays.items():
+            folder = self._path / array
+            make_folder(folder)
+            publish(folder / ROOT, array_json(manifest, array, rows), durable=self._durable)
+        publish(self._path / ROOT, manifest.to_json(), durable=self._durable)
+        self._manifest = manifest
+
+    def _commit(self) -> None:
+        """Make durable, and count, everything that was handed over."""
+        raise NotImplementedError
+
+    def _abandon(self) -> None:
+        """Remove the drafts that are still open; the pipeline has ended."""
+
+    def close(self) -> None:
+        """Commit, and let the store go. Safe to call twice.
+
+        Raises:
+            WriteError: the commit failed; the store is closed all the same, as of its last commit.
+        """
+        if self._closed:
+            return
+        try:
+            self._check_open()
+            self._commit()
+        finally:
+            self._closed = True
+            _OPEN.discard(self)
+            if self._pipeline is not None:
+                self._pipeline.close()
+            self._abandon()
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        close_after(self, error)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2)
+            self.close()
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_after(store: _Closable, error: BaseException | None) -> None:
+    """Close at the end of a `with` block; a failure to close never hides the error that ended the block."""
+    try:
+        store.close()
+    except MmcacheError as failed:
+        if error is None:
+            raise
+        error.add_note(f"mmcache: closing {store!r} failed too: {failed}")
+
+
+@atexit.register
+def _close_all() -> None:
+    for store in list(_OPEN):
+        store.close()

@@ -1,0 +1,324 @@
+"""What a store says of itself: the root's `zarr.json`, and the `zarr.json` of each array.
+
+zarr-python writes the metadata, in memory; `files` puts it on disk. Every `zarr.json` carries a digest of its
+own bytes, computed with the digest's 64 characters blanked to zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import zarr
+import zarr.storage
+from zarr.codecs import TransposeCodec
+
+from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
+from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError, VersionError
+from mmcache.files import read_file
+from mmcache.format import FORMAT_VERSION, ShardSpec
+from mmcache.geometry import inner_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "RESERVED",
+    "ROOT",
+    "Manifest",
+    "array_json",
+    "check_site_name",
+    "check_user_metadata",
+    "read_manifest",
+]
+
+ROOT = "zarr.json"
+# The arrays beside the sites, with their dtype, the tail of their shape and the fill of rows not there.
+RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "tokens": ("int32", (), -1),
+    "flags": ("uint8", (), 0),
+    "sequences": ("int64", (3,), -1),
+}
+# Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
+_RESERVED_SHARD_ROWS = 1 << 20
+_ROOT_LIMIT = 16 << 20
+_BLANK = "0" * 64
+_GROUPS = ("statistics",)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The root's attributes: what the store holds, and how much of it counts.
+
+    `sites` maps each site to its `d_model` (None until the first rows of a cache are pushed), `inner_tokens`
+    to the tokens of its inner chunk. `n_tokens`, `n_sequences` and `layers` are the commit point of a grown
+    store; a planned store has its final numbers from the start (`n_tokens` is None while it is being planned).
+    Without `has_tokens` there are no `tokens`, `flags` and `sequences`: a cache is one sequence of unknown tokens.
+    """
+
+    kind: Literal["planned", "grown"]
+    store: str
+    layout: Literal["layer", "token"]
+    dtype: str | None
+    sites: dict[str, int | None]
+    layers: tuple[int, ...]
+    shard_tokens: int | None = None
+    inner_tokens: dict[str, int] = field(default_factory=dict)
+    n_tokens: int | None = None
+    n_sequences: int = 0
+    has_tokens: bool = True
+    special_tokens: tuple[int, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def row_shape(self, site: str) -> tuple[int, ...]:
+        """Give the shape of one row of a shard of `site`."""
+        width = self.sites[site]
+        if width is None:
+            raise AssertionError(f"the width of {site} is not known yet")
+        return (width,) if self.layout == "layer" else (len(self.layers), width)
+
+    def spec(self, array: str) -> ShardSpec:
+        """Say what the shards of a site, or of `tokens`, `flags` or `sequences`, have in common."""
+        if array in RESERVED:
+            name, row_shape, _ = RESERVED[array]
+            # Chunks of 64 KiB of tokens: a store of ten tokens stays small, a reader of all pays no toll.
+            chunk = inner_rows(_RESERVED_SHARD_ROWS, BY_NAME[name].size * max(1, *row_shape, 1), 1)
+            return ShardSpec(array, BY_NAME[name], row_shape, _RESERVED_SHARD_ROWS, chunk)
+        if self.dtype is None or self.shard_tokens is None:
+            raise AssertionError(f"the geometry of {array} is not known yet")
+        row_shape = self.row_shape(array)
+        stat_layers = 1 if self.layout == "layer" else row_shape[0]
+        return ShardSpec(
+            "activations",
+            BY_NAME[self.dtype],
+            row_shape,
+            self.shard_tokens,
+            self.inner_tokens[array],
+            stat_layers,
+        )
+
+    def shard_key(self, array: str, block: int, slot: int = 0) -> str:
+        """Name the file of a shard: `slot` is the place of a layer in `layers` (layer layout only)."""
+        if array == "sequences":
+            return f"c.{block}.0"
+        if array in RESERVED:
+            return f"c.{block}"
+        return f"c.{slot}.{block}.0"
+
+    def slots(self, array: str) -> range:
+        """Give the slots that an array has a shard of in each block: one a layer in the layer layout."""
+        return range(len(self.layers) if self.layout == "layer" and array not in RESERVED else 1)
+
+    def shard_metadata(self, array: str, block: int, slot: int = 0) -> dict[str, str]:
+        """Write the strings that a shard's header carries, by which a moved or foreign shard is noticed."""
+        said = {
+            "format": f"mmcache/{FORMAT_VERSION}",
+            "store": self.store,
+            "array": array,
+            "key": self.shard_key(array, block, slot),
+        }
+        if array in RESERVED:
+            return said
+        layers = self.layers if self.layout == "token" else (self.layers[slot],)
+        first = block * (self.shard_tokens or 0)
+        return said | {
+            "layout": self.layout,
+            "layers": ",".join(map(str, layers)),
+            "first_token": str(first),
+        }
+
+    def to_json(self) -> bytes:
+        """Write the root's `zarr.json`."""
+        attributes = {"format": FORMAT_VERSION, "digest": _BLANK, **asdict(self)}
+        memory = zarr.storage.MemoryStore()
+        zarr.create_group(memory, attributes={"mmcache": attributes}, zarr_format=3)
+        return _with_digest(memory, ROOT)
+
+    @classmethod
+    def from_attributes(cls, said: dict[str, Any], where: Path) -> Self:
+        """Check every field, and give the manifest.
+
+        Raises:
+            VersionError: another format version.
+            CorruptError: a field that is missing, of the wrong type or out of its range.
+        """
+        version = said.get("format")
+        if version != FORMAT_VERSION:
+            raise VersionError(
+                f"{where} is of format version {version!r}, this library reads {FORMAT_VERSION}: "
+                f"open it with the mmcache that made it, or upgrade"
+            )
+        fields = {name: value for name, value in said.items() if name not in ("format", "digest")}
+        try:
+            fields["layers"] = tuple(fields["layers"])
+            fields["special_tokens"] = tuple(fields["special_tokens"])
+            manifest = cls(**fields)
+            problem = manifest._problem()
+        except (TypeError, KeyError, AttributeError) as error:
+            problem = repr(error)
+        if problem:
+            raise CorruptError(f"{where} does not describe a store: {problem}")
+        return manifest
+
+    def _problem(self) -> str | None:
+        """Say what is wrong with the fields, or None."""
+        geometry = [*self.sites.values(), self.shard_tokens]
+        numbers = [*geometry, self.n_tokens, *self.inner_tokens.values()]
+        checks = {
+            "kind": self.kind in ("planned", "grown"),
+            "store": isinstance(self.store, str) and len(self.store) <= 64,
+            "layout": self.layout in ("layer", "token"),
+            "dtype": self.dtype is None or self.dtype in ACTIVATION_DTYPES,
+            "sites": bool(self.sites) and all(site_name_problem(name) is None for name in self.sites),
+            "numbers": all(n is None or (type(n) is int and 0 <= n < 2**48) for n in numbers),
+            "d_model": all(n is None or n > 0 for n in geometry),
+            "n_sequences": type(self.n_sequences) is int and 0 <= self.n_sequences < 2**48,
+            "layers": _are_layers(self.layers),
+            "special_tokens": all(type(token) is int for token in self.special_tokens),
+            "has_tokens": type(self.has_tokens) is bool,
+            "metadata": isinstance(self.metadata, dict) and isinstance(self.source, dict),
+        }
+        wrong = [name for name, fine in checks.items() if not fine]
+        if wrong:
+            return f"bad {', '.join(wrong)}"
+        if self.shard_tokens is None:
+            return "rows without a geometry" if self.n_tokens else None
+        if None in self.sites.values() or self.dtype is None:
+            return "a geometry without widths or dtype"
+        for site in self.sites:
+            inner = self.inner_tokens.get(site)
+            if not inner or self.shard_tokens % inner:
+                return f"inner_tokens of {site} is {inner}, no divisor of shard_tokens {self.shard_tokens}"
+        return None
+
+    def with_geometry(self, shard_tokens: int, known: int | None) -> Manifest:
+        """Fix the shard and the inner chunks; `known` tokens are known to come."""
+        known_first = replace(self, shard_tokens=shard_tokens)
+        inner = {}
+        for site in self.sites:
+            size = BY_NAME[self.dtype or ""].size
+            row_bytes = size
+            for extent in known_first.row_shape(site):
+                row_bytes *= extent
+            inner[site] = inner_rows(shard_tokens, row_bytes, known)
+        return replace(known_first, inner_tokens=inner)
+
+
+def _are_layers(layers: tuple[int, ...]) -> bool:
+    return all(type(n) is int and 0 <= n < 2**31 for n in layers) and list(layers) == sorted(set(layers))
+
+
+def site_name_problem(name: object) -> str | None:
+    """Say why a site cannot have this name (it is a folder of the store), or None."""
+    if not isinstance(name, str) or not name:
+        return "it is no text"
+    if name in RESERVED or name in _GROUPS or name == ROOT:
+        return "the store keeps its own data under that name"
+    if name.startswith((".", "__")) or not name.isprintable() or set("/\\\0") & set(name):
+        return "a site is a folder: no slash, nothing unprintable, no '.' or '__' in front"
+    if len(name.encode()) > 200:
+        return "it is longer than 200 bytes"
+    return None
+
+
+def check_site_name(name: str) -> None:
+    """Refuse a name that cannot be a folder of the store.
+
+    Raises:
+        ArgumentError: with the reason.
+    """
+    problem = site_name_problem(name)
+    if problem:
+        raise ArgumentError(f"{name!r} cannot be a site: {problem}")
+
+
+def check_user_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """Check that the user's own metadata survives JSON, and give a copy of it.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    try:
+        text = json.dumps(metadata or {}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"metadata cannot be kept as JSON ({error}): use text, numbers, lists, dicts") from error
+    copy = json.loads(text)
+    if not isinstance(copy, dict) or copy != (metadata or {}):
+        raise ArgumentError(f"metadata changes when kept as JSON: expected a dict with text keys, found {metadata!r}")
+    return copy
+
+
+def _with_digest(memory: zarr.storage.MemoryStore, key: str) -> bytes:
+    text: bytes = memory._store_dict[key].to_bytes()  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
+    return text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
+    """Write an array's `zarr.json`, as zarr-python would, for `rows` tokens (or sequences)."""
+    spec = manifest.spec(array)
+    shape: tuple[int, ...]
+    fill: float
+    names: tuple[str, ...]
+    if array in RESERVED:
+        tail, fill = spec.row_shape, RESERVED[array][2]
+        shape, shards, chunks = (rows, *tail), (spec.shard_rows, *tail), (spec.chunk_rows, *tail)
+        names = ("sequence", "start_stop_document") if array == "sequences" else ("token",)
+        attributes: dict[str, Any] = {"digest": _BLANK}
+    else:
+        layers, width = len(manifest.layers), spec.row_shape[-1]
+        deep = layers if manifest.layout == "token" else 1
+        shape, fill = (layers, rows, width), float("nan")
+        shards, chunks = (deep, spec.shard_rows, width), (deep, spec.chunk_rows, width)
+        names = ("layer", "token", "d_model")
+        attributes = {"digest": _BLANK, "layers": list(manifest.layers)}
+    transpose = manifest.layout == "token" and array not in RESERVED
+    memory = zarr.storage.MemoryStore()
+    zarr.create_array(
+        memory,
+        shape=shape,
+        shards=shards,
+        chunks=chunks,
+        dtype=spec.dtype.numpy,
+        fill_value=fill,
+        filters=[TransposeCodec(order=(1, 0, 2))] if transpose else None,
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=names,
+        attributes={"mmcache": attributes},
+        zarr_format=3,
+    )
+    return _with_digest(memory, ROOT)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a store's root `zarr.json`.
+
+    Raises:
+        StoreNotFoundError: there is none.
+        VersionError: it is of a format version that this library does not read.
+        CorruptError: it is damaged, was changed by another program, or describes no store.
+    """
+    where = path / ROOT
+    try:
+        text = read_file(where, _ROOT_LIMIT)
+    except StoreNotFoundError as error:
+        raise StoreNotFoundError(
+            error.errno, "no mmcache store there (a store is a folder with a zarr.json)", str(path)
+        ) from error
+    try:
+        said = json.loads(text)["attributes"]["mmcache"]
+        digest = said["digest"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptError(f"{where} is no mmcache store's: {error!r}") from error
+    if not isinstance(said, dict) or not isinstance(digest, str) or len(digest) != 64:
+        raise CorruptError(f"{where} is no mmcache store's: it has no digest")
+    blanked = text.replace(digest.encode(), _BLANK.encode(), 1)
+    version = said.get("format")
+    if hashlib.sha256(blanked).hexdigest() != digest and version == FORMAT_VERSION:
+        raise CorruptError(
+            f"{where} does not match its own digest: it is damaged, or another program wrote to it; restore it"
+        )
+    return Manifest.from_attributes(said, where)

@@ -1,0 +1,216 @@
+"""Bytes behind the caller's back: a ring of staging slots and three threads that empty it.
+
+A job passes three stages in order, each with a thread of its own: `digest` (checksum and statistics while the
+bytes are in cache), `write` (to the device) and `publish` (sync and rename). So the digest of one slot runs
+while the one before it is written and the one before that is synced. The ring bounds the memory: when the
+disk is slower than the model, the caller waits for a slot.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from mmcache.errors import ClosedError, MmcacheError, WriteError
+from mmcache.files import anonymous
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["SLOT_BYTES", "Job", "Pipeline", "Ring", "Slot"]
+
+SLOT_BYTES = 16 << 20
+_SLOTS = 4
+_STAGES = ("digest", "write", "publish")
+
+
+class Job(Protocol):
+    """What passes through the pipeline.
+
+    Once something failed, jobs pass without their stages being run, and `abandon` comes at the very end: no
+    thread can be in the middle of an earlier job by then.
+    """
+
+    def digest(self) -> None:
+        """Checksum and statistics."""
+
+    def write(self) -> None:
+        """To the device."""
+
+    def publish(self) -> None:
+        """Sync and rename."""
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class Slot:
+    """One page-aligned staging buffer, as numpy and as torch see it."""
+
+    def __init__(self, size: int, *, pin: bool) -> None:
+        self.memory = anonymous(size)
+        self.tensor = torch.from_numpy(self.memory)
+        self.pinned = pin
+        if pin:
+            # Registered rather than allocated pinned, so that the pages are aligned for direct writes too.
+            status = _cudart().cudaHostRegister(self.memory.ctypes.data, size, 0)
+            if int(status):
+                raise WriteError(f"pinning {size} bytes of staging memory failed with CUDA error {status}")
+
+    def free(self) -> None:
+        """Unpin; the memory goes with its last view."""
+        if self.pinned:
+            _cudart().cudaHostUnregister(self.memory.ctypes.data)
+            self.pinned = False
+
+
+class Ring:
+    """A few slots that are used again and again; memory is taken as they are first touched."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._slots: list[Slot] = []
+
+    def acquire(self, *, pin: bool, alive: Callable[[], None]) -> Slot:
+        """Give a free slot; blocks until there is one. `alive` is asked now and then, and raises on failure."""
+        while True:
+            try:
+                slot = self._free.get_nowait()
+            except queue.Empty:
+                if len(self._slots) < _SLOTS:
+                    slot = Slot(self.slot_bytes, pin=pin)
+                    self._slots.append(slot)
+                else:
+                    try:
+                        slot = self._free.get(timeout=0.2)
+                    except queue.Empty:
+                        alive()
+                        continue
+            if pin and not slot.pinned:
+                self._slots.remove(slot)
+                slot = Slot(self.slot_bytes, pin=True)
+                self._slots.append(slot)
+            return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back."""
+        self._free.put(slot)
+
+    def close(self) -> None:
+        """Unpin every slot."""
+        for slot in self._slots:
+            slot.free()
+        self._slots.clear()
+
+
+class _Barrier:
+    """A job that does nothing, and says when everything before it is done."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def digest(self) -> None:
+        """Nothing to do."""
+
+    def write(self) -> None:
+        """Nothing to do."""
+
+    def publish(self) -> None:
+        """Everything before has been published."""
+        self.done.set()
+
+    def abandon(self) -> None:
+        """Everything before has been abandoned or published."""
+        self.done.set()
+
+
+class Pipeline:
+    """Three threads and the ring they empty.
+
+    The first failure stops everything: what is under way is abandoned, and every later call raises a
+    `WriteError` that names it. Threads start with the first job. `submit`, `drain` and `close` belong to one
+    thread at a time.
+    """
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.ring = Ring(slot_bytes)
+        self._queues: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in _STAGES]
+        self._threads: list[threading.Thread] = []
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def check(self) -> None:
+        """Raise what failed behind the caller's back, if anything did."""
+        failure = self._failure
+        if failure is None:
+            return
+        message = f"an earlier write failed in the background, and nothing after it was kept: {failure}"
+        if isinstance(failure, MmcacheError):
+            # The same class again, so that a full disk is still a full disk to the one who catches it.
+            if isinstance(failure, OSError) and failure.errno is not None:
+                raise type(failure)(failure.errno, message, failure.filename) from failure
+            raise type(failure)(message) from failure
+        raise WriteError(message) from failure
+
+    def acquire(self, *, pin: bool = False) -> Slot:
+        """Give a free slot; blocks while the disk is behind. Raises what failed in the background."""
+        self.check()
+        return self.ring.acquire(pin=pin, alive=self.check)
+
+    def submit(self, job: Job) -> None:
+        """Hand over a job; returns at once."""
+        if self._closed:
+            raise ClosedError("the writer is closed: open the store again to write to it")
+        if not self._threads:
+            for number, stage in enumerate(_STAGES):
+                thread = threading.Thread(target=self._run, args=(number, stage), name=f"mmcache-{stage}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        self._queues[0].put(job)
+
+    def _run(self, number: int, stage: str) -> None:
+        inbox = self._queues[number]
+        outbox = self._queues[number + 1] if number + 1 < len(_STAGES) else None
+        while (job := inbox.get()) is not None:
+            if self._failure is None:
+                try:
+                    getattr(job, stage)()
+                except BaseException as error:  # noqa: BLE001 -- kept, and raised again in the caller's thread
+                    self._failure = error
+            if outbox is not None:
+                outbox.put(job)
+            elif self._failure is not None:
+                job.abandon()
+        if outbox is not None:
+            outbox.put(None)
+
+    def drain(self) -> None:
+        """Block until every job so far is published.
+
+        Raises:
+            WriteError: something failed; the class is the failure's own where it is one of ours.
+        """
+        if self._threads:
+            barrier = _Barrier()
+            self.submit(barrier)
+            barrier.done.wait()
+        self.check()
+
+    def close(self) -> None:
+        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._threads:
+            self._queues[0].put(None)
+            for thread in self._threads:
+                thread.join()
+        self.ring.close()

@@ -1,0 +1,145 @@
+"""The shards of one array, read: presence, checks, maps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import crc32c
+import numpy as np
+import torch
+
+from mmcache.errors import CorruptError
+from mmcache.files import list_names, map_file
+from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["ShardFolder", "missing_shards"]
+
+_NUMPY_CODES = {"F64": "<f8", "I64": "<i8"}
+
+
+def missing_shards(path: Path, manifest: Manifest, array: str, rows: int) -> list[tuple[int, int]]:
+    """List the shards that an array of `rows` rows should have and has not, as (slot, block), from one listing."""
+    names = set(list_names(path / array))
+    blocks = range(manifest.spec(array).blocks(rows))
+    return [
+        (slot, block)
+        for slot in manifest.slots(array)
+        for block in blocks
+        if manifest.shard_key(array, block, slot) not in names
+    ]
+
+
+class ShardFolder:
+    """The shards of one array. It keeps no map: each lives as long as the tensor that is handed out.
+
+    Args:
+        path: the store.
+        manifest: what the store says of itself.
+        array: a site, or `tokens`, `flags` or `sequences`.
+        rows: rows (tokens, or sequences) that count.
+        wait: called with (slot, block) before a shard is opened; a cache that is being written blocks there
+            until the shard is in place.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        array: str,
+        rows: int,
+        wait: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.spec = manifest.spec(array)
+        self.rows = rows
+        self._path, self._manifest, self._array, self._wait = path, manifest, array, wait
+
+    def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
+        """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
+        if self._wait is not None:
+            self._wait(slot, block)
+        key = self._manifest.shard_key(self._array, block, slot)
+        file = self._path / self._array / key
+        pages = map_file(file, what=f"shard {key} of {self._array}")
+        metadata = self._manifest.shard_metadata(self._array, block, slot)
+        layout = parse_header(self.spec, pages[:HEADER_BYTES].tobytes(), len(pages), metadata, where=str(file))
+        expected = self.spec.rows_in_block(block, self.rows)
+        # A grown store's shard may be ahead of the commit after a crash, never behind it.
+        if layout.rows < expected or (self._manifest.kind == "planned" and layout.rows != expected):
+            raise CorruptError(f"{file} has {layout.rows} rows, the store counts {expected}: set it aside")
+        return pages, layout
+
+    def open(self, slot: int, block: int) -> torch.Tensor:
+        """Map one shard: `[rows, *row_shape]`, only those rows that count. It must only be read.
+
+        Raises:
+            IncompleteError: the shard is not there.
+            CorruptError: it is not what belongs there.
+        """
+        return self._rows(self._mapped(slot, block)[0], block)
+
+    def _rows(self, pages: np.ndarray, block: int) -> torch.Tensor:
+        rows = self.spec.rows_in_block(block, self.rows)
+        data = pages[HEADER_BYTES : HEADER_BYTES + rows * self.spec.row_bytes]
+        return torch.from_numpy(data).view(self.spec.dtype.torch).view(rows, *self.spec.row_shape)
+
+    def checked(self, slot: int, block: int) -> torch.Tensor:
+        """Map one shard as `open` does, after comparing the checksum of every inner chunk.
+
+        Raises:
+            CorruptError: a checksum differs; the error names the first such chunk.
+        """
+        pages, layout = self._mapped(slot, block)
+        _, _, start, stop = layout.tensors["crc32c"]
+        step = self.spec.chunk_bytes
+        for number, wanted in enumerate(pages[start:stop].view("<u4")):
+            at = HEADER_BYTES + number * step
+            if crc32c.crc32c(pages[at : at + step].data) != wanted:
+                key = self._manifest.shard_key(self._array, block, slot)
+                raise CorruptError(
+                    f"{self._path / self._array / key}: inner chunk {number} does not match its checksum; "
+                    f"set the file aside and make it again"
+                )
+        return self._rows(pages, block)
+
+    def statistics(self, slot: int, block: int) -> dict[str, np.ndarray]:
+        """Read the statistics of one shard, their checksum compared: the arrays of `Moments.arrays`.
+
+        They are of all rows in the file, which after a crash may be more than those that count.
+
+        Raises:
+            CorruptError: the checksum differs.
+        """
+        pages, layout = self._mapped(slot, block)
+        found, digest = {}, 0
+        for name in STATISTICS:
+            code, shape, start, stop = layout.tensors[name]
+            digest = crc32c.crc32c(pages[start:stop].data, digest)
+            found[name] = np.frombuffer(pages[start:stop].tobytes(), _NUMPY_CODES[code]).reshape(shape).copy()
+        _, _, start, stop = layout.tensors["statistics_crc32c"]
+        if digest != int.from_bytes(pages[start:stop].tobytes(), "little"):
+            key = self._manifest.shard_key(self._array, block, slot)
+            raise CorruptError(
+                f"{self._path / self._array / key}: its statistics do not match their checksum; "
+                f"set the file aside and make it again"
+            )
+        return found
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Read rows into memory of the caller's own, checksums compared: `[stop - start, *row_shape]`.
+
+        For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
+        """
+        out = torch.empty((stop - start, *self.spec.row_shape), dtype=self.spec.dtype.torch)
+        done = 0
+        while done < stop - start:
+            block, row = divmod(start + done, self.spec.shard_rows)
+            part = self.checked(0, block)[row : row + stop - start - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out

@@ -1,0 +1,274 @@
+"""A store, read: its sites, its tokens, its sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
+
+import numpy as np
+import torch
+
+from mmcache.dtypes import BY_NAME
+from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
+from mmcache.manifest import Manifest, read_manifest
+from mmcache.shards import ShardFolder, missing_shards
+from mmcache.site_view import SiteView
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+__all__ = ["Location", "Sequences", "Span", "Store", "open_store"]
+
+
+class Span(NamedTuple):
+    """One sequence: the positions from `start` to before `stop`, and the number of its document."""
+
+    start: int
+    stop: int
+    document: int
+
+
+class Location(NamedTuple):
+    """Where a position lies: in which sequence, how far in, and which token it is (-1: unknown)."""
+
+    sequence: int
+    offset: int
+    token_id: int
+
+
+class Sequences:
+    """The sequences of a store, in order: `sequences[i]` is a `Span`, `numpy()` all of them as `[n, 3]` int64."""
+
+    def __init__(self, spans: np.ndarray) -> None:
+        self._spans = spans
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Span]: ...
+    def __getitem__(self, index: int | slice) -> Span | list[Span]:
+        if isinstance(index, slice):
+            return [Span(*span) for span in self._spans[index].tolist()]
+        if not -len(self) <= index < len(self):
+            raise OutOfRangeError(f"sequence {index} not in store (n_sequences={len(self)})")
+        return Span(*self._spans[index].tolist())
+
+    def __iter__(self) -> Iterator[Span]:
+        return (Span(*span) for span in self._spans.tolist())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._spans, dtype=dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        return f"Sequences(n={len(self)})"
+
+    def numpy(self) -> np.ndarray:
+        """Give start, stop and document of each as `[n_sequences, 3]` int64, in the caller's own memory."""
+        return self._spans.copy()
+
+    def tolist(self) -> list[Span]:
+        """Give all of them as a list of spans."""
+        return list(self)
+
+    def find(self, position: int) -> int:
+        """Give the number of the sequence that holds a position that is there."""
+        return int(np.searchsorted(self._spans[:, 0], position, side="right")) - 1
+
+
+class Store:
+    """Activations of several sites, with their tokens and sequences. Made by `mmcache.open`.
+
+    Reading only, and safe from several threads. `tokens` and `flags` are read once and then shared by all who
+    ask; writing to them never reaches the file. Everything else that is returned is the caller's own.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self._manifest = manifest
+        self._views: dict[str, SiteView] = {}
+        self._tokens: torch.Tensor | None = None
+        self._flags: torch.Tensor | None = None
+        self._sequences: Sequences | None = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the sites."""
+        return tuple(self._manifest.sites)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own numbers of the layers that are there, ascending; the same for every site."""
+        return self._manifest.layers
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are."""
+        return len(self._manifest.layers)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens count."""
+        return self._manifest.n_tokens or 0
+
+    @property
+    def n_sequences(self) -> int:
+        """How many sequences count."""
+        return self._manifest.n_sequences
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The storage dtype of all sites; None for a cache that nothing was pushed to."""
+        return None if self._manifest.dtype is None else BY_NAME[self._manifest.dtype].torch
+
+    @property
+    def layout(self) -> str:
+        """`"layer"` or `"token"`."""
+        return self._manifest.layout
+
+    @property
+    def shard_tokens(self) -> int | None:
+        """How many tokens a shard holds; None before the first rows of a grown store."""
+        return self._manifest.shard_tokens
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether token ids, flags and sequences were stored; a cache has none."""
+        return self._manifest.has_tokens
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the user gave to `create`, in a copy."""
+        return dict(self._manifest.metadata)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the data came from (identity, numerics, record), as `extract` wrote it down, in a copy."""
+        return dict(self._manifest.source)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The token ids: `[n_tokens]` int32; -1 where they are not known, as in a cache."""
+        if self._tokens is None:
+            self._tokens = self._column("tokens", -1)
+        return self._tokens
+
+    @property
+    def flags(self) -> torch.Tensor:
+        """The flags of each token: `[n_tokens]` uint8; bit 0 is BOS, bit 1 special, the others the user's own."""
+        if self._flags is None:
+            self._flags = self._column("flags", 0)
+        return self._flags
+
+    def _column(self, array: str, unknown: int) -> torch.Tensor:
+        if not self._manifest.has_tokens:
+            return torch.full((self.n_tokens,), unknown, dtype=self._manifest.spec(array).dtype.torch)
+        return ShardFolder(self.path, self._manifest, array, self.n_tokens).read(0, self.n_tokens)
+
+    @property
+    def sequences(self) -> Sequences:
+        """The contexts that the model saw, in order; together they are all the tokens."""
+        if self._sequences is None:
+            if self._manifest.has_tokens:
+                folder = ShardFolder(self.path, self._manifest, "sequences", self.n_sequences)
+                spans = folder.read(0, self.n_sequences).numpy()
+            else:
+                spans = np.array([[0, self.n_tokens, 0]][: self.n_sequences], np.int64).reshape(-1, 3)
+            edges = np.append(spans[:, 0], self.n_tokens)
+            if (edges[0] if len(spans) else self.n_tokens) or (spans[:, 1] != edges[1:]).any():
+                raise CorruptError(f"{self.path}: its sequences do not follow each other up to {self.n_tokens} tokens")
+            self._sequences = Sequences(spans)
+        return self._sequences
+
+    def locate(self, position: int) -> Location:
+        """Say in which sequence a position lies, how far in, and which token it is.
+
+        Raises:
+            OutOfRangeError: there is no such position.
+        """
+        if not -self.n_tokens <= position < self.n_tokens:
+            raise OutOfRangeError(f"position {position} not in store (n_tokens={self.n_tokens})")
+        position %= self.n_tokens
+        number = self.sequences.find(position)
+        return Location(number, position - self.sequences[number].start, int(self.tokens[position]))
+
+    def __getitem__(self, site: str) -> SiteView:
+        view = self._views.get(site)
+        if view is None:
+            if site not in self._manifest.sites:
+                raise UnknownSiteError(f"site {site!r} not in {self.path} (sites: {', '.join(self.sites)})")
+            if self._manifest.shard_tokens is None:
+                raise IncompleteError(f"site {site!r} of {self.path} has no rows yet")
+            folder = ShardFolder(self.path, self._manifest, site, self.n_tokens)
+            view = SiteView(site, folder, self.layout, self.layers, lambda index: self.sequences[index][:2])
+            self._views[site] = view
+        return view
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._manifest.sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.sites)
+
+    def __repr__(self) -> str:
+        return (
+            f"Store({str(self.path)!r}, sites={list(self.sites)}, n_layers={self.n_layers}, "
+            f"n_tokens={self.n_tokens}, n_sequences={self.n_sequences}, dtype={self.dtype}, layout={self.layout!r})"
+        )
+
+    def missing(self, site: str) -> int:
+        """Count the shards of a site that have not been written yet, from one listing of its folder."""
+        if self._manifest.shard_tokens is None:
+            return 0
+        return len(missing_shards(self.path, self._manifest, site, self.n_tokens))
+
+    def n_shards(self, site: str) -> int:
+        """Count the shards that a site has when it is complete."""
+        if self._manifest.shard_tokens is None:
+            return 0
+        return self._manifest.spec(site).blocks(self.n_tokens) * len(self._manifest.slots(site))
+
+    def close(self) -> None:
+        """Let go of every map. Reading again brings them back."""
+        for view in self._views.values():
+            view._forget()  # noqa: SLF001 -- a store and its views are one thing to users
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_store(path: str | os.PathLike[str], *, partial: bool = False) -> Store:
+    """Open a store for reading, from its metadata and one listing a site alone.
+
+    Args:
+        path: the store's folder.
+        partial: open a planned store that is not complete; reading rows that are not there then raises
+            `IncompleteError`.
+
+    Raises:
+        StoreNotFoundError: there is no store.
+        IncompleteError: shards are missing, and `partial` is false.
+        CorruptError: the metadata is damaged, or shards that were committed are gone.
+        VersionError: a format version that this library does not read.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    store = Store(folder, manifest)
+    if manifest.kind == "planned" and manifest.n_tokens is None:
+        raise IncompleteError(f"{folder} is still being planned: run the same `mmcache extract` again")
+    for site in store.sites:
+        gone, all_of_them = store.missing(site), store.n_shards(site)
+        if gone and manifest.kind == "grown":
+            raise CorruptError(f"{folder}: {gone} of {all_of_them} shards of {site} are gone; restore them")
+        if gone and not partial:
+            raise IncompleteError(
+                f"{folder} is not complete: {gone} of {all_of_them} shards of {site} are missing. Run the same "
+                f"`mmcache extract` again to go on, or open it with partial=True"
+            )
+    return store

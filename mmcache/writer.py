@@ -1,0 +1,292 @@
+"""Many sequences into one store: `create`, `append`, `commit`."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from mmcache.batch import check_batch
+from mmcache.block import Block, PageCachePolicy
+from mmcache.columns import BOS, SPECIAL, Column
+from mmcache.dtypes import activation_dtype
+from mmcache.errors import ArgumentError, ReadOnlyError
+from mmcache.files import remove_drafts
+from mmcache.geometry import shard_rows
+from mmcache.grown import GrownStore, claim
+from mmcache.manifest import (
+    RESERVED,
+    Manifest,
+    check_site_name,
+    check_user_metadata,
+    read_manifest,
+)
+from mmcache.shards import ShardFolder
+from mmcache.store import open_store
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping
+
+    from mmcache.batch import Activations, Ids, SequenceRows
+    from mmcache.pipeline import Pipeline
+    from mmcache.staging import Stager
+
+__all__ = ["Writer", "append", "create"]
+
+
+class Writer(GrownStore):
+    """Appends sequences to a store. Made by `mmcache.create` and `mmcache.append`.
+
+    What was appended counts once `commit` or `close` has returned; a crash before that loses it, and nothing
+    else. Used by one thread at a time.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest | None, shard_tokens: int | None = None) -> None:
+        super().__init__(path)
+        try:
+            if manifest is None:
+                # Read behind the lock: another writer may have committed until now.
+                manifest = read_manifest(path)
+            else:
+                claim(path, tuple(manifest.sites))
+                self._commit_root(manifest, dict.fromkeys(RESERVED, 0))
+            self._load(manifest)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._asked = shard_tokens
+        self._begin()
+
+    def _load(self, manifest: Manifest) -> None:
+        """Take the state from the commit point."""
+        self._manifest = manifest
+        self._policy = PageCachePolicy()
+        self._block: Block | None = None
+        self._n_tokens = manifest.n_tokens or 0
+        self._special = np.array(manifest.special_tokens, np.int64)
+        totals = {"tokens": self._n_tokens, "flags": self._n_tokens, "sequences": manifest.n_sequences}
+        self._columns = {array: Column(self._path, manifest, array, total) for array, total in totals.items()}
+        for site in manifest.sites:
+            remove_drafts(self._path / site)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"n_tokens={self.n_tokens}, n_sequences={self.n_sequences}"
+        return f"Writer({str(self._path)!r}, {state})"
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens appended so far, committed or not."""
+        return self._n_tokens
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences appended so far, committed or not."""
+        return len(self._columns["sequences"])
+
+    def append(
+        self,
+        tokens: Ids,
+        activations: Activations,
+        attention_mask: Ids | None = None,
+        flags: Ids | None = None,
+        continues: bool = False,
+    ) -> None:
+        """Append one sequence, or a batch of them; the bytes go to disk behind this call.
+
+        Args:
+            tokens: ids, `[n]` for one sequence or `[batch, seq]`: a tensor, an array or lists.
+            activations: for each site of the store `[n_layers, *tokens.shape, d_model]`, or a list of
+                `n_layers` tensors `[*tokens.shape, d_model]`, on any device, in any float dtype: cast to the
+                store's. Read before this returns (on CUDA: before later work on the current stream).
+            attention_mask: like `tokens`; where it is 0 there is padding, which is not stored.
+            flags: like `tokens`, 0 to 255: bit 0 BOS, bit 1 special, the others your own. Tokens that are in
+                the store's `special_tokens` are flagged special, and BOS too where a sequence begins with one.
+            continues: go on with the last sequence (chunked prefill) instead of beginning another.
+
+        Blocks only while the disk is behind by the whole staging ring (64 MiB).
+
+        Raises:
+            ShapeError, DtypeError, UnknownSiteError, ArgumentError: the arguments do not fit; nothing of them
+                is stored.
+            WriteError: an earlier write failed in the background.
+            ClosedError: the writer is closed.
+        """
+        self._check_open()
+        batch = check_batch(self._manifest, tokens, activations, attention_mask, flags)
+        if continues and not (self.n_sequences and len(batch) == 1):
+            raise ArgumentError(
+                f"continues=True goes on with the last sequence: expected one to go on with and one sequence "
+                f"of tokens, found {self.n_sequences} in the store and {len(batch)} in the call"
+            )
+        if not batch:
+            return
+        if self._manifest.shard_tokens is None:
+            self._manifest = _with_geometry(self._manifest, self._asked, sum(len(item.tokens) for item in batch))
+        self._changed = True
+        with self._whole("append"):
+            for item in batch:
+                self._append_sequence(item, continues=continues)
+            self._started()[1].settle()
+
+    def _append_sequence(self, item: SequenceRows, *, continues: bool) -> None:
+        special = np.isin(item.tokens, self._special)
+        flags = item.flags | np.where(special, np.uint8(SPECIAL), np.uint8(0))
+        if special[0] and not continues:
+            flags[0] |= BOS
+        keep = (flags & (BOS | SPECIAL)) == 0
+        total, done = len(item.tokens), 0
+        while done < total:
+            block = self._open_block()
+            some = min(total - done, (self._manifest.shard_tokens or 0) - block.rows)
+            span = slice(done, done + some)
+            rows = {site: [layer[span] for layer in layers] for site, layers in item.activations.items()}
+            pipeline, stager = self._started()
+            block.append(stager, rows, keep[span])
+            done += some
+            if block.rows == self._manifest.shard_tokens:
+                block.seal(pipeline, stager)
+                self._block = None
+            self._columns["tokens"].extend(item.tokens[span])
+            self._columns["flags"].extend(flags[span])
+            self._n_tokens += some
+        if continues:
+            self._columns["sequences"].last()[1] = self._n_tokens
+        else:
+            span_row = [self._n_tokens - total, self._n_tokens, self.n_sequences]
+            self._columns["sequences"].extend(np.array([span_row]))
+
+    def _open_block(self) -> Block:
+        """Give the block that the next token goes to; one that was committed in part begins with its rows."""
+        if self._block is None:
+            manifest = self._manifest
+            number, rows = divmod(self._n_tokens, manifest.shard_tokens or 1)
+            self._block = Block(self._path, manifest, number, self._policy)
+            if rows:
+                old = {site: ShardFolder(self._path, manifest, site, self._n_tokens) for site in manifest.sites}
+                flags = ShardFolder(self._path, manifest, "flags", self._n_tokens)
+                keep = (flags.read(self._n_tokens - rows, self._n_tokens) & (BOS | SPECIAL)) == 0
+                self._block.restage(self._started()[1], old, keep.numpy())
+        return self._block
+
+    def _started(self) -> tuple[Pipeline, Stager]:
+        return self._start(max(self._manifest.spec(site).row_bytes for site in self._manifest.sites))
+
+    def commit(self) -> None:
+        """Make everything appended so far durable, and count it; blocks until then.
+
+        A partly filled last shard is written whole again when more is appended: commit every few thousand
+        tokens, not every few.
+
+        Raises:
+            WriteError: something could not be written; the store is as of its last commit.
+            ClosedError: the writer is closed.
+        """
+        self._check_open()
+        self._commit()
+
+    def _commit(self) -> None:
+        if not self._changed:
+            return
+        pipeline, stager = self._started()
+        if self._block is not None:
+            self._block.seal(pipeline, stager)
+            self._block = None
+        pipeline.drain()
+        for column in self._columns.values():
+            column.publish()
+        manifest = replace(self._manifest, n_tokens=self._n_tokens, n_sequences=self.n_sequences)
+        rows = dict.fromkeys((*manifest.sites, "tokens", "flags"), self._n_tokens)
+        self._commit_root(manifest, {**rows, "sequences": self.n_sequences})
+        self._changed = False
+
+    def _abandon(self) -> None:
+        if self._block is not None:
+            self._block.discard()
+
+
+def _with_geometry(manifest: Manifest, asked: int | None, known: int) -> Manifest:
+    """Choose shards and inner chunks, now that the first tokens are known."""
+    size = activation_dtype(manifest.dtype or "").size
+    rows = []
+    for site in manifest.sites:
+        row = size
+        for extent in manifest.row_shape(site):
+            row *= extent
+        rows.append(row)
+    return manifest.with_geometry(shard_rows(rows, asked, None), known)
+
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    sites: Mapping[str, int],
+    n_layers: int,
+    dtype: torch.dtype | str = torch.bfloat16,
+    layout: Literal["layer", "token"] = "token",
+    shard_tokens: int | None = None,
+    special_tokens: Iterable[int] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Writer:
+    """Make a store for many sequences, and give its writer.
+
+    Args:
+        path: a folder that is not there yet, or holds no store.
+        sites: each site's `d_model`.
+        n_layers: how many layers every site has, numbered from 0.
+        dtype: the storage dtype, to which activations are cast.
+        layout: `"token"` (all layers of a token side by side: training) or `"layer"` (each layer apart).
+        shard_tokens: tokens a shard where the default (256 MiB of the widest site) does not fit.
+        special_tokens: ids that are flagged as special, and left out of the statistics.
+        metadata: anything that JSON keeps, for the user's own use.
+
+    Raises:
+        StoreExistsError: the path is taken. LockedError: another writer is making it.
+        ArgumentError, DtypeError: the other arguments make no sense.
+    """
+    if not sites:
+        raise ArgumentError("sites is empty: expected a dict of site name to d_model")
+    for name, width in sites.items():
+        check_site_name(name)
+        if not isinstance(width, int) or width < 1:
+            raise ArgumentError(f"d_model of {name!r} is {width!r}: expected a positive integer")
+    if not isinstance(n_layers, int) or n_layers < 1:
+        raise ArgumentError(f"n_layers is {n_layers!r}: expected a positive integer")
+    if layout not in ("layer", "token"):
+        raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
+    manifest = Manifest(
+        kind="grown",
+        store=secrets.token_hex(16),
+        layout=layout,
+        dtype=activation_dtype(dtype).name,
+        sites=dict(sites),
+        layers=tuple(range(n_layers)),
+        n_tokens=0,
+        special_tokens=tuple(int(token) for token in special_tokens or ()),
+        metadata=check_user_metadata(metadata),
+    )
+    if shard_tokens is not None:
+        _with_geometry(manifest, shard_tokens, 1)
+    return Writer(claim(path, tuple(sites)), manifest, shard_tokens)
+
+
+def append(path: str | os.PathLike[str]) -> Writer:
+    """Go on with a store that `create` made, from its last commit.
+
+    Raises:
+        StoreNotFoundError: there is no store. CorruptError: it is damaged.
+        ReadOnlyError: the store was not made by `create`.
+        LockedError: another writer has it.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest.kind != "grown" or not manifest.has_tokens:
+        made_by = "extract" if manifest.kind == "planned" else "a FullActivationCache"
+        raise ReadOnlyError(f"{folder} was made by {made_by}: only stores made by mmcache.create can be appended to")
+    # Complete as of its commit, before anything is built on it.
+    open_store(folder).close()
+    return Writer(folder, None)
