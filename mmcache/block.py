@@ -25,12 +25,13 @@ __all__ = ["Block", "PageCachePolicy"]
 class PageCachePolicy:
     """Decides when writes go past the page cache.
 
-    What will be read at once should stay in it, what is larger than it only drives other data out: once a
-    quarter of the memory that was free at the start has been written, further shards are written directly.
+    What is small will be read at once, and may stay in it. Anything larger only drives other data out, and
+    filling the page cache costs more processor time than the write itself: once a sixty-fourth of the memory
+    that was free at the start has been written, or is known to come, writes are direct.
     """
 
     def __init__(self, expected_bytes: int = 0) -> None:
-        self._left = available_memory() // 4 - expected_bytes
+        self._left = available_memory() // 64 - expected_bytes
 
     def direct(self, shard_bytes: int) -> bool:
         """Tell whether the next shard, of about so many bytes, is written past the page cache."""
@@ -46,7 +47,7 @@ class Block:
         manifest: its geometry.
         number: which block.
         rows: tokens the block will have, where that is known.
-        skip: (site, slot) of shards that are there already and must stay as they are.
+        only: (site, slot) of the shards to make, where the others are there already; None for all.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Block:
         *,
         rows: int | None = None,
         durable: bool = True,
-        skip: Collection[tuple[str, int]] = (),
+        only: Collection[tuple[str, int]] | None = None,
     ) -> None:
         self.number, self.rows, self._durable = number, 0, durable
         self._token_layout = manifest.layout == "token"
@@ -69,7 +70,7 @@ class Block:
                 make_folder(path / site)
                 spec = manifest.spec(site)
                 for slot in manifest.slots(site):
-                    if (site, slot) in skip:
+                    if only is not None and (site, slot) not in only:
                         continue
                     self._shards[site, slot] = ShardWriter(
                         path / site / manifest.shard_key(site, number, slot),

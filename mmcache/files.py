@@ -185,21 +185,25 @@ class Draft:
 
         Whole pages in page-aligned memory go directly to the device where that was asked for.
         """
-        whole = not (offset % PAGE or data.nbytes % PAGE or data.ctypes.data % PAGE)
+        aligned = not (offset % PAGE or data.ctypes.data % PAGE)
+        pages = data.nbytes // PAGE * PAGE if aligned and self._direct_fd >= 0 else 0
         view = data.data
         with _explained(self.path, f"writing at offset {offset}", data.nbytes):
-            if whole and self._direct_fd >= 0:
-                try:
-                    self._write_all(self._direct_fd, view, offset)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    # Opened, but not written, directly: some file systems want larger sectors.
-                    os.close(self._direct_fd)
-                    self._direct_fd = -1
-                else:
-                    return
-            self._write_all(self._fd, view, offset)
+            if pages and not self._write_directly(view[:pages], offset):
+                pages = 0
+            self._write_all(self._fd, view[pages:], offset + pages)
+
+    def _write_directly(self, view: memoryview, offset: int) -> bool:
+        try:
+            self._write_all(self._direct_fd, view, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Opened, but not written, directly: some file systems want larger sectors.
+            os.close(self._direct_fd)
+            self._direct_fd = -1
+            return False
+        return True
 
     @staticmethod
     def _write_all(fd: int, view: memoryview, offset: int) -> None:

@@ -124,6 +124,9 @@ class Manifest:
             return said
         layers = self.layers if self.layout == "token" else (self.layers[slot],)
         first = block * (self.shard_tokens or 0)
+        if "tokens" in self.source:
+            # Pins the activations to the very tokens that they are of.
+            said["tokens"] = str(self.source["tokens"])[:32]
         return said | {
             "layout": self.layout,
             "layers": ",".join(map(str, layers)),

@@ -1,0 +1,102 @@
+"""Where activations come from: what must be the same for a resume, what may differ if told so, what is only kept.
+
+*Identity* (weights, tokenizer, corpus, sites, geometry): any difference is refused. *Numerics* (what may change
+the last bits: batch size, attention, device, threads, versions): refused unless accepted, and then recorded.
+*Record* (command, paths, times): never compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+import crc32c
+import torch
+
+from mmcache.errors import PlanMismatchError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from mmcache.sites import ResolvedSite
+
+__all__ = ["compare", "model_identity", "numerics", "site_identity", "tokenizer_digest", "weights_digest"]
+
+_PIECE = 1 << 26
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash names, dtypes, shapes and bytes of a model's parameters and buffers; blocks while it reads them all."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        crc = 0
+        for start in range(0, flat.numel(), _PIECE):
+            piece = flat[start : start + _PIECE].contiguous().cpu().view(torch.uint8)
+            crc = crc32c.crc32c(piece.numpy().data, crc)
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc:08x}\n".encode())
+    return whole.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash what a tokenizer does: its own JSON where it has one, its vocabulary and special tokens otherwise."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = json.dumps(sorted(tokenizer.all_special_ids))
+    return hashlib.sha256(f"{said}\n{special}".encode()).hexdigest()
+
+
+def model_identity(model: nn.Module) -> dict[str, Any]:
+    """Say which model this is: its class and the hash of its weights."""
+    return {"model": type(model).__name__, "weights": weights_digest(model)}
+
+
+def site_identity(sites: tuple[ResolvedSite, ...]) -> dict[str, Any]:
+    """Say which modules the sites are."""
+    modules = {site.name: [f"{module}:{site.side}" for module in site.modules] for site in sites}
+    return {"sites": modules, "layers": list(sites[0].layers)}
+
+
+def numerics(model: nn.Module, device: torch.device, batch_size: int) -> dict[str, Any]:
+    """Say what may change the last bits of an activation."""
+    config = getattr(model, "config", None)
+    transformers = sys.modules.get("transformers")
+    on_cpu = device.type == "cpu"
+    return {
+        "batch_size": batch_size,
+        "attention": getattr(config, "_attn_implementation", None),
+        "device": device.type,
+        "processor": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "torch": torch.__version__,
+        "transformers": getattr(transformers, "__version__", None),
+        "machine": platform.machine(),
+    }
+
+
+def compare(where: Path, kind: str, stored: dict[str, Any], asked: dict[str, Any], remedy: str) -> None:
+    """Compare the settings of a store with those of a resume.
+
+    Raises:
+        PlanMismatchError: a table of the fields that differ.
+    """
+    fields = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name)]
+    if fields:
+        width = max(map(len, fields))
+        lines = [
+            f"  {name:{width}}  {_short(stored.get(name))} in the store, {_short(asked.get(name))} now"
+            for name in fields
+        ]
+        raise PlanMismatchError(
+            f"{where} was planned with another {kind}, and holds what that made:\n" + "\n".join(lines) + f"\n{remedy}"
+        )
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-16:]}"
