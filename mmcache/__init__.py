@@ -10,6 +10,8 @@ model and text, `capture` takes activations from one forward pass. README.md sho
 """
 
 from mmcache.cache import FullActivationCache
+from mmcache.capture import Captured, capture
+from mmcache.corpus import read_texts
 from mmcache.dtypes import register_bfloat16
 from mmcache.errors import (
     ArgumentError,
@@ -33,6 +35,7 @@ from mmcache.errors import (
     VersionError,
     WriteError,
 )
+from mmcache.extract import Progress, extract
 from mmcache.site_view import SiteView
 from mmcache.store import Store
 from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
@@ -43,6 +46,7 @@ register_bfloat16()
 __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
+    "Captured",
     "ClosedError",
     "CorpusError",
     "CorruptError",
@@ -55,6 +59,7 @@ __all__ = [
     "MmcacheError",
     "OutOfRangeError",
     "PlanMismatchError",
+    "Progress",
     "ReadOnlyError",
     "ShapeError",
     "SiteView",
@@ -67,6 +72,9 @@ __all__ = [
     "WriteError",
     "Writer",
     "append",
+    "capture",
     "create",
+    "extract",
     "open",
+    "read_texts",
 ]
