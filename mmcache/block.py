@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mmcache.files import available_memory, make_folder
 from mmcache.staging import Seal, ShardWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -47,6 +48,8 @@ class Block:
         manifest: its geometry.
         number: which block.
         rows: tokens the block will have, where that is known.
+        inspect: called with site, slot and statistics of each shard before it is published, in a thread of the
+            pipeline; raising there keeps it from being published.
         only: (site, slot) of the shards to make, where the others are there already; None for all.
     """
 
@@ -60,6 +63,7 @@ class Block:
         rows: int | None = None,
         durable: bool = True,
         only: Collection[tuple[str, int]] | None = None,
+        inspect: Callable[[str, int, Mapping[str, np.ndarray]], None] | None = None,
     ) -> None:
         self.number, self.rows, self._durable = number, 0, durable
         self._token_layout = manifest.layout == "token"
@@ -80,6 +84,7 @@ class Block:
                         rows=rows,
                         direct=policy.direct((rows or spec.shard_rows) * spec.row_bytes),
                         durable=durable,
+                        inspect=None if inspect is None else partial(inspect, site, slot),
                     )
         except BaseException:
             self.discard()
@@ -104,7 +109,7 @@ class Block:
         """
         for (site, slot), shard in self._shards.items():
             rows = old[site].checked(slot, self.number)
-            shard.carry(old[site].statistics(slot, self.number)["overflow"])
+            shard.carry(old[site].statistics(slot, self.number)[0]["overflow"])
             stager.stage(shard, rows.unbind(1) if self._token_layout else [rows], keep)
         self.rows = len(keep)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 
 from mmcache.block import PageCachePolicy
@@ -157,6 +158,11 @@ class _LayerWriter(GrownStore):
             self._open.discard()
 
 
+def _all(start: int, stop: int) -> np.ndarray:
+    """Tell which tokens count in the statistics: no token of a cache is known to be special."""
+    return np.ones(stop - start, bool)
+
+
 class FullActivationCache:
     """Every layer's activations of one sequence, on disk: candle-mi's cache of the same name.
 
@@ -252,7 +258,7 @@ class FullActivationCache:
         manifest = self._writer.manifest
         site = next(iter(manifest.sites))
         folder = ShardFolder(self._path, manifest, site, manifest.n_tokens or 0, wait=self._writer.wait)
-        self._view = SiteView(site, folder, "layer", manifest.layers, lambda _: (0, self.seq_len))
+        self._view = SiteView(site, folder, "layer", manifest.layers, lambda _: (0, self.seq_len), _all)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.files import Draft, make_folder, remove_drafts
+from mmcache.files import Draft, make_folder, remove_drafts, sync_folder
 from mmcache.format import encode
 from mmcache.shards import ShardFolder
 
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
     from mmcache.manifest import Manifest
 
-__all__ = ["BOS", "SPECIAL", "Column"]
-
-# The bits of `flags` that the library knows; the others are the user's own.
-BOS, SPECIAL = 1, 2
+__all__ = ["Column"]
 
 
 class Column:
@@ -58,7 +55,7 @@ class Column:
         return last
 
     def publish(self) -> None:
-        """Put the shards that changed in place, durably; the caller syncs the folder."""
+        """Put the shards that changed in place; blocks until they and their names are durable."""
         if not self._dirty:
             return
         spec = self._spec
@@ -75,6 +72,7 @@ class Column:
             except BaseException:
                 draft.discard()
                 raise
+        sync_folder(self._path / self._array)
         # The last row's shard stays: it may be extended, or its last sequence continued.
         full = max(0, len(rows) - 1) // spec.shard_rows * spec.shard_rows
         self._parts, self._since = [rows[full:].copy()], self._since + full

@@ -1,52 +1,74 @@
-"""Text to contexts: files to documents, documents to runs of token ids that the model sees at once."""
+"""Where documents come from: text, JSON lines, Parquet, Hugging Face datasets, and token ids made elsewhere.
+
+A document is a text, or a one-dimensional array of token ids, which is taken as it is.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import zarr
 
-from mmcache.errors import ArgumentError, CorpusError
+from mmcache.errors import CorpusError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["Context", "Contexts", "read_texts"]
+__all__ = ["Document", "read_texts"]
 
-# Documents are tokenised together up to this many characters: enough for the tokenizer's threads, and bounded.
-_TOGETHER_CHARACTERS = 1 << 20
+Document: TypeAlias = "str | np.ndarray"
+
+_JSON_LINES = (".jsonl", ".ndjson")
 
 
-def read_texts(paths: Iterable[str | os.PathLike[str]], *, field: str = "text") -> Iterator[str]:
-    """Read documents from files, in the order given.
+def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text") -> Iterator[Document]:
+    """Read documents, source by source in the order given, in bounded memory.
 
     Args:
-        paths: `.jsonl` files hold one document a line, under `field`; every other file is one document, in
-            UTF-8.
-        field: the key of the text in JSON lines.
+        sources: files and folders, or names of datasets on the Hugging Face hub:
+            `.jsonl` one document a line, under `field`; `.parquet` one document a row, in the column `field`;
+            `.npy` token ids: `[n]` one document, `[n, length]` one document a row; a folder that
+            `Dataset.save_to_disk` made; a one-dimensional zarr array of token ids; any other file is one
+            document in UTF-8; what is no path is a hub dataset, `name` or `name:split`, streamed.
+        field: the key of the text in JSON lines, Parquet and datasets.
 
     Raises:
-        CorpusError: a file that is not there, is not UTF-8, or a line that has no such field; line and file
-            are named.
+        CorpusError: a source that is not there or cannot be read as said; source and line are named.
     """
-    for path in map(Path, paths):
+    for source in sources:
+        path = Path(source)
         try:
-            if path.suffix.lower() == ".jsonl":
-                yield from _read_jsonl(path, field)
+            if path.is_dir():
+                yield from _read_folder(path, field)
+            elif path.exists():
+                yield from _read_file(path, field)
+            elif path.suffix or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+                raise CorpusError(f"{path} is not there: give files, folders or the name of a dataset on the hub")
             else:
-                yield path.read_text(encoding="utf-8")
+                yield from _read_hub(str(source), field)
         except UnicodeDecodeError as error:
             raise CorpusError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
         except OSError as error:
-            raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+            raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def _read_file(path: Path, field: str) -> Iterator[Document]:
+    suffix = path.suffix.lower()
+    if suffix in _JSON_LINES:
+        yield from _read_json_lines(path, field)
+    elif suffix == ".parquet":
+        yield from _read_parquet(path, field)
+    elif suffix == ".npy":
+        yield from _read_npy(path)
+    else:
+        yield path.read_text(encoding="utf-8")
+
+
+def _read_json_lines(path: Path, field: str) -> Iterator[str]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -57,91 +79,87 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 raise CorpusError(
                     f"{path}, line {number}: no document under {field!r} ({error!r}); choose the key with --field"
                 ) from error
-            if not isinstance(text, str):
-                raise CorpusError(f"{path}, line {number}: {field!r} is a {type(text).__name__}: expected text")
-            yield text
+            yield _text(text, f"{path}, line {number}", field)
 
 
-@dataclass(frozen=True)
-class Context:
-    """What the model sees at once: token ids `[n]` int32, of document number `document`."""
-
-    tokens: np.ndarray
-    document: int
+def _text(value: object, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: {field!r} is a {type(value).__name__}: expected text")
+    return value
 
 
-class Contexts:
-    """Documents as contexts: each is cut into windows, with the special tokens that the tokenizer wants around each.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        context_length: tokens a context at most, special ones included.
-        max_tokens: stop before the context that would pass this many; None for all.
-
-    Attributes:
-        documents, tokens: how many have been cut so far.
-        digest: a running hash of the documents' text.
-
-    Raises:
-        ArgumentError: a context has no room for a token between the special ones.
-    """
-
-    def __init__(self, tokenizer: Any, context_length: int, max_tokens: int | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._before, self._after = _frame(tokenizer)
-        self._window = context_length - len(self._before) - len(self._after)
-        if self._window < 1:
-            raise ArgumentError(
-                f"context_length is {context_length}: expected more than the "
-                f"{len(self._before) + len(self._after)} special tokens that the tokenizer puts around each context"
-            )
-        self._max_tokens = max_tokens
-        self.documents = 0
-        self.tokens = 0
-        self.digest = hashlib.sha256()
-
-    def cut(self, texts: Iterable[str]) -> Iterator[Context]:
-        """Give the contexts of documents, in order; documents without tokens have none."""
-        for some in _together(texts):
-            encoded = self._tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for text, ids in zip(some, encoded["input_ids"], strict=True):
-                body = text.encode("utf-8", "surrogatepass")
-                self.digest.update(len(body).to_bytes(8, "little") + body)
-                self.documents += 1
-                for context in self._windows(ids):
-                    if self._max_tokens is not None and self.tokens + len(context.tokens) > self._max_tokens:
-                        return
-                    self.tokens += len(context.tokens)
-                    yield context
-
-    def _windows(self, ids: Sequence[int]) -> Iterator[Context]:
-        whole = np.asarray(ids, np.int32)
-        for start in range(0, len(whole), self._window):
-            part = whole[start : start + self._window]
-            yield Context(np.concatenate([self._before, part, self._after]), self.documents - 1)
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415 -- an extra, and slow to import
+    except ImportError as error:
+        raise CorpusError(f"{path}: reading Parquet needs pyarrow: pip install 'mmcache[extract]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise CorpusError(f"{path} has no column {field!r} (columns: {', '.join(file.schema_arrow.names)})")
+            row = 0
+            for batch in file.iter_batches(columns=[field], batch_size=256):
+                for value in batch.column(0).to_pylist():
+                    yield _text(value, f"{path}, row {row}", field)
+                    row += 1
+    except ArrowInvalid as error:
+        raise CorpusError(f"{path} is no Parquet file: {error}") from error
 
 
-def _together(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents into lists that are tokenised in one call."""
-    some: list[str] = []
-    size = 0
-    for text in texts:
-        if not isinstance(text, str):
-            raise CorpusError(f"a document is a {type(text).__name__}: expected text (files are read with read_texts)")
-        some.append(text)
-        size += len(text)
-        if size >= _TOGETHER_CHARACTERS:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+def _ids(array: Any, where: str) -> np.ndarray:
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise CorpusError(f"{where} is {array.dtype} {list(array.shape)}: expected integers [n] or [n, length]")
+    return np.asarray(array)
 
 
-def _frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Find the special tokens that the tokenizer puts before and behind a text."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return np.array(full[:start], np.int32), np.array(full[start + len(plain) :], np.int32)
-    raise CorpusError(f"the tokenizer makes {full} of 'a', which does not hold its {plain} without special tokens")
+def _read_npy(path: Path) -> Iterator[np.ndarray]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise CorpusError(f"{path} is no array of numbers: {error}") from error
+    for row in array if array.ndim == 2 else [array]:
+        yield _ids(row, str(path))
+
+
+def _read_folder(path: Path, field: str) -> Iterator[Document]:
+    if (path / "zarr.json").is_file():
+        node = zarr.open(path, mode="r")
+        if not isinstance(node, zarr.Array):
+            raise CorpusError(f"{path} is a zarr group: give one of its arrays, such as {path / 'tokens'}")
+        if node.ndim != 1 or node.dtype.kind not in "iu":
+            raise CorpusError(f"{path} is {node.dtype} {list(node.shape)}: expected integers [n]")
+        yield np.asarray(node[:])
+        return
+    if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        raise CorpusError(f"{path} is a folder, but no dataset (save_to_disk) and no zarr array: give its files")
+    datasets = _datasets(str(path))
+    dataset = datasets.load_from_disk(str(path))
+    if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
+        raise CorpusError(f"{path} holds the splits {', '.join(dataset)}: give the folder of one of them")
+    yield from _rows(dataset, str(path), field)
+
+
+def _datasets(where: str) -> Any:
+    try:
+        import datasets  # noqa: PLC0415 -- an extra, and slow to import
+    except ImportError as error:
+        raise CorpusError(f"{where}: datasets are read with `pip install 'mmcache[extract]'`") from error
+    return datasets
+
+
+def _read_hub(name: str, field: str) -> Iterator[str]:
+    datasets = _datasets(f"{name} is not a path here; as a dataset on the hub")
+    repository, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, split=split or "train", streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CorpusError(f"{name} is no path here, and could not be had from the hub: {error}") from error
+    yield from _rows(rows, name, field)
+
+
+def _rows(dataset: Any, where: str, field: str) -> Iterator[str]:
+    names = dataset.column_names
+    if names is not None and field not in names:
+        raise CorpusError(f"{where} has no column {field!r} (columns: {', '.join(names)}); choose it with --field")
+    for number, row in enumerate(dataset):
+        yield _text(row[field], f"{where}, row {number}", field)

@@ -141,7 +141,12 @@ class BFloat16(ZDType["np.dtype[ml_dtypes.bfloat16]", "ml_dtypes.bfloat16"], Has
         return ml_dtypes.bfloat16(0)
 
     def from_json_scalar(self, data: JSON, *, zarr_format: ZarrFormat) -> ml_dtypes.bfloat16:
-        """Read a fill value."""
+        """Read a fill value; hexadecimal digits are the number's own bits."""
+        if isinstance(data, str) and data.startswith("0x"):
+            # Not zarr's: four digits are a float16 to it, whatever the data type.
+            if len(data) != 6:
+                raise ValueError(f"fill value {data!r} of a bfloat16 array: expected 4 hexadecimal digits")
+            return cast("ml_dtypes.bfloat16", np.array(int(data, 16), np.uint16).view(ml_dtypes.bfloat16)[()])
         return ml_dtypes.bfloat16(Float32().from_json_scalar(data, zarr_format=zarr_format))
 
     def to_json_scalar(self, data: object, *, zarr_format: ZarrFormat) -> JSON:

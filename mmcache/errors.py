@@ -18,6 +18,7 @@ MmcacheError
 │   └── VersionError                       a format version that this library does not read
 ├── PlanMismatchError (ValueError)         a resume with other settings than the store's
 ├── CorpusError (ValueError)               a text source that cannot be read as asked
+├── NonFiniteError (ArithmeticError)       NaN or infinity where `strict` allows none
 └── WriteError (OSError)                   a failed write; `errno` and `filename` are the system's
     └── DiskFullError                      no room, or a quota or file-size limit was met
 
@@ -37,6 +38,7 @@ __all__ = [
     "IncompleteError",
     "LockedError",
     "MmcacheError",
+    "NonFiniteError",
     "OutOfRangeError",
     "PlanMismatchError",
     "ReadOnlyError",
@@ -124,6 +126,10 @@ class PlanMismatchError(MmcacheError, ValueError):
 
 class CorpusError(MmcacheError, ValueError):
     """A text source that cannot be read as asked."""
+
+
+class NonFiniteError(MmcacheError, ArithmeticError):
+    """NaN or infinity among the activations of an extraction that was told to allow none."""
 
 
 class WriteError(MmcacheError, OSError):

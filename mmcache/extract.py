@@ -1,34 +1,26 @@
-"""The job that fills a store from a model and text: plan, fill, resume.
-
-Each batch is a function of the plan alone: batch number `b` is sequences `b * batch_size` to
-`(b + 1) * batch_size`, padded on the right to the longest, whoever runs it and whenever.
-"""
+"""The job that fills a store from a model and text: plan, fill, resume."""
 
 from __future__ import annotations
 
-import inspect
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
-from mmcache.block import Block, PageCachePolicy
 from mmcache.capture import capture, probe
-from mmcache.columns import BOS, SPECIAL
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError
-from mmcache.files import remove_drafts
-from mmcache.geometry import PAGE
-from mmcache.pipeline import SLOT_BYTES, Pipeline
-from mmcache.plan import Settings, bytes_to_write, check_room, open_plan
-from mmcache.provenance import model_identity, numerics, site_identity, tokenizer_digest
+from mmcache.files import list_names
+from mmcache.fill import Batches, Fill, forward
+from mmcache.manifest import ROOT, read_manifest
+from mmcache.plan import Settings, open_plan
+from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_digest
 from mmcache.sites import resolve, unwrap
-from mmcache.staging import Stager
 from mmcache.store import Store, open_store
+from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
 
 if TYPE_CHECKING:
     import os
@@ -36,10 +28,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.capture import Captured
-    from mmcache.manifest import Manifest
+    from mmcache.corpus import Document
 
-__all__ = ["Progress", "extract"]
+__all__ = ["Extraction", "Progress", "extract"]
 
 _DEFAULT_CONTEXT = 1024
 
@@ -60,46 +51,194 @@ class Progress:
     seconds: float
 
 
+class Extraction:
+    """A job that was checked against its model, and has written nothing yet: `survey` it or `run` it.
+
+    Takes the arguments of `extract`, and raises what it raises for those that make no sense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        path: str | os.PathLike[str],
+        *,
+        sites: Sequence[str] = ("mlp_in", "mlp_out"),
+        layers: Sequence[int] | None = None,
+        context_length: int | None = None,
+        pack: bool = False,
+        batch_size: int | Literal["auto"] = 8,
+        dtype: torch.dtype | str = torch.bfloat16,
+        layout: Literal["layer", "token"] = "token",
+        shard_tokens: int | None = None,
+        max_tokens: int | None = None,
+        device: torch.device | str | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        self._path, self._tokenizer, self._model = Path(path), tokenizer, unwrap(model)
+        if layout not in ("layer", "token"):
+            raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
+        if max_tokens is not None and max_tokens < 1:
+            raise ArgumentError(f"max_tokens is {max_tokens}: expected a positive number of tokens")
+        self._asked_sites, self._asked_layers = sites, layers
+        resolved = resolve(self._model, sites, layers)
+        storage = activation_dtype(dtype).name
+        if device is not None:
+            self._model.to(device)
+        self._device = next((weight.device for weight in self._model.parameters()), torch.device("cpu"))
+        length = _context_length(self._model, context_length)
+        with _evaluating(self._model):
+            widths = probe(self._model, sites, layers)
+            self._batch_size = self._resolved_batch(batch_size, length)
+        identity = {
+            **model_identity(self._model),
+            "tokenizer": tokenizer_digest(tokenizer),
+            "layers": list(resolved[0].layers),
+            "context_length": length,
+            "pack": pack,
+            "dtype": storage,
+            "layout": layout,
+            "shard_tokens": shard_tokens,
+        }
+        self._settings = Settings(
+            identity=identity,
+            modules=site_modules(resolved),
+            numerics=numerics(self._model, self._device, self._batch_size),
+            record={**model_record(self._model), **(record or {})},
+            widths=widths,
+            layers=resolved[0].layers,
+            dtype=storage,
+            layout=layout,
+            shard_tokens=shard_tokens,
+            context_length=length,
+            pack=pack,
+            max_tokens=max_tokens,
+            special_tokens=tuple(sorted(tokenizer.all_special_ids)),
+            vocabulary=getattr(getattr(self._model, "config", None), "vocab_size", None),
+        )
+
+    def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
+        """Give the batch size: for `auto` the plan's, where there is one, or the quickest."""
+        if asked == "auto":
+            if ROOT in list_names(self._path):
+                planned: int = read_manifest(self._path).source.get("numerics", {}).get("batch_size", 1)
+                return planned
+            with capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured:
+                return quickest_batch(self._model, captured, length, self._device)
+        if not isinstance(asked, int) or asked < 1:
+            raise ArgumentError(f"batch_size is {asked!r}: expected a positive number of contexts, or 'auto'")
+        return asked
+
+    def survey(self, texts: Iterable[Document]) -> Survey:
+        """Say what the job would take, as if nothing of it were there; writes nothing, runs three batches."""
+        contexts = self._settings.contexts(self._tokenizer)
+        with (
+            _evaluating(self._model),
+            capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured,
+        ):
+            return survey_contexts(
+                self._path,
+                self._settings,
+                contexts.cut(texts),
+                self._batch_size,
+                lambda ids, mask: forward(self._model, captured, ids, mask, self._device),
+            )
+
+    def run(
+        self,
+        texts: Iterable[Document],
+        *,
+        accept_numerics: bool = False,
+        strict: bool = False,
+        planned: Callable[[Survey], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Store:
+        """Plan what is not planned, fill what is missing, and give the complete store."""
+        began = time.monotonic()
+
+        def tell(phase: Literal["tokenise", "extract"], done: int, total: int, ran: int, size: int) -> None:
+            if progress is not None:
+                progress(Progress(phase, done, total, ran, size, time.monotonic() - began))
+
+        manifest = open_plan(
+            self._path,
+            self._settings,
+            self._tokenizer,
+            texts,
+            accept_numerics=accept_numerics,
+            tokenised=lambda tokens: tell("tokenise", tokens, 0, 0, 0),
+        )
+        batches = Batches(self._path, manifest, self._batch_size)
+        with (
+            _evaluating(self._model),
+            capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured,
+        ):
+            fill = Fill(
+                self._path,
+                manifest,
+                batches,
+                lambda spans: forward(self._model, captured, *batches.ids(spans), self._device),
+                captured,
+                strict=strict,
+            )
+            if planned is not None:
+                planned(survey_plan(self._path, manifest, fill, self._batch_size))
+            total = manifest.n_tokens or 0
+            began = time.monotonic()
+            share = fill.bytes / max(1, fill.tokens)
+            before = total - fill.tokens
+            fill.run(lambda done, ran: tell("extract", before + done, total, ran, int(done * share)))
+        return open_store(self._path)
+
+
 def extract(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     path: str | os.PathLike[str],
     *,
     sites: Sequence[str] = ("mlp_in", "mlp_out"),
     layers: Sequence[int] | None = None,
     context_length: int | None = None,
-    batch_size: int = 8,
+    pack: bool = False,
+    batch_size: int | Literal["auto"] = 8,
     dtype: torch.dtype | str = torch.bfloat16,
     layout: Literal["layer", "token"] = "token",
     shard_tokens: int | None = None,
     max_tokens: int | None = None,
     device: torch.device | str | None = None,
     accept_numerics: bool = False,
+    strict: bool = False,
     record: dict[str, Any] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Store:
     """Run a model over text and store its activations; blocks until the store is complete.
 
-    Called again with the same arguments after an interruption it goes on with the shards that are missing.
-    Any number of processes may run the same job on one path after it is planned.
+    Called again with the same arguments after an interruption it goes on with the shards that are missing, and
+    the result is byte for byte that of a job never interrupted. With a larger `max_tokens` the store grows; with
+    other `sites` a complete store gains them. Any number of processes may run the same job on one path once it is
+    planned.
 
     Args:
-        model: a language model; it is run in eval mode, under `torch.inference_mode`, up to the last layer
-            that is wanted. It computes in its own dtype.
+        model: any model that takes token ids; it is run in eval mode, under `torch.inference_mode`, up to the last
+            site that is wanted. It computes in its own dtype.
         tokenizer: a Hugging Face tokenizer.
-        texts: documents. Each is cut into contexts, with the special tokens that the tokenizer wants.
+        texts: documents: texts, or one-dimensional arrays of token ids. Each is cut into contexts, a text with the
+            special tokens that the tokenizer wants around them. `read_texts` reads them from files.
         path: the store, new or to be gone on with.
         sites: what to store, as in `mmcache.capture`.
         layers: the model's own layer numbers; None for all.
         context_length: tokens a context at most; None for 1,024, or what the model can do if that is less.
-        batch_size: contexts a forward pass.
+        pack: fill each context with documents one after the other, which then attend to each other; otherwise
+            each document begins a context, and sees only itself.
+        batch_size: contexts a forward pass; `"auto"` for the quickest, measured once and kept in the plan.
         dtype: the storage dtype.
         layout: `"token"` (training) or `"layer"`.
         shard_tokens: tokens a shard where the default (256 MiB of the widest site) does not fit.
         max_tokens: store whole contexts up to this many tokens; None for all.
         device: where the model runs; None for where it is.
-        accept_numerics: go on with a store although batch size, device, threads or versions differ.
+        accept_numerics: go on with a store although batch size, attention, device, threads or versions differ.
+        strict: refuse NaN and infinity; otherwise they are stored, counted, and warned of once.
         record: anything JSON keeps, stored beside the provenance and never compared.
         progress: called after each batch.
 
@@ -108,65 +247,25 @@ def extract(
             no sense for this model; nothing is written.
         PlanMismatchError: the store at `path` was planned with other settings, which are listed.
         CorpusError: the texts cannot be read as text. DiskFullError: they will not fit; the numbers are given.
-        WriteError: the disk refused. Shards that were published stay.
+        NonFiniteError: with `strict`. WriteError: the disk refused. Shards that were published stay.
     """
-    folder = Path(path)
-    inner = unwrap(model)
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size is {batch_size!r}: expected a positive number of contexts")
-    if device is not None:
-        inner.to(device)
-    resolved = resolve(inner, sites, layers)
-    began = time.monotonic()
-
-    def tell(phase: Literal["tokenise", "extract"], done: int, total: int, ran: int, size: int) -> None:
-        if progress is not None:
-            progress(Progress(phase, done, total, ran, size, time.monotonic() - began))
-
-    with _evaluating(inner):
-        length = _context_length(inner, context_length)
-        where = next((weight.device for weight in inner.parameters()), torch.device("cpu"))
-        settings = Settings(
-            identity={
-                **model_identity(inner),
-                "tokenizer": tokenizer_digest(tokenizer),
-                **site_identity(resolved),
-                "context_length": length,
-                "max_tokens": max_tokens,
-                "compute_dtype": str(next((w.dtype for w in inner.parameters()), None)).removeprefix("torch."),
-                "dtype": activation_dtype(dtype).name,
-                "layout": _checked_layout(layout),
-                "shard_tokens": shard_tokens,
-            },
-            numerics=numerics(inner, where, batch_size),
-            record=record or {},
-            widths=probe(inner, sites, layers),
-            layers=resolved[0].layers,
-            dtype=activation_dtype(dtype).name,
-            layout=layout,
-            shard_tokens=shard_tokens,
-            context_length=length,
-            max_tokens=max_tokens,
-            special_tokens=tuple(sorted(tokenizer.all_special_ids)),
-        )
-        manifest = open_plan(
-            folder,
-            settings,
-            tokenizer,
-            texts,
-            accept_numerics=accept_numerics,
-            tokenised=lambda tokens: tell("tokenise", tokens, 0, 0, 0),
-        )
-        with capture(inner, sites, layers, stop=True) as captured:
-            fill = _Fill(folder, manifest, inner, captured, where, batch_size)
-            fill.run(lambda done, ran, size: tell("extract", done, manifest.n_tokens or 0, ran, size))
-    return open_store(folder)
-
-
-def _checked_layout(layout: str) -> str:
-    if layout not in ("layer", "token"):
-        raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
-    return layout
+    job = Extraction(
+        model,
+        tokenizer,
+        path,
+        sites=sites,
+        layers=layers,
+        context_length=context_length,
+        pack=pack,
+        batch_size=batch_size,
+        dtype=dtype,
+        layout=layout,
+        shard_tokens=shard_tokens,
+        max_tokens=max_tokens,
+        device=device,
+        record=record,
+    )
+    return job.run(texts, accept_numerics=accept_numerics, strict=strict, progress=progress)
 
 
 def _context_length(model: nn.Module, asked: int | None) -> int:
@@ -188,121 +287,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Fill:
-    """One process's work on a planned store: the batches that the missing shards need, in order."""
-
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        model: nn.Module,
-        captured: Captured,
-        device: torch.device,
-        batch_size: int,
-    ) -> None:
-        self._path, self._manifest, self._model = path, manifest, model
-        self._captured, self._device, self._batch_size = captured, device, batch_size
-        self._shard = manifest.shard_tokens or 1
-        self._total = manifest.n_tokens or 0
-        store = open_store(path, partial=True)
-        self._spans = store.sequences.numpy()
-        self._tokens, self._flags = store.tokens.numpy(), store.flags.numpy()
-        accepted = set(inspect.signature(model.forward).parameters)
-        anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-        self._options = {"use_cache": False} if anything or "use_cache" in accepted else {}
-        self._masked = anything or "attention_mask" in accepted
-        self._block: Block | None = None
-
-    def run(self, tell: Callable[[int, int, int], None]) -> None:
-        """Fill what is missing; blocks until it is durable."""
-        for site in self._manifest.sites:
-            remove_drafts(self._path / site)
-        missing = check_room(self._path, self._manifest)
-        wanted: dict[int, set[tuple[str, int]]] = {}
-        for site, shards in missing.items():
-            for slot, block in shards:
-                wanted.setdefault(block, set()).add((site, slot))
-        if not wanted:
-            return
-        policy = PageCachePolicy(bytes_to_write(self._manifest, missing))
-        row = max(self._manifest.spec(site).row_bytes for site in self._manifest.sites)
-        pipeline = Pipeline(max(SLOT_BYTES, -(-row // PAGE) * PAGE))
-        stager = Stager(pipeline)
-        there = self._total - sum(self._rows_of(block) for block in wanted)
-        done = ran = size = 0
-        token_bytes = sum(self._manifest.spec(site).row_bytes * len(self._manifest.slots(site)) for site in missing)
-        try:
-            for first, last in self._batches(set(wanted)):
-                self._forward(first, last)
-                fresh = self._scatter(first, last, wanted, pipeline, stager, policy)
-                done, ran = done + fresh, ran + int(self._spans[last - 1, 1] - self._spans[first, 0])
-                size += fresh * token_bytes
-                tell(there + done, ran, size)
-            pipeline.drain()
-        finally:
-            pipeline.close()
-            if self._block is not None:
-                self._block.discard()
-
-    def _rows_of(self, block: int) -> int:
-        return min(self._shard, self._total - block * self._shard)
-
-    def _batches(self, blocks: set[int]) -> Iterator[tuple[int, int]]:
-        """Give the batches (first and behind the last sequence) that have rows in any of `blocks`."""
-        for first in range(0, len(self._spans), self._batch_size):
-            last = min(first + self._batch_size, len(self._spans))
-            start, stop = int(self._spans[first, 0]), int(self._spans[last - 1, 1])
-            if any(block in blocks for block in range(start // self._shard, -(-stop // self._shard))):
-                yield first, last
-
-    def _forward(self, first: int, last: int) -> None:
-        """Run one batch, padded on the right whatever the tokenizer prefers, as far as the last wanted site."""
-        spans = self._spans[first:last]
-        lengths = spans[:, 1] - spans[:, 0]
-        ids = np.zeros((last - first, int(lengths.max())), np.int64)
-        for row, (start, stop, _) in enumerate(spans):
-            ids[row, : stop - start] = self._tokens[start:stop]
-        options: dict[str, Any] = dict(self._options)
-        if self._masked:
-            mask = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64))
-            options["attention_mask"] = mask.to(self._device)
-        with torch.inference_mode():
-            self._captured.run(self._model, torch.from_numpy(ids).to(self._device), **options)
-
-    def _scatter(
-        self,
-        first: int,
-        last: int,
-        wanted: dict[int, set[tuple[str, int]]],
-        pipeline: Pipeline,
-        stager: Stager,
-        policy: PageCachePolicy,
-    ) -> int:
-        """Hand the rows of a batch to the blocks that they belong to; give how many were wanted."""
-        acts = {site: self._captured[site] for site in self._manifest.sites}
-        fresh = 0
-        for row, (start, stop, _) in enumerate(self._spans[first:last].tolist()):
-            at = start
-            while at < stop:
-                number = at // self._shard
-                end = min(stop, (number + 1) * self._shard)
-                if number in wanted:
-                    block = self._open(number, wanted[number], policy)
-                    keep = (self._flags[at:end] & (BOS | SPECIAL)) == 0
-                    part = slice(at - start, end - start)
-                    rows = {site: [layer[row, part] for layer in layers] for site, layers in acts.items()}
-                    block.append(stager, rows, keep)
-                    fresh += end - at
-                    if block.rows == self._rows_of(number):
-                        block.seal(pipeline, stager)
-                        self._block = None
-                at = end
-        stager.settle()
-        return fresh
-
-    def _open(self, number: int, shards: set[tuple[str, int]], policy: PageCachePolicy) -> Block:
-        if self._block is None:
-            self._block = Block(self._path, self._manifest, number, policy, rows=self._rows_of(number), only=shards)
-        return self._block

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +48,7 @@ __all__ = [
     "publish",
     "read_file",
     "remove_drafts",
+    "remove_file",
     "remove_tree",
     "sync_folder",
 ]
@@ -121,6 +123,12 @@ def list_names(path: Path) -> list[str]:
         return []
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file that can be made again; one that is not there is fine. Durable with `sync_folder`."""
+    with _explained(path, "removing the file"):
+        path.unlink(missing_ok=True)
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder and everything in it; only ever called on a temporary cache's own folder."""
     shutil.rmtree(path, ignore_errors=True)
@@ -132,13 +140,13 @@ def remove_drafts(folder: Path) -> None:
         if not (name.startswith(".") and name.endswith(_DRAFT)):
             continue
         path = folder / name
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY)
+        # Whatever cannot be locked or removed is only litter, and no reason to stop.
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Shared: NFS gives an exclusive lock only to those who may write, and a draft may be sealed.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 path.unlink()
-            except BlockingIOError:
-                continue
             finally:
                 os.close(fd)
 
@@ -157,13 +165,13 @@ class Draft:
 
     def __init__(self, path: Path, *, reserve: int = 0, direct: bool = False) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_DRAFT}")
+        self._temporary: Path
         self._direct_fd = -1
         self._fd = -1
         with _explained(path, "starting the file", reserve):
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            while not self._create():
+                pass
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._reserve(reserve)
                 if direct and _O_DIRECT:
                     with contextlib.suppress(OSError):
@@ -171,6 +179,21 @@ class Draft:
             except BaseException:
                 self.discard()
                 raise
+
+    def _create(self) -> bool:
+        """Make the temporary file, and lock it; False if `remove_drafts` took it for a dead one's in between."""
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{_DRAFT}")
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._temporary.exists():
+                    return True
+        except BaseException:
+            self.discard()
+            raise
+        self.discard()
+        return False
 
     def _reserve(self, size: int) -> None:
         if size and hasattr(os, "posix_fallocate") and not _PORTABLE:
@@ -209,6 +232,8 @@ class Draft:
     def _write_all(fd: int, view: memoryview, offset: int) -> None:
         while view:
             written = os.pwrite(fd, view, offset)
+            if not written:
+                raise OSError(errno.EIO, "the system took no bytes")
             view, offset = view[written:], offset + written
 
     def publish(self, size: int, *, durable: bool = True) -> None:
@@ -287,16 +312,17 @@ def map_file(path: Path, *, what: str) -> np.ndarray:
 
     Raises:
         IncompleteError: there is no such file.
-        CorruptError: the file is empty.
+        CorruptError: the file is empty, or no plain file.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise IncompleteError(f"{what} is not there: no file {path}") from error
     try:
-        size = os.fstat(fd).st_size
-        if not size:
-            raise CorruptError(f"{path} is empty: set it aside and make it again")
+        status = os.fstat(fd)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode) or not size:
+            raise CorruptError(f"{path} is empty, or no plain file: set it aside and make it again")
         mapped = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
     finally:
         os.close(fd)
@@ -331,11 +357,16 @@ class FolderLock:
             raise LockedError(
                 error.errno, f"another writer has this store open ({holder}); close it first", str(folder)
             ) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        # Who holds it is a courtesy: a full disk must neither refuse the lock nor leave it held.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
     def release(self) -> None:
         """Let others write. Safe to call twice."""
         if self._fd >= 0:
+            # Closing is not enough where a forked process, such as a data loader's, has the descriptor too.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1

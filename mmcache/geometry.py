@@ -24,6 +24,8 @@ _USEFUL_CHUNK_BYTES = 1 << 20
 # Below this many bytes an inner chunk costs more in its shard's index than it saves in padding: with 16
 # bytes of index an inner chunk, 16 * 256 MiB / c + c is smallest at c = 64 KiB.
 _SMALLEST_CHUNK_BYTES = 64 << 10
+# No shard is ever that long; divisors of longer ones take too long to find.
+_MOST_ROWS = 1 << 40
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -67,6 +69,14 @@ def _is_good(shard: int, row_bytes: Collection[int]) -> bool:
     return True
 
 
+def _only_shard(known: int, widest: int) -> int:
+    """Choose the rows of a shard that holds all: one inner chunk where that is small, whole ones otherwise."""
+    if known * widest <= CHUNK_BYTES:
+        return max(known, 1)
+    chunk = 1 << max(0, (CHUNK_BYTES // widest).bit_length() - 1)
+    return -(-known // chunk) * chunk
+
+
 def shard_rows(row_bytes: Collection[int], asked: int | None, known: int | None) -> int:
     """Choose the tokens a shard of all sites of a store, or check the number that was asked for.
 
@@ -78,7 +88,7 @@ def shard_rows(row_bytes: Collection[int], asked: int | None, known: int | None)
             it ends where they end.
 
     Raises:
-        ArgumentError: `asked` is below 1, does not fill whole pages, or has no useful divisor.
+        ArgumentError: `asked` is no count, does not fill whole pages, or has no useful divisor.
     """
     widest = max(row_bytes)
     if asked is None:
@@ -86,15 +96,15 @@ def shard_rows(row_bytes: Collection[int], asked: int | None, known: int | None)
         default = max(default, *(_page_rows(row) for row in row_bytes))
         if known is None or known > default:
             return default
-        # A single short shard: whole in one inner chunk where that is small, whole inner chunks otherwise.
-        if known * widest <= CHUNK_BYTES:
-            return max(known, 1)
-        chunk = 1 << max(0, (CHUNK_BYTES // widest).bit_length() - 1)
-        return -(-known // chunk) * chunk
-    if asked < 1:
-        raise ArgumentError(f"shard_tokens is {asked}: expected a positive number of tokens")
-    if _is_good(asked, row_bytes) or (known is not None and known <= asked):
+        return _only_shard(known, widest)
+    if not isinstance(asked, int) or not 0 < asked <= _MOST_ROWS:
+        raise ArgumentError(f"shard_tokens is {asked!r}: expected a whole number of tokens, from 1 to {_MOST_ROWS}")
+    if _is_good(asked, row_bytes):
         return asked
+    if known is not None and known <= asked:
+        # No other shard follows, so any number will do. Not as it stands: a prime is a chunk, and an entry
+        # of the index, for each of its tokens.
+        return _only_shard(known, widest)
     near = next(
         candidate
         for step in range(1, asked + 2048 * 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -44,6 +45,7 @@ RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
 # Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
 _RESERVED_SHARD_ROWS = 1 << 20
 _ROOT_LIMIT = 16 << 20
+_METADATA_LIMIT = _ROOT_LIMIT // 2
 _BLANK = "0" * 64
 _GROUPS = ("statistics",)
 
@@ -125,7 +127,7 @@ class Manifest:
         layers = self.layers if self.layout == "token" else (self.layers[slot],)
         first = block * (self.shard_tokens or 0)
         if "tokens" in self.source:
-            # Pins the activations to the very tokens that they are of.
+            # Pins the activations to the corpus that they are of.
             said["tokens"] = str(self.source["tokens"])[:32]
         return said | {
             "layout": self.layout,
@@ -245,12 +247,18 @@ def check_user_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
         ArgumentError: it does not.
     """
     try:
-        text = json.dumps(metadata or {}, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(metadata or {}, allow_nan=False, indent=2)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"metadata cannot be kept as JSON ({error}): use text, numbers, lists, dicts") from error
     copy = json.loads(text)
     if not isinstance(copy, dict) or copy != (metadata or {}):
         raise ArgumentError(f"metadata changes when kept as JSON: expected a dict with text keys, found {metadata!r}")
+    size = len(text) + 6 * text.count("\n")  # as it will be indented in the root
+    if size > _METADATA_LIMIT:
+        raise ArgumentError(
+            f"metadata takes {size} bytes as JSON, and the root's zarr.json has room for {_METADATA_LIMIT}: keep "
+            f"it in a file of its own"
+        )
     return copy
 
 
@@ -316,7 +324,7 @@ def read_manifest(path: Path) -> Manifest:
         digest = said["digest"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{where} is no mmcache store's: {error!r}") from error
-    if not isinstance(said, dict) or not isinstance(digest, str) or len(digest) != 64:
+    if not isinstance(said, dict) or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise CorruptError(f"{where} is no mmcache store's: it has no digest")
     blanked = text.replace(digest.encode(), _BLANK.encode(), 1)
     version = said.get("format")

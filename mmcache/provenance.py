@@ -11,6 +11,8 @@ import hashlib
 import json
 import platform
 import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import crc32c
@@ -25,7 +27,15 @@ if TYPE_CHECKING:
 
     from mmcache.sites import ResolvedSite
 
-__all__ = ["compare", "model_identity", "numerics", "site_identity", "tokenizer_digest", "weights_digest"]
+__all__ = [
+    "compare",
+    "model_identity",
+    "model_record",
+    "numerics",
+    "site_modules",
+    "tokenizer_digest",
+    "weights_digest",
+]
 
 _PIECE = 1 << 26
 
@@ -52,14 +62,30 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """Say which model this is: its class and the hash of its weights."""
-    return {"model": type(model).__name__, "weights": weights_digest(model)}
+    """Say which model this is: its class and the hash of its weights, and the dtype that it computes in."""
+    dtype = next((weight.dtype for weight in model.parameters()), None)
+    return {
+        "model": type(model).__name__,
+        "weights": weights_digest(model),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+    }
 
 
-def site_identity(sites: tuple[ResolvedSite, ...]) -> dict[str, Any]:
-    """Say which modules the sites are."""
-    modules = {site.name: [f"{module}:{site.side}" for module in site.modules] for site in sites}
-    return {"sites": modules, "layers": list(sites[0].layers)}
+def site_modules(sites: tuple[ResolvedSite, ...]) -> dict[str, list[str]]:
+    """Say which modules the sites are, layer by layer, in the notation of module paths."""
+    return {site.name: [f"{module}:{site.side}" for module in site.modules] for site in sites}
+
+
+def model_record(model: nn.Module) -> dict[str, Any]:
+    """Say what is worth keeping of where a model came from: its name, its revision, its class."""
+    config = getattr(model, "config", None)
+    return {
+        "name": getattr(config, "_name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "mmcache": version("mmcache"),
+        "python": platform.python_version(),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def numerics(model: nn.Module, device: torch.device, batch_size: int) -> dict[str, Any]:

@@ -69,8 +69,9 @@ class ShardFolder:
         metadata = self._manifest.shard_metadata(self._array, block, slot)
         layout = parse_header(self.spec, pages[:HEADER_BYTES].tobytes(), len(pages), metadata, where=str(file))
         expected = self.spec.rows_in_block(block, self.rows)
-        # A grown store's shard may be ahead of the commit after a crash, never behind it.
-        if layout.rows < expected or (self._manifest.kind == "planned" and layout.rows != expected):
+        # What grows may be ahead of the commit after a crash, never behind it.
+        exact = self._manifest.kind == "planned" and self._array in self._manifest.sites
+        if layout.rows < expected or (exact and layout.rows != expected):
             raise CorruptError(f"{file} has {layout.rows} rows, the store counts {expected}: set it aside")
         return pages, layout
 
@@ -107,10 +108,10 @@ class ShardFolder:
                 )
         return self._rows(pages, block)
 
-    def statistics(self, slot: int, block: int) -> dict[str, np.ndarray]:
+    def statistics(self, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
         """Read the statistics of one shard, their checksum compared: the arrays of `Moments.arrays`.
 
-        They are of all rows in the file, which after a crash may be more than those that count.
+        They are of all rows in the file, whose number comes with them: after a crash these may be more than count.
 
         Raises:
             CorruptError: the checksum differs.
@@ -128,7 +129,7 @@ class ShardFolder:
                 f"{self._path / self._array / key}: its statistics do not match their checksum; "
                 f"set the file aside and make it again"
             )
-        return found
+        return found, layout.rows
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Read rows into memory of the caller's own, checksums compared: `[stop - start, *row_shape]`.

@@ -10,11 +10,13 @@ import torch
 
 from mmcache.devices import own_copy
 from mmcache.errors import ArgumentError, DtypeError, OutOfRangeError, ShapeError
+from mmcache.site_statistics import merge_site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mmcache.shards import ShardFolder
+    from mmcache.site_statistics import SiteStatistics
 
 __all__ = ["Positions", "SiteView"]
 
@@ -39,9 +41,11 @@ class SiteView:
         layout: str,
         layers: Sequence[int],
         span: Callable[[int], tuple[int, int]],
+        keep: Callable[[int, int], np.ndarray],
     ) -> None:
         self.name = name
-        self._folder, self._layout, self._span = folder, layout, span
+        self._folder, self._layout, self._span, self._keep = folder, layout, span, keep
+        self._statistics: SiteStatistics | None = None
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._n_tokens, self._shard_rows = folder.rows, folder.spec.shard_rows
         self._files: dict[tuple[int, int], torch.Tensor] = {}
@@ -67,6 +71,20 @@ class SiteView:
     def shape(self) -> tuple[int, int, int]:
         """`(n_layers, n_tokens, d_model)`."""
         return len(self._slots), self._n_tokens, self.d_model
+
+    @property
+    def statistics(self) -> SiteStatistics:
+        """Mean, spread, norms and counts of each layer: of the stored values, BOS and special tokens left out.
+
+        Merged from what the shards carry, those that are there in a partial store; read once, then kept.
+
+        Raises:
+            CorruptError: a shard's statistics are damaged.
+            IncompleteError: no shard is there yet.
+        """
+        if self._statistics is None:
+            self._statistics = merge_site(self._folder, self._layout, len(self._slots), self._keep)
+        return self._statistics
 
     def __repr__(self) -> str:
         return f"SiteView({self.name!r}, shape={self.shape}, dtype={self.dtype}, layout={self._layout!r})"

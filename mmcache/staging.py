@@ -17,7 +17,7 @@ from mmcache.geometry import PAGE
 from mmcache.statistics import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from mmcache.format import ShardSpec
@@ -40,6 +40,8 @@ class ShardWriter:
         rows: rows it will have, where that is known: their space is reserved at once.
         direct: write past the page cache.
         durable: sync before the rename.
+        inspect: called, in the digest thread, with the finished statistics; raising there keeps the shard from
+            being published.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class ShardWriter:
         rows: int | None,
         direct: bool,
         durable: bool,
+        inspect: Callable[[Mapping[str, np.ndarray]], None] | None = None,
     ) -> None:
         self.spec = spec
         self.folder = path.parent
         self._metadata, self._first_token, self._durable = metadata, first_token, durable
+        self._inspect = inspect
         # The caller's side, the digest thread's, and the write thread's.
         self.staged = 0
         self._digested = 0
@@ -106,6 +110,8 @@ class ShardWriter:
         if padding:
             self._crcs.append(crc32c.crc32c(padding, self._crc))
         statistics = None if self._moments is None else self._moments.arrays(self._first_token)
+        if self._inspect is not None and statistics is not None:
+            self._inspect(statistics)
         self._tail = layout.tail(self._crcs, statistics)
         self._moments = None
 

@@ -50,22 +50,51 @@ class Moments:
         self._zero_rows = np.zeros(layers, np.int64)
         self._overflow = np.zeros(layers, np.int64)
         self._wide = np.empty((_BLOCK_ROWS, width))
+        self._held: np.ndarray | None = None
+        self._held_keep = np.ones(_BLOCK_ROWS, np.bool_)
+        self._n_held = 0
 
     def add(self, rows: np.ndarray, keep: np.ndarray | None = None) -> None:
-        """Take in the next rows.
+        """Take in the next rows. Calls may cut the rows anywhere: the result is the same, to the last bit.
 
         Args:
             rows: `[n, layers, width]`, any float dtype that numpy knows, bfloat16 included; read only.
             keep: `[n]` bool, False for rows to leave out; None keeps all.
         """
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, len(rows))
-            wanted = None if keep is None else keep[start:stop]
-            norms = np.empty((stop - start, self._layers))
+        done = 0
+        while done < len(rows):
+            some = min(_BLOCK_ROWS - self._n_held, len(rows) - done)
+            part, wanted = rows[done : done + some], None if keep is None else keep[done : done + some]
+            if some == _BLOCK_ROWS:
+                self._add_rows(part, wanted)
+            else:
+                self._hold(part, wanted)
+            done += some
+
+    def _hold(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
+        """Keep a part of a block until the rest is there, so that blocks always begin at multiples of 64 rows."""
+        if self._held is None:
+            self._held = np.empty((_BLOCK_ROWS, self._layers, self._width), rows.dtype)
+        place = slice(self._n_held, self._n_held + len(rows))
+        self._held[place] = rows
+        self._held_keep[place] = True if keep is None else keep
+        self._n_held = place.stop
+        if self._n_held == _BLOCK_ROWS:
+            self._release()
+
+    def _release(self) -> None:
+        if self._held is not None and self._n_held:
+            self._add_rows(self._held[: self._n_held], self._held_keep[: self._n_held])
+            self._n_held = 0
+
+    def _add_rows(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
+        norms = np.empty((len(rows), self._layers))
+        # A signalling NaN, or float64 values near 1e308, are data here and no reason to warn.
+        with np.errstate(all="ignore"):
             for layer in range(self._layers):
-                norms[:, layer] = self._add_block(rows[start:stop, layer], layer, wanted)
+                norms[:, layer] = self._add_block(rows[:, layer], layer, keep)
             self._add_norms(norms)
-            self._rows += stop - start
+        self._rows += len(rows)
 
     def add_overflow(self, values: np.ndarray) -> None:
         """Count `[layers]` values that became infinite in the cast to the storage dtype."""
@@ -75,24 +104,22 @@ class Moments:
         """Add up to 64 rows of one layer; give their norms, NaN for rows that are left out."""
         wide = self._wide[: len(block)]
         np.copyto(wide, block)
-        # A signalling NaN, or float64 values near 1e308, are data here and no reason to warn.
-        with np.errstate(all="ignore"):
-            norms: np.ndarray = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-            if not np.isfinite(norms).all():
-                finite = np.asarray(np.isfinite(wide).all(axis=1))
-                bad = ~finite
-                self._non_finite[layer] += bad.sum()
-                if bad.any() and self._first_non_finite[layer] < 0:
-                    self._first_non_finite[layer] = self._rows + int(np.argmax(bad))
-                keep = finite if keep is None else keep & finite
-            maybe_zero = norms == 0.0
-            if maybe_zero.any():
-                self._zero_rows[layer] += int((~wide[maybe_zero].any(axis=1)).sum())
-            if keep is not None and not keep.all():
-                norms = np.where(keep, norms, np.nan)
-                wide = wide[keep]
-            if len(wide):
-                self._add_wide(wide, layer)
+        norms: np.ndarray = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        if not np.isfinite(norms).all():
+            finite = np.asarray(np.isfinite(wide).all(axis=1))
+            bad = ~finite
+            self._non_finite[layer] += bad.sum()
+            if bad.any() and self._first_non_finite[layer] < 0:
+                self._first_non_finite[layer] = self._rows + int(np.argmax(bad))
+            keep = finite if keep is None else keep & finite
+        maybe_zero = norms == 0.0
+        if maybe_zero.any():
+            self._zero_rows[layer] += int((~wide[maybe_zero].any(axis=1)).sum())
+        if keep is not None and not keep.all():
+            norms = np.where(keep, norms, np.nan)
+            wide = wide[keep]
+        if len(wide):
+            self._add_wide(wide, layer)
         return norms
 
     def _add_wide(self, wide: np.ndarray, layer: int) -> None:
@@ -132,16 +159,18 @@ class Moments:
             `non_finite`, `first_non_finite` (a position in the store, or -1), `zero_rows` and `overflow`
             `[layers]`. Without any row counted, `mean` is NaN and `m2` zero. The arrays are the caller's.
         """
+        self._release()
         count = np.zeros((self._layers, self._width))
         mean = np.full((self._layers, self._width), np.nan)
         m2 = np.zeros((self._layers, self._width))
         for layer, sums in enumerate(self._sums):
             if sums is not None:
-                offset = sums.first / sums.rows
-                count[layer] = sums.rows
-                mean[layer] = sums.shift + offset
-                # Rounding may leave a constant dimension a hair below zero.
-                m2[layer] = np.maximum(sums.second - sums.first * offset, 0)
+                with np.errstate(all="ignore"):
+                    offset = sums.first / sums.rows
+                    count[layer] = sums.rows
+                    mean[layer] = sums.shift + offset
+                    # Rounding may leave a constant dimension a hair below zero.
+                    m2[layer] = np.maximum(sums.second - sums.first * offset, 0)
         located = np.where(self._first_non_finite < 0, -1, self._first_non_finite + first_token)
         return {
             "count": count,
@@ -160,11 +189,12 @@ def merge_moments(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Merge `(count, mean, m2)` of two disjoint sets of rows (Chan et al. 1979, equation 1.5).
 
-    The arrays may have any one shape; a mean where the count is zero is ignored. New arrays are returned.
+    The arrays may have any one shape; a mean where the count is zero is ignored, and NaN where both are. New
+    arrays are returned.
     """
     (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = one, two
     count = count_a + count_b
     share = np.divide(count_b, count, out=np.zeros_like(count), where=count > 0)
     base = np.where(count_a > 0, mean_a, mean_b)
-    delta = np.where(count_b > 0, mean_b, base) - base
+    delta = np.where((count_a > 0) & (count_b > 0), mean_b - base, 0.0)
     return count, base + delta * share, m2_a + m2_b + delta * delta * count_a * share

@@ -10,6 +10,7 @@ import torch
 
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
+from mmcache.flags import counted
 from mmcache.manifest import Manifest, read_manifest
 from mmcache.shards import ShardFolder, missing_shards
 from mmcache.site_view import SiteView
@@ -175,6 +176,9 @@ class Store:
             if self._manifest.has_tokens:
                 folder = ShardFolder(self.path, self._manifest, "sequences", self.n_sequences)
                 spans = folder.read(0, self.n_sequences).numpy()
+                if len(spans) and self._manifest.kind == "grown":
+                    # A crash may leave the last one continued further than what counts.
+                    spans[-1, 1] = min(spans[-1, 1], self.n_tokens)
             else:
                 spans = np.array([[0, self.n_tokens, 0]][: self.n_sequences], np.int64).reshape(-1, 3)
             edges = np.append(spans[:, 0], self.n_tokens)
@@ -203,9 +207,15 @@ class Store:
             if self._manifest.shard_tokens is None:
                 raise IncompleteError(f"site {site!r} of {self.path} has no rows yet")
             folder = ShardFolder(self.path, self._manifest, site, self.n_tokens)
-            view = SiteView(site, folder, self.layout, self.layers, lambda index: self.sequences[index][:2])
+            view = SiteView(
+                site, folder, self.layout, self.layers, lambda index: self.sequences[index][:2], self._counted
+            )
             self._views[site] = view
         return view
+
+    def _counted(self, start: int, stop: int) -> np.ndarray:
+        """Tell which tokens count in the statistics: `[stop - start]` bool."""
+        return counted(self.flags[start:stop].numpy())
 
     def __contains__(self, site: object) -> bool:
         return site in self._manifest.sites

@@ -12,10 +12,11 @@ import torch
 
 from mmcache.batch import check_batch
 from mmcache.block import Block, PageCachePolicy
-from mmcache.columns import BOS, SPECIAL, Column
+from mmcache.columns import Column
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, ReadOnlyError
 from mmcache.files import remove_drafts
+from mmcache.flags import counted, flagged
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
 from mmcache.manifest import (
@@ -71,6 +72,9 @@ class Writer(GrownStore):
         self._special = np.array(manifest.special_tokens, np.int64)
         totals = {"tokens": self._n_tokens, "flags": self._n_tokens, "sequences": manifest.n_sequences}
         self._columns = {array: Column(self._path, manifest, array, total) for array, total in totals.items()}
+        if manifest.n_sequences:
+            # A crash may have left it continued further than what counts.
+            self._columns["sequences"].last()[1] = self._n_tokens
         for site in manifest.sites:
             remove_drafts(self._path / site)
 
@@ -134,11 +138,8 @@ class Writer(GrownStore):
             self._started()[1].settle()
 
     def _append_sequence(self, item: SequenceRows, *, continues: bool) -> None:
-        special = np.isin(item.tokens, self._special)
-        flags = item.flags | np.where(special, np.uint8(SPECIAL), np.uint8(0))
-        if special[0] and not continues:
-            flags[0] |= BOS
-        keep = (flags & (BOS | SPECIAL)) == 0
+        flags = item.flags | flagged(item.tokens, self._special, begins=not continues)
+        keep = counted(flags)
         total, done = len(item.tokens), 0
         while done < total:
             block = self._open_block()
@@ -169,8 +170,8 @@ class Writer(GrownStore):
             if rows:
                 old = {site: ShardFolder(self._path, manifest, site, self._n_tokens) for site in manifest.sites}
                 flags = ShardFolder(self._path, manifest, "flags", self._n_tokens)
-                keep = (flags.read(self._n_tokens - rows, self._n_tokens) & (BOS | SPECIAL)) == 0
-                self._block.restage(self._started()[1], old, keep.numpy())
+                keep = counted(flags.read(self._n_tokens - rows, self._n_tokens).numpy())
+                self._block.restage(self._started()[1], old, keep)
         return self._block
 
     def _started(self) -> tuple[Pipeline, Stager]:

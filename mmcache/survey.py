@@ -1,0 +1,194 @@
+"""What a job will take, before it takes it: tokens, bytes, room and time; and the batch size that is quickest."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mmcache.dtypes import BY_NAME
+from mmcache.files import free_bytes
+from mmcache.fill import forward
+from mmcache.format import Layout
+from mmcache.geometry import shard_rows
+from mmcache.manifest import Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from torch import nn
+
+    from mmcache.capture import Captured
+    from mmcache.contexts import Context
+    from mmcache.fill import Fill
+    from mmcache.plan import Settings
+
+__all__ = ["Survey", "quickest_batch", "survey_contexts", "survey_plan"]
+
+_LARGEST_BATCH = 256
+# A larger batch has to be this much quicker to be worth its memory.
+_WORTH = 1.05
+_MEASURED_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a job will take.
+
+    `sites` maps each site to its width; `bytes_a_token` is what all sites and layers take for one token,
+    `bytes_to_do` and `shards_to_do` what is missing of `total_bytes` and `shards`; `seconds` is an estimate from
+    a few measured batches, None where none was measured.
+    """
+
+    tokens: int
+    sequences: int
+    sites: dict[str, int]
+    layers: tuple[int, ...]
+    dtype: str
+    layout: str
+    batch_size: int
+    bytes_a_token: int
+    total_bytes: int
+    bytes_to_do: int
+    free_bytes: int
+    shards: int
+    shards_to_do: int
+    tokens_to_do: int
+    tokens_a_second: float | None = None
+    seconds: float | None = None
+
+
+def _totals(manifest: Manifest) -> tuple[int, int, int]:
+    """Give bytes a token, bytes of all shards, and how many shards there are."""
+    total = manifest.n_tokens or 0
+    token = size = shards = 0
+    for site in manifest.sites:
+        spec, slots = manifest.spec(site), len(manifest.slots(site))
+        blocks = spec.blocks(total)
+        last = Layout(spec, spec.rows_in_block(blocks - 1, total)).size
+        token += spec.row_bytes * slots
+        size += ((blocks - 1) * Layout(spec, spec.shard_rows).size + last) * slots
+        shards += blocks * slots
+    return token, size, shards
+
+
+def survey_plan(path: Path, manifest: Manifest, fill: Fill, batch_size: int) -> Survey:
+    """Say what is left to do of a plan."""
+    token, size, shards = _totals(manifest)
+    return Survey(
+        tokens=manifest.n_tokens or 0,
+        sequences=manifest.n_sequences,
+        sites={site: width or 0 for site, width in manifest.sites.items()},
+        layers=manifest.layers,
+        dtype=manifest.dtype or "",
+        layout=manifest.layout,
+        batch_size=batch_size,
+        bytes_a_token=token,
+        total_bytes=size,
+        bytes_to_do=fill.bytes,
+        free_bytes=free_bytes(path),
+        shards=shards,
+        shards_to_do=fill.shards,
+        tokens_to_do=fill.tokens,
+    )
+
+
+def survey_contexts(
+    path: Path,
+    settings: Settings,
+    contexts: Iterable[Context],
+    batch_size: int,
+    run: Callable[[np.ndarray, np.ndarray], None],
+) -> Survey:
+    """Say what a job that is not planned yet would take; writes nothing, and runs the first three batches.
+
+    Args:
+        path: where the store would be.
+        settings: what is asked for.
+        contexts: its contexts, up to `max_tokens`.
+        batch_size: contexts a batch.
+        run: runs one batch of ids and attention mask.
+    """
+    tokens = sequences = 0
+    first: list[np.ndarray] = []
+    for context in contexts:
+        if settings.max_tokens is not None and tokens + len(context.tokens) > settings.max_tokens:
+            break
+        tokens, sequences = tokens + len(context.tokens), sequences + 1
+        if len(first) < batch_size * _MEASURED_BATCHES:
+            first.append(context.tokens)
+    deep = len(settings.layers) if settings.layout == "token" else 1
+    rows = [deep * width * BY_NAME[settings.dtype].size for width in settings.widths.values()]
+    plan = Manifest(
+        kind="planned",
+        store="",
+        layout=settings.layout,
+        dtype=settings.dtype,
+        sites=dict(settings.widths),
+        layers=settings.layers,
+        n_tokens=max(tokens, 1),
+    ).with_geometry(shard_rows(rows, settings.shard_tokens, max(tokens, 1)), tokens)
+    token, size, shards = _totals(plan)
+    rate = _rate([first[at : at + batch_size] for at in range(0, len(first), batch_size)], run)
+    return Survey(
+        tokens=tokens,
+        sequences=sequences,
+        sites=settings.widths,
+        layers=settings.layers,
+        dtype=settings.dtype,
+        layout=settings.layout,
+        batch_size=batch_size,
+        bytes_a_token=token,
+        total_bytes=size,
+        bytes_to_do=size,
+        free_bytes=free_bytes(path),
+        shards=shards,
+        shards_to_do=shards,
+        tokens_to_do=tokens,
+        tokens_a_second=rate,
+        seconds=tokens / rate if rate else None,
+    )
+
+
+def _rate(batches: list[list[np.ndarray]], run: Callable[[np.ndarray, np.ndarray], None]) -> float | None:
+    """Measure tokens a second; the first batch, which warms up, is left out where there are others."""
+    taken = []
+    for batch in batches:
+        longest = max(map(len, batch))
+        ids = np.stack([np.pad(tokens, (0, longest - len(tokens))) for tokens in batch]).astype(np.int64)
+        mask = np.stack([np.arange(longest) < len(tokens) for tokens in batch]).astype(np.int64)
+        began = time.perf_counter()
+        run(ids, mask)
+        taken.append((sum(map(len, batch)), time.perf_counter() - began))
+    counted = taken[1:] or taken
+    return sum(tokens for tokens, _ in counted) / sum(seconds for _, seconds in counted) if counted else None
+
+
+def quickest_batch(model: nn.Module, captured: Captured, length: int, device: torch.device) -> int:
+    """Find the batch size with the most tokens a second: doubled until that no longer pays, or memory ends.
+
+    Blocks for a few forward passes of `length` tokens each.
+    """
+    best, best_rate = 1, 0.0
+    for size in itertools.takewhile(lambda size: size <= _LARGEST_BATCH, (1 << power for power in range(20))):
+        ids, mask = np.zeros((size, length), np.int64), np.ones((size, length), np.int64)
+        try:
+            # The first pass at each size warms up, the second one counts.
+            for _ in range(2):
+                began = time.perf_counter()
+                forward(model, captured, ids, mask, device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                taken = time.perf_counter() - began
+        except torch.OutOfMemoryError:
+            break
+        rate = size * length / taken
+        if rate < best_rate * _WORTH:
+            break
+        best, best_rate = size, rate
+    return best
