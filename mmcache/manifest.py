@@ -19,7 +19,7 @@ from zarr.codecs import TransposeCodec
 from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError, VersionError
 from mmcache.files import read_file
-from mmcache.format import FORMAT_VERSION, ShardSpec
+from mmcache.format import FORMAT_VERSION, Layout, ShardSpec
 from mmcache.geometry import inner_rows
 
 if TYPE_CHECKING:
@@ -113,6 +113,25 @@ class Manifest:
     def slots(self, array: str) -> range:
         """Give the slots that an array has a shard of in each block: one a layer in the layer layout."""
         return range(len(self.layers) if self.layout == "layer" and array not in RESERVED else 1)
+
+    def n_shards(self, site: str) -> int:
+        """Count the shards that a site has when it is complete; 0 before its geometry is known."""
+        if not self.n_tokens or self.shard_tokens is None:
+            return 0
+        return self.spec(site).blocks(self.n_tokens) * len(self.slots(site))
+
+    def site_bytes(self, site: str) -> int:
+        """Add up the sizes of the files of a complete site; 0 before its geometry is known."""
+        if not self.n_tokens or self.shard_tokens is None:
+            return 0
+        spec, slots = self.spec(site), len(self.slots(site))
+        whole = spec.blocks(self.n_tokens) - 1
+        last = Layout(spec, spec.rows_in_block(whole, self.n_tokens)).size
+        return (whole * Layout(spec, spec.shard_rows).size + last) * slots
+
+    def token_bytes(self) -> int:
+        """Give the bytes that all sites and layers take for one token."""
+        return sum(self.spec(site).row_bytes * len(self.slots(site)) for site in self.sites)
 
     def shard_metadata(self, array: str, block: int, slot: int = 0) -> dict[str, str]:
         """Write the strings that a shard's header carries, by which a moved or foreign shard is noticed."""

@@ -136,6 +136,11 @@ class Store:
         return self._manifest.shard_tokens
 
     @property
+    def kind(self) -> str:
+        """`"planned"` (made by `extract`) or `"grown"` (made by `create`, or a cache)."""
+        return self._manifest.kind
+
+    @property
     def has_tokens(self) -> bool:
         """Whether token ids, flags and sequences were stored; a cache has none."""
         return self._manifest.has_tokens
@@ -202,9 +207,7 @@ class Store:
     def __getitem__(self, site: str) -> SiteView:
         view = self._views.get(site)
         if view is None:
-            if site not in self._manifest.sites:
-                raise UnknownSiteError(f"site {site!r} not in {self.path} (sites: {', '.join(self.sites)})")
-            if self._manifest.shard_tokens is None:
+            if self.d_model(site) is None or self._manifest.shard_tokens is None:
                 raise IncompleteError(f"site {site!r} of {self.path} has no rows yet")
             folder = ShardFolder(self.path, self._manifest, site, self.n_tokens)
             view = SiteView(
@@ -235,11 +238,23 @@ class Store:
             return 0
         return len(missing_shards(self.path, self._manifest, site, self.n_tokens))
 
+    def d_model(self, site: str) -> int | None:
+        """Give the width of a site; None for a cache that nothing was pushed to.
+
+        Raises:
+            UnknownSiteError: the store has no such site.
+        """
+        if site not in self._manifest.sites:
+            raise UnknownSiteError(f"site {site!r} not in {self.path} (sites: {', '.join(self.sites)})")
+        return self._manifest.sites[site]
+
+    def site_bytes(self, site: str) -> int:
+        """Give the bytes that a site takes when it is complete, headers, padding and statistics included."""
+        return self._manifest.site_bytes(site)
+
     def n_shards(self, site: str) -> int:
         """Count the shards that a site has when it is complete."""
-        if self._manifest.shard_tokens is None:
-            return 0
-        return self._manifest.spec(site).blocks(self.n_tokens) * len(self._manifest.slots(site))
+        return self._manifest.n_shards(site)
 
     def close(self) -> None:
         """Let go of every map. Reading again brings them back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from mmcache.dtypes import BY_NAME
 from mmcache.files import free_bytes
 from mmcache.fill import forward
-from mmcache.format import Layout
 from mmcache.geometry import shard_rows
 from mmcache.manifest import Manifest
 
@@ -63,39 +62,32 @@ class Survey:
     seconds: float | None = None
 
 
-def _totals(manifest: Manifest) -> tuple[int, int, int]:
-    """Give bytes a token, bytes of all shards, and how many shards there are."""
-    total = manifest.n_tokens or 0
-    token = size = shards = 0
-    for site in manifest.sites:
-        spec, slots = manifest.spec(site), len(manifest.slots(site))
-        blocks = spec.blocks(total)
-        last = Layout(spec, spec.rows_in_block(blocks - 1, total)).size
-        token += spec.row_bytes * slots
-        size += ((blocks - 1) * Layout(spec, spec.shard_rows).size + last) * slots
-        shards += blocks * slots
-    return token, size, shards
+def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, int] | None = None) -> Survey:
+    """Add up a plan; `to_do` is what is missing in bytes, shards and tokens, None for all of it."""
+    size = sum(plan.site_bytes(site) for site in plan.sites)
+    shards = sum(plan.n_shards(site) for site in plan.sites)
+    bytes_to_do, shards_to_do, tokens_to_do = to_do or (size, shards, plan.n_tokens or 0)
+    return Survey(
+        tokens=plan.n_tokens or 0,
+        sequences=plan.n_sequences,
+        sites={site: width or 0 for site, width in plan.sites.items()},
+        layers=plan.layers,
+        dtype=plan.dtype or "",
+        layout=plan.layout,
+        batch_size=batch_size,
+        bytes_a_token=plan.token_bytes(),
+        total_bytes=size,
+        bytes_to_do=bytes_to_do,
+        free_bytes=free_bytes(path),
+        shards=shards,
+        shards_to_do=shards_to_do,
+        tokens_to_do=tokens_to_do,
+    )
 
 
 def survey_plan(path: Path, manifest: Manifest, fill: Fill, batch_size: int) -> Survey:
     """Say what is left to do of a plan."""
-    token, size, shards = _totals(manifest)
-    return Survey(
-        tokens=manifest.n_tokens or 0,
-        sequences=manifest.n_sequences,
-        sites={site: width or 0 for site, width in manifest.sites.items()},
-        layers=manifest.layers,
-        dtype=manifest.dtype or "",
-        layout=manifest.layout,
-        batch_size=batch_size,
-        bytes_a_token=token,
-        total_bytes=size,
-        bytes_to_do=fill.bytes,
-        free_bytes=free_bytes(path),
-        shards=shards,
-        shards_to_do=fill.shards,
-        tokens_to_do=fill.tokens,
-    )
+    return _survey(path, manifest, batch_size, (fill.bytes, fill.shards, fill.tokens))
 
 
 def survey_contexts(
@@ -131,28 +123,12 @@ def survey_contexts(
         dtype=settings.dtype,
         sites=dict(settings.widths),
         layers=settings.layers,
-        n_tokens=max(tokens, 1),
-    ).with_geometry(shard_rows(rows, settings.shard_tokens, max(tokens, 1)), tokens)
-    token, size, shards = _totals(plan)
+        n_tokens=tokens,
+        n_sequences=sequences,
+    ).with_geometry(shard_rows(rows, settings.shard_tokens, tokens), tokens)
     rate = _rate([first[at : at + batch_size] for at in range(0, len(first), batch_size)], run)
-    return Survey(
-        tokens=tokens,
-        sequences=sequences,
-        sites=settings.widths,
-        layers=settings.layers,
-        dtype=settings.dtype,
-        layout=settings.layout,
-        batch_size=batch_size,
-        bytes_a_token=token,
-        total_bytes=size,
-        bytes_to_do=size,
-        free_bytes=free_bytes(path),
-        shards=shards,
-        shards_to_do=shards,
-        tokens_to_do=tokens,
-        tokens_a_second=rate,
-        seconds=tokens / rate if rate else None,
-    )
+    seconds = tokens / rate if rate else None
+    return replace(_survey(path, plan, batch_size), tokens_a_second=rate, seconds=seconds)
 
 
 def _rate(batches: list[list[np.ndarray]], run: Callable[[np.ndarray, np.ndarray], None]) -> float | None:

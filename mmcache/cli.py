@@ -1,0 +1,256 @@
+"""The command line: arguments only. Data goes to stdout, progress to stderr; exit 0 fine, 1 findings, 2 usage."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from rich.console import Console
+
+from mmcache.capture import probe
+from mmcache.corpus import read_texts
+from mmcache.errors import CorruptError, MmcacheError, NonFiniteError, WriteError
+from mmcache.extract import Extraction
+from mmcache.loading import load_model, load_tokenizer
+from mmcache.manifest import ROOT, read_manifest
+from mmcache.sites import describe, resolve
+from mmcache.store import open_store
+from mmcache.terminal import ProgressBar, draw_overview, draw_rows, draw_show, draw_statistics, draw_survey
+from mmcache.view import layer_view, overview, row_view, sites_view, statistics_view
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["main"]
+
+_DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+_SITE = click.option("--site", help="Which site; needed where the store has several.")
+
+
+class _Terminated(BaseException):
+    """SIGTERM: a job that is pre-empted stops as one that is interrupted does."""
+
+
+class _Group(click.Group):
+    """`mmcache PATH` is `mmcache info PATH`, and our errors are told without a traceback."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and Path(args[0]).exists():
+            args = ["info", *args]
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MmcacheError as error:
+            click.echo(f"mmcache: {error}", err=True)
+            # What was found on the disk or in the data is a finding, the rest is about how it was asked.
+            sys.exit(1 if isinstance(error, CorruptError | NonFiniteError | WriteError) else 2)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Read `0-5,8` as layer numbers."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        try:
+            found += range(int(low), int(high or low) + 1)
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: expected numbers and ranges, such as 0-5,8") from None
+    return found
+
+
+def _batch_size(text: str) -> Any:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"--batch-size {text!r}: expected a number, or auto") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mmcache")
+def main() -> None:
+    """Language-model activations on disk. `mmcache PATH` says what a store is."""
+
+
+@main.command()
+@click.argument("model")
+@click.argument("corpus", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The store, new or to be gone on with.")
+@click.option("--sites", default="mlp_in,mlp_out", show_default=True, help="Which activations, by comma.")
+@click.option("--layers", help="Which layers, such as 0-5,8; all of them by default.")
+@click.option("--context-length", type=int, help="Tokens a context at most.  [1024, or less if the model can't]")
+@click.option("--pack", is_flag=True, help="Fill contexts with several documents, which then see each other.")
+@click.option("--batch-size", default="8", show_default=True, help="Contexts a forward pass, or auto.")
+@click.option("--dtype", type=_DTYPES, default="bfloat16", show_default=True, help="The storage dtype.")
+@click.option("--compute-dtype", type=_DTYPES, help="What the model computes in.  [as its checkpoint]")
+@click.option("--layout", type=click.Choice(["token", "layer"]), default="token", show_default=True)
+@click.option("--shard-tokens", type=int, help="Tokens a shard.  [256 MiB of the widest site]")
+@click.option("--max-tokens", type=int, help="Store whole contexts up to this many tokens; may grow later.")
+@click.option("--device", help="Where the model runs.  [cuda if there is one, else cpu]")
+@click.option("--field", default="text", show_default=True, help="The key of the text in JSON lines and datasets.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
+@click.option("--strict", is_flag=True, help="Refuse NaN and infinity instead of counting them.")
+@click.option("--accept-numerics", is_flag=True, help="Go on although batch size, device, threads or versions differ.")
+@_JSON
+def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+    """Run MODEL (a folder or hub name, or `demo`) over CORPUS, and store its activations.
+
+    CORPUS is text, .jsonl, .parquet or .npy files, dataset folders, or the name of a dataset on the hub. The
+    same command goes on after an interruption.
+    """
+    console = Console(stderr=True)
+    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    _plan_threads(out)
+    job = Extraction(
+        load_model(model, options["compute_dtype"]),
+        load_tokenizer(model),
+        out,
+        sites=options["sites"].split(","),
+        layers=_layers(options["layers"]),
+        context_length=options["context_length"],
+        pack=options["pack"],
+        batch_size=_batch_size(options["batch_size"]),
+        dtype=options["dtype"],
+        layout=options["layout"],
+        shard_tokens=options["shard_tokens"],
+        max_tokens=options["max_tokens"],
+        device=device,
+        record={"command": shlex.join(["mmcache", *sys.argv[1:]]), "corpus": list(corpus)},
+    )
+    texts = read_texts(corpus, field=options["field"])
+    if options["dry_run"]:
+        survey = job.survey(texts)
+        if as_json:
+            _print_json(vars(survey))
+        else:
+            draw_survey(Console(), survey)
+        return
+    with _stoppable(out), ProgressBar(console) as bar:
+        store = job.run(
+            texts,
+            accept_numerics=options["accept_numerics"],
+            strict=options["strict"],
+            planned=lambda survey: draw_survey(console, survey),
+            progress=bar.update,
+        )
+    if as_json:
+        _print_json(overview(store))
+    else:
+        draw_overview(Console(), overview(store))
+
+
+def _plan_threads(out: Path) -> None:
+    """Compute with as many threads as the plan says: another number may change the last bits."""
+    if (out / ROOT).is_file():
+        threads = read_manifest(out).source.get("numerics", {}).get("threads")
+        if isinstance(threads, int) and threads > 0:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end a job tidily: drafts go, finished shards stay, and how to go on is said."""
+
+    def stop(number: int, _frame: object) -> None:
+        # A second signal must not interrupt the tidying up.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Terminated as stopped:
+        click.echo(f"mmcache: stopped. What is finished is in {out}; the same command goes on from there", err=True)
+        sys.exit(128 + stopped.args[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--sites", help="Only these, module paths included, by comma.")
+@_JSON
+def sites(model: str, sites: str | None, as_json: bool) -> None:
+    """Say which activations MODEL has: each site, its modules, its shape."""
+    loaded = load_model(model, None)
+    found = resolve(loaded, sites.split(",")) if sites else describe(loaded)
+    rows = sites_view(found, probe(loaded, [site.name for site in found]))
+    if as_json:
+        _print_json(rows)
+    else:
+        draw_rows(Console(), f"{type(loaded).__name__}", rows)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_JSON
+def info(path: Path, as_json: bool) -> None:
+    """Say what the store at PATH is: identity, shape, size, completeness."""
+    view = overview(open_store(path, partial=True))
+    if as_json:
+        _print_json(view)
+    else:
+        draw_overview(Console(), view)
+    if not view["complete"]:
+        sys.exit(1)
+
+
+def _one_site(path: Path, site: str | None) -> tuple[Any, list[str]]:
+    store = open_store(path, partial=True)
+    return store, [site] if site else list(store.sites)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("layer", type=int)
+@click.argument("position", type=int, required=False)
+@_SITE
+@_JSON
+def show(path: Path, layer: int, position: int | None, site: str | None, as_json: bool) -> None:
+    """Show LAYER of a store, or its row at POSITION (negative: from the end, written after `--`)."""
+    store, names = _one_site(path, site)
+    views = [
+        layer_view(store, name, layer) if position is None else row_view(store, name, layer, position) for name in names
+    ]
+    if as_json:
+        _print_json(views)
+        return
+    console = Console()
+    for view in views:
+        draw_show(console, view)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_SITE
+@_JSON
+def stats(path: Path, site: str | None, as_json: bool) -> None:
+    """Print each layer's norms, spread and health, from the statistics that the shards carry."""
+    store, names = _one_site(path, site)
+    views = [statistics_view(store, name) for name in names]
+    if as_json:
+        _print_json(views)
+    else:
+        for view in views:
+            draw_statistics(Console(), view)
+    if any(row["non_finite"] for view in views for row in view["layers"]):
+        sys.exit(1)
