@@ -258,7 +258,9 @@ class FullActivationCache:
         manifest = self._writer.manifest
         site = next(iter(manifest.sites))
         folder = ShardFolder(self._path, manifest, site, manifest.n_tokens or 0, wait=self._writer.wait)
-        self._view = SiteView(site, folder, "layer", manifest.layers, lambda _: (0, self.seq_len), _all)
+        self._view = SiteView(
+            site, folder, "layer", manifest.layers, lambda _: (0, self.seq_len), _all, length="seq_len"
+        )
 
     def _check_open(self) -> None:
         if self._closed:

@@ -79,7 +79,8 @@ class Contexts:
         pack: fill each context with the documents one after the other, which then see each other, instead of
             beginning a new context with each document.
 
-    Documents that are token ids already are cut as they are: nothing is put around them.
+    Documents that are token ids already are cut as they are: nothing is put around them. Packed, they are put
+    one after the other as texts are.
 
     Raises:
         ArgumentError: a context has no room for a token between the special ones.
@@ -176,6 +177,7 @@ def _together(documents: Iterable[Document], first: int) -> Iterator[list[str] |
             some, size = [], 0
             yield document
         elif isinstance(document, str):
+            _check_text(document, number)
             some.append(document)
             size += len(document)
             if size >= _TOGETHER_CHARACTERS or len(some) >= _TOGETHER_TEXTS:
@@ -188,6 +190,16 @@ def _together(documents: Iterable[Document], first: int) -> Iterator[list[str] |
             )
     if some:
         yield some
+
+
+def _check_text(document: str, number: int) -> None:
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"document {number} has half of a surrogate pair at character {error.start}, which is no text: "
+            f"replace it, as by text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from error
 
 
 def _frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ A document is a text, or a one-dimensional array of token ids, which is taken as
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -37,8 +37,10 @@ def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text"
         field: the key of the text in JSON lines, Parquet and datasets.
 
     Raises:
-        CorpusError: a source that is not there or cannot be read as said; source and line are named.
+        CorpusError: a source that is not there or cannot be read as said; source and line (or row) are named.
     """
+    if isinstance(sources, str | PurePath):
+        raise CorpusError(f"sources is one path, {str(sources)!r}: give a sequence of them, [{str(sources)!r}]")
     for source in sources:
         path = Path(source)
         try:
@@ -69,12 +71,14 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field]
+                text = json.loads(line.decode("utf-8-sig"))[field]
+            except UnicodeDecodeError as error:
+                raise CorpusError(f"{path}, line {number}: not UTF-8 at its byte {error.start}: convert it") from error
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CorpusError(
                     f"{path}, line {number}: no document under {field!r} ({error!r}); choose the key with --field"
@@ -115,20 +119,18 @@ def _ids(array: Any, where: str) -> np.ndarray:
 def _read_npy(path: Path) -> Iterator[np.ndarray]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise CorpusError(f"{path} is no array of numbers: {error}") from error
+    except (ValueError, EOFError) as error:
+        # Only the first sentence: numpy goes on to advise loading pickles.
+        raise CorpusError(f"{path} is no array of numbers: {str(error).partition('. ')[0]}") from error
+    if not isinstance(array, np.ndarray):
+        raise CorpusError(f"{path} holds several arrays (it is an .npz): save the one with the token ids by itself")
     for row in array if array.ndim == 2 else [array]:
         yield _ids(row, str(path))
 
 
 def _read_folder(path: Path, field: str) -> Iterator[Document]:
     if (path / "zarr.json").is_file():
-        node = zarr.open(path, mode="r")
-        if not isinstance(node, zarr.Array):
-            raise CorpusError(f"{path} is a zarr group: give one of its arrays, such as {path / 'tokens'}")
-        if node.ndim != 1 or node.dtype.kind not in "iu":
-            raise CorpusError(f"{path} is {node.dtype} {list(node.shape)}: expected integers [n]")
-        yield np.asarray(node[:])
+        yield _read_zarr(path)
         return
     if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
         raise CorpusError(f"{path} is a folder, but no dataset (save_to_disk) and no zarr array: give its files")
@@ -137,6 +139,20 @@ def _read_folder(path: Path, field: str) -> Iterator[Document]:
     if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
         raise CorpusError(f"{path} holds the splits {', '.join(dataset)}: give the folder of one of them")
     yield from _rows(dataset, str(path), field)
+
+
+def _read_zarr(path: Path) -> np.ndarray:
+    try:
+        node = zarr.open(path, mode="r")
+        fits = isinstance(node, zarr.Array) and node.ndim == 1 and node.dtype.kind in "iu"
+        ids = np.asarray(node[:]) if fits else None
+    except Exception as error:  # zarr and its codecs say in many ways that an array is damaged
+        raise CorpusError(f"{path} cannot be read as a zarr array: {error!r}") from error
+    if not isinstance(node, zarr.Array):
+        raise CorpusError(f"{path} is a zarr group: give one of its arrays, such as {path / 'tokens'}")
+    if ids is None:
+        raise CorpusError(f"{path} is {node.dtype} {list(node.shape)}: expected integers [n]")
+    return ids
 
 
 def _datasets(where: str) -> Any:

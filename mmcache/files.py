@@ -253,7 +253,8 @@ class Draft:
     def discard(self) -> None:
         """Remove the draft; what is under the final name stays as it is. Safe to call twice."""
         if self._fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
+            # What cannot be removed is litter; saying so would hide why the draft is given up.
+            with contextlib.suppress(OSError):
                 self._temporary.unlink()
             self._close()
 

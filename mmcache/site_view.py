@@ -42,9 +42,12 @@ class SiteView:
         layers: Sequence[int],
         span: Callable[[int], tuple[int, int]],
         keep: Callable[[int, int], np.ndarray],
+        *,
+        length: str = "n_tokens",
     ) -> None:
         self.name = name
         self._folder, self._layout, self._span, self._keep = folder, layout, span, keep
+        self._length = length
         self._statistics: SiteStatistics | None = None
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._n_tokens, self._shard_rows = folder.rows, folder.spec.shard_rows
@@ -134,8 +137,8 @@ class SiteView:
 
     def _bad_position(self, position: int) -> OutOfRangeError:
         return OutOfRangeError(
-            f"position {position} not in cache (n_tokens={self._n_tokens}: positions 0 to "
-            f"{self._n_tokens - 1}, or negative from the end)"
+            f"position {position} out of range ({self._length}={self._n_tokens}: 0 to {self._n_tokens - 1}, "
+            f"or negative from the end)"
         )
 
     def get_position(self, layer: int, position: int, device: torch.device | str = "cpu") -> torch.Tensor:

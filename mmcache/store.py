@@ -211,7 +211,13 @@ class Store:
                 raise IncompleteError(f"site {site!r} of {self.path} has no rows yet")
             folder = ShardFolder(self.path, self._manifest, site, self.n_tokens)
             view = SiteView(
-                site, folder, self.layout, self.layers, lambda index: self.sequences[index][:2], self._counted
+                site,
+                folder,
+                self.layout,
+                self.layers,
+                lambda index: self.sequences[index][:2],
+                self._counted,
+                length="n_tokens" if self.has_tokens else "seq_len",
             )
             self._views[site] = view
         return view

@@ -52,9 +52,9 @@ def _cell(value: object) -> str:
 
 def draw_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """Draw records as a table, one a row; where all values of a column are alike it is still drawn."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in rows[0] if rows else []:
-        table.add_column(name.replace("_", " "), overflow="fold")
+        table.add_column(name.replace("_", " "), overflow="fold", min_width=4)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table, highlight=False, markup=False)

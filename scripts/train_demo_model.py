@@ -121,9 +121,7 @@ def draw_batch(stream: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return windows
 
 
-def train(
-    model: LlamaForCausalLM, documents: Iterable[bytes], steps: int, generator: torch.Generator
-) -> None:
+def train(model: LlamaForCausalLM, documents: Iterable[bytes], steps: int, generator: torch.Generator) -> None:
     """Train the model in place, saying how it goes."""
     stream = torch.tensor([token for text in documents for token in (BOS_ID, *text)], dtype=torch.int16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
