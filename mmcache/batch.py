@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from mmcache.devices import check_dense
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, DtypeError, ShapeError, UnknownSiteError
 
@@ -31,13 +32,15 @@ class SequenceRows:
 
 
 def _whole_numbers(values: Ids, what: str, low: int, high: int) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    except ValueError as error:
+        raise ShapeError(f"{what} are rows of different lengths: pad them, and say where in attention_mask") from error
     if array.size and array.dtype.kind not in "iub":
         raise DtypeError(f"{what} are {array.dtype}: expected integers")
-    wide = array.astype(np.int64)
-    if wide.size and not (low <= wide.min() and wide.max() <= high):
-        raise ArgumentError(f"{what} range from {wide.min()} to {wide.max()}: expected {low} to {high}")
-    return wide
+    if array.size and not (low <= array.min() and array.max() <= high):
+        raise ArgumentError(f"{what} range from {array.min()} to {array.max()}: expected {low} to {high}")
+    return array.astype(np.int64)
 
 
 def _layers_of(
@@ -54,8 +57,7 @@ def _layers_of(
             f"activations of {site!r} have {len(layers)} layers: expected {n_layers}, each {list(expected)}"
         )
     for number, layer in enumerate(layers):
-        if not isinstance(layer, torch.Tensor):
-            raise DtypeError(f"layer {number} of {site!r} is a {type(layer).__name__}: expected a torch tensor")
+        check_dense(layer, f"layer {number} of {site!r}")
         if tuple(layer.shape) != expected:
             raise ShapeError(
                 f"layer {number} of {site!r} has shape {list(layer.shape)}: expected {list(expected)} "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mmcache.files import available_memory, make_folder
-from mmcache.staging import Seal, ShardWriter
+from mmcache.files import make_folder
+from mmcache.memory import available_memory
+from mmcache.shard_writer import Seal, ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -109,7 +110,7 @@ class Block:
         """
         for (site, slot), shard in self._shards.items():
             rows = old[site].checked(slot, self.number)
-            shard.carry(old[site].statistics(slot, self.number)[0]["overflow"])
+            shard.carry(old[site].overflow(slot, self.number))
             stager.stage(shard, rows.unbind(1) if self._token_layout else [rows], keep)
         self.rows = len(keep)
 

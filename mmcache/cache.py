@@ -2,160 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import tempfile
+import warnings
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 
-from mmcache.block import PageCachePolicy
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import (
     ArgumentError,
     ClosedError,
-    DtypeError,
     EmptyCacheError,
+    MmcacheError,
     OutOfRangeError,
     ReadOnlyError,
-    ShapeError,
 )
-from mmcache.files import make_folder, remove_tree
-from mmcache.geometry import shard_rows
-from mmcache.grown import GrownStore, claim, close_after
-from mmcache.manifest import Manifest, check_site_name
+from mmcache.files import remove_tree
+from mmcache.grown import claim, close_after
+from mmcache.layer_writer import LayerWriter
+from mmcache.manifest import Manifest
+from mmcache.names import check_site_name
 from mmcache.shards import ShardFolder
 from mmcache.site_view import SiteView
-from mmcache.staging import Seal, ShardWriter
 from mmcache.store import open_store
 
 if TYPE_CHECKING:
     import os
+
+    import torch
 
     from mmcache.site_view import Positions
 
 __all__ = ["FullActivationCache"]
 
 
-class _LayerWriter(GrownStore):
-    """The writing half of a cache: a grown store without tokens, whose layers grow instead."""
-
-    def __init__(self, path: Path, manifest: Manifest, asked: int | None, *, temporary: bool) -> None:
-        super().__init__(path, durable=not temporary)
-        self._site = next(iter(manifest.sites))
-        self._asked, self._temporary = asked, temporary
-        self._policy = PageCachePolicy()
-        self._pushed: torch.dtype | None = None
-        self._seals: list[list[Seal]] = []
-        self._open: ShardWriter | None = None
-        try:
-            claim(path, (self._site,))
-            self._commit_root(manifest, {})
-        except BaseException:
-            self._lock.release()
-            raise
-        self._begin()
-
-    def __repr__(self) -> str:
-        return f"FullActivationCache({str(self._path)!r})"
-
-    @property
-    def manifest(self) -> Manifest:
-        """What was pushed so far, committed or not."""
-        return self._manifest
-
-    def push(self, tensor: torch.Tensor) -> None:
-        """Stage one layer; see `FullActivationCache.push`."""
-        self._check_open()
-        self._check_layer(tensor)
-        manifest = self._manifest
-        slot = len(manifest.layers)
-        if manifest.shard_tokens is None:
-            manifest = self._first(tensor)
-        manifest = replace(manifest, layers=(*manifest.layers, slot))
-        spec = manifest.spec(self._site)
-        pipeline, stager = self._start(spec.row_bytes)
-        make_folder(self._path / self._site)
-        seals = []
-        with self._whole("push"):
-            for block in range(spec.blocks(len(tensor))):
-                first, rows = block * spec.shard_rows, spec.rows_in_block(block, len(tensor))
-                shard = self._open = ShardWriter(
-                    self._path / self._site / manifest.shard_key(self._site, block, slot),
-                    spec,
-                    manifest.shard_metadata(self._site, block, slot),
-                    first,
-                    rows=rows,
-                    direct=self._policy.direct(rows * spec.row_bytes),
-                    durable=self._durable,
-                )
-                stager.stage(shard, [tensor.detach()[first : first + rows]])
-                stager.flush()
-                seal = Seal([shard], durable=False)
-                pipeline.submit(seal)
-                self._open = None
-                seals.append(seal)
-        self._seals.append(seals)
-        self._manifest, self._pushed, self._changed = manifest, tensor.dtype, True
-
-    def _check_layer(self, tensor: torch.Tensor) -> None:
-        number = len(self._manifest.layers)
-        if not isinstance(tensor, torch.Tensor):
-            raise DtypeError(f"layer {number} is a {type(tensor).__name__}: expected a torch tensor")
-        if tensor.ndim != 2 or not tensor.numel():
-            raise ShapeError(
-                f"layer {number} has shape {list(tensor.shape)}: expected [seq_len, d_model], neither of them 0 "
-                f"(a batch of one is squeezed with tensor[0])"
-            )
-        activation_dtype(tensor.dtype, what=f"layer {number}")
-        if self._pushed is None:
-            return
-        expected = [self._manifest.n_tokens, self._manifest.sites[self._site]]
-        if list(tensor.shape) != expected:
-            raise ShapeError(
-                f"layer {number} has shape {list(tensor.shape)}: expected {expected}, as the layers before it"
-            )
-        if tensor.dtype != self._pushed:
-            raise DtypeError(f"layer {number} is {tensor.dtype}: expected {self._pushed}, as the layers before it")
-
-    def _first(self, tensor: torch.Tensor) -> Manifest:
-        """Fix the geometry, now that the first layer is known."""
-        seq_len, width = tensor.shape
-        dtype = activation_dtype(self._manifest.dtype or tensor.dtype)
-        manifest = replace(self._manifest, dtype=dtype.name, sites={self._site: width}, n_tokens=seq_len, n_sequences=1)
-        return manifest.with_geometry(shard_rows([width * dtype.size], self._asked, seq_len), seq_len)
-
-    def wait(self, slot: int, _block: int) -> None:
-        """Block until a layer's shards are in place; raises what failed behind the caller's back."""
-        for seal in self._seals[slot]:
-            seal.done.wait()
-        if self._pipeline is not None:
-            self._pipeline.check()
-
-    def commit(self) -> None:
-        """Make everything pushed durable, and count it."""
-        self._check_open()
-        self._commit()
-
-    def _commit(self) -> None:
-        if not self._changed or self._pipeline is None:
-            return
-        self._pipeline.drain()
-        # `_commit_root` makes the folder's names durable together with the array's metadata.
-        self._commit_root(self._manifest, {self._site: self._manifest.n_tokens or 0})
-        self._changed = False
-
-    def close(self) -> None:
-        """Commit and let go; a temporary cache, which is about to be removed, is not committed."""
-        self._changed = self._changed and not self._temporary
-        super().close()
-
-    def _abandon(self) -> None:
-        if self._open is not None:
-            self._open.discard()
+def _remove(writer: LayerWriter, folder: Path) -> None:
+    """Remove a temporary cache once nothing writes to it, but not from a fork of the process that made it."""
+    if not writer.ours:
+        return
+    dropped = not writer.closed
+    with contextlib.suppress(MmcacheError):
+        writer.close()
+    remove_tree(folder)
+    if dropped:
+        warnings.warn(f"{writer!r}, a temporary cache, was never closed", ResourceWarning, stacklevel=2)
 
 
 def _all(start: int, stop: int) -> np.ndarray:
@@ -171,10 +65,10 @@ class FullActivationCache:
     Filling is for one thread at a time; reading is safe from several.
     """
 
-    def __init__(self, writer: _LayerWriter | None, view: SiteView | None, path: Path) -> None:
+    def __init__(self, writer: LayerWriter | None, view: SiteView | None, path: Path) -> None:
         self._writer, self._view, self._path = writer, view, path
         self._closed = False
-        self._remove: weakref.finalize[[Path], FullActivationCache] | None = None
+        self._remove: weakref.finalize[[LayerWriter, Path], FullActivationCache] | None = None
 
     @classmethod
     def with_capacity(
@@ -217,9 +111,15 @@ class FullActivationCache:
         )
         temporary = path is None
         folder = Path(tempfile.mkdtemp(prefix="mmcache-")) if path is None else claim(path, (site,))
-        cache = cls(_LayerWriter(folder, manifest, shard_tokens, temporary=temporary), None, folder)
+        try:
+            writer = LayerWriter(folder, manifest, shard_tokens, temporary=temporary)
+        except BaseException:
+            if temporary:
+                remove_tree(folder)
+            raise
+        cache = cls(writer, None, folder)
         if temporary:
-            cache._remove = weakref.finalize(cache, remove_tree, folder)
+            cache._remove = weakref.finalize(cache, _remove, writer, folder)
         return cache
 
     @classmethod
@@ -240,9 +140,9 @@ class FullActivationCache:
         """Add the next layer: `[seq_len, d_model]`, any device, any strides, with or without grad.
 
         The layer is copied into staging buffers (64 MiB at most, whatever its size) and written behind this
-        call, which blocks only while the disk is behind by all of them. On CUDA a side stream copies it
-        behind the work that is queued, the forward pass goes on, and the tensor is kept alive until then: do
-        not write to it in place. It is durable after `flush` or `close`.
+        call, which blocks only while the disk is behind by all of them. On CUDA a side stream takes it to the
+        host and the forward pass goes on; the tensor may be written to at once, as later work of the current
+        stream. It is durable after `flush` or `close`.
 
         Raises:
             ShapeError: not 2-D, empty, or another shape than the first layer's.
@@ -256,11 +156,10 @@ class FullActivationCache:
             raise ReadOnlyError(f"the cache {self._path} was opened for reading: make one with with_capacity")
         self._writer.push(tensor)
         manifest = self._writer.manifest
-        site = next(iter(manifest.sites))
-        folder = ShardFolder(self._path, manifest, site, manifest.n_tokens or 0, wait=self._writer.wait)
-        self._view = SiteView(
-            site, folder, "layer", manifest.layers, lambda _: (0, self.seq_len), _all, length="seq_len"
-        )
+        site, seq_len = next(iter(manifest.sites)), manifest.n_tokens or 0
+        folder = ShardFolder(self._path, manifest, site, seq_len, wait=self._writer.wait)
+        # Nothing here points back at the cache: a temporary one goes with its last reference.
+        self._view = SiteView(site, folder, "layer", manifest.layers, lambda _: (0, seq_len), _all, length="seq_len")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -312,6 +211,7 @@ class FullActivationCache:
     @property
     def n_layers(self) -> int:
         """Layers pushed so far."""
+        self._check_open()
         return 0 if self._view is None else len(self._view)
 
     @property

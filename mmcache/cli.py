@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import sys
@@ -16,10 +17,10 @@ from rich.console import Console
 
 from mmcache.capture import probe
 from mmcache.corpus import read_texts
-from mmcache.errors import CorruptError, MmcacheError, NonFiniteError, WriteError
+from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
 from mmcache.extract import Extraction
 from mmcache.loading import load_model, load_tokenizer
-from mmcache.manifest import ROOT, read_manifest
+from mmcache.manifest import is_store, read_manifest
 from mmcache.sites import describe, resolve
 from mmcache.store import open_store
 from mmcache.terminal import ProgressBar, draw_overview, draw_rows, draw_show, draw_statistics, draw_survey
@@ -53,11 +54,26 @@ class _Group(click.Group):
         except MmcacheError as error:
             click.echo(f"mmcache: {error}", err=True)
             # What was found on the disk or in the data is a finding, the rest is about how it was asked.
-            sys.exit(1 if isinstance(error, CorruptError | NonFiniteError | WriteError) else 2)
+            sys.exit(1 if isinstance(error, CorruptError | IncompleteError | NonFiniteError | WriteError) else 2)
 
 
 def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    """Write NaN and infinities, which JSON does not have, as zarr does: "NaN", "Infinity", "-Infinity"."""
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    return data
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -115,6 +131,11 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
     CORPUS is text, .jsonl, .parquet or .npy files, dataset folders, or the name of a dataset on the hub. The
     same command goes on after an interruption.
     """
+    with _stoppable(out):
+        _extract(model, corpus, out, options, as_json=as_json)
+
+
+def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     console = Console(stderr=True)
     device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     _plan_threads(out)
@@ -122,7 +143,7 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
         load_model(model, options["compute_dtype"]),
         load_tokenizer(model),
         out,
-        sites=options["sites"].split(","),
+        sites=_names(options["sites"]),
         layers=_layers(options["layers"]),
         context_length=options["context_length"],
         pack=options["pack"],
@@ -142,7 +163,7 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
         else:
             draw_survey(Console(), survey)
         return
-    with _stoppable(out), ProgressBar(console) as bar:
+    with ProgressBar(console) as bar:
         store = job.run(
             texts,
             accept_numerics=options["accept_numerics"],
@@ -158,7 +179,7 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
 
 def _plan_threads(out: Path) -> None:
     """Compute with as many threads as the plan says: another number may change the last bits."""
-    if (out / ROOT).is_file():
+    if is_store(out):
         threads = read_manifest(out).source.get("numerics", {}).get("threads")
         if isinstance(threads, int) and threads > 0:
             torch.set_num_threads(threads)
@@ -192,7 +213,7 @@ def _stoppable(out: Path) -> Iterator[None]:
 def sites(model: str, sites: str | None, as_json: bool) -> None:
     """Say which activations MODEL has: each site, its modules, its shape."""
     loaded = load_model(model, None)
-    found = resolve(loaded, sites.split(",")) if sites else describe(loaded)
+    found = resolve(loaded, _names(sites)) if sites else describe(loaded)
     rows = sites_view(found, probe(loaded, [site.name for site in found]))
     if as_json:
         _print_json(rows)

@@ -144,8 +144,9 @@ def _read_folder(path: Path, field: str) -> Iterator[Document]:
 def _read_zarr(path: Path) -> np.ndarray:
     try:
         node = zarr.open(path, mode="r")
-        fits = isinstance(node, zarr.Array) and node.ndim == 1 and node.dtype.kind in "iu"
-        ids = np.asarray(node[:]) if fits else None
+        ids = None
+        if isinstance(node, zarr.Array) and node.ndim == 1 and node.dtype.kind in "iu":
+            ids = np.asarray(node[:])
     except Exception as error:  # zarr and its codecs say in many ways that an array is damaged
         raise CorpusError(f"{path} cannot be read as a zarr array: {error!r}") from error
     if not isinstance(node, zarr.Array):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["is_cpu", "own_copy"]
+from mmcache.errors import DtypeError
+
+__all__ = ["check_dense", "is_cpu", "own_copy"]
 
 _PIECE_BYTES = 16 << 20
 
@@ -12,6 +14,19 @@ _PIECE_BYTES = 16 << 20
 def is_cpu(device: torch.device | str) -> bool:
     """Tell whether a device is the host itself."""
     return device == "cpu" or torch.device(device).type == "cpu"
+
+
+def check_dense(tensor: object, what: str) -> None:
+    """Refuse what has no rows that could be copied.
+
+    Raises:
+        DtypeError: no tensor, a sparse one, or one of the meta device, which has no data.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise DtypeError(f"{what} is a {type(tensor).__name__}: expected a torch tensor")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "on the meta device, without data" if tensor.is_meta else f"{tensor.layout}"
+        raise DtypeError(f"{what} is {kind}: expected a dense tensor with data")
 
 
 def own_copy(rows: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,13 +13,13 @@ import torch
 from mmcache.capture import capture, probe
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError
-from mmcache.files import list_names
 from mmcache.fill import Batches, Fill, forward
-from mmcache.manifest import ROOT, read_manifest
+from mmcache.manifest import is_store, read_manifest
 from mmcache.plan import Settings, open_plan
 from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_digest
 from mmcache.sites import resolve, unwrap
 from mmcache.store import Store, open_store
+from mmcache.summary import load_summary, save_summary
 from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
 
 if TYPE_CHECKING:
@@ -76,10 +76,7 @@ class Extraction:
         record: dict[str, Any] | None = None,
     ) -> None:
         self._path, self._tokenizer, self._model = Path(path), tokenizer, unwrap(model)
-        if layout not in ("layer", "token"):
-            raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
-        if max_tokens is not None and max_tokens < 1:
-            raise ArgumentError(f"max_tokens is {max_tokens}: expected a positive number of tokens")
+        _check_options(layout, max_tokens)
         self._asked_sites, self._asked_layers = sites, layers
         resolved = resolve(self._model, sites, layers)
         storage = activation_dtype(dtype).name
@@ -90,28 +87,21 @@ class Extraction:
         with _evaluating(self._model):
             widths = probe(self._model, sites, layers)
             self._batch_size = self._resolved_batch(batch_size, length)
-        identity = {
-            **model_identity(self._model),
-            "tokenizer": tokenizer_digest(tokenizer),
-            "layers": list(resolved[0].layers),
-            "context_length": length,
-            "pack": pack,
-            "dtype": storage,
-            "layout": layout,
-            "shard_tokens": shard_tokens,
-        }
         self._settings = Settings(
-            identity=identity,
+            identity={
+                **model_identity(self._model),
+                "tokenizer": tokenizer_digest(tokenizer),
+                "layers": list(resolved[0].layers),
+                "context_length": length,
+                "pack": pack,
+                "dtype": storage,
+                "layout": layout,
+                "shard_tokens": shard_tokens,
+            },
             modules=site_modules(resolved),
             numerics=numerics(self._model, self._device, self._batch_size),
             record={**model_record(self._model), **(record or {})},
             widths=widths,
-            layers=resolved[0].layers,
-            dtype=storage,
-            layout=layout,
-            shard_tokens=shard_tokens,
-            context_length=length,
-            pack=pack,
             max_tokens=max_tokens,
             special_tokens=tuple(sorted(tokenizer.all_special_ids)),
             vocabulary=getattr(getattr(self._model, "config", None), "vocab_size", None),
@@ -120,7 +110,7 @@ class Extraction:
     def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
         """Give the batch size: for `auto` the plan's, where there is one, or the quickest."""
         if asked == "auto":
-            if ROOT in list_names(self._path):
+            if is_store(self._path):
                 planned: int = read_manifest(self._path).source.get("numerics", {}).get("batch_size", 1)
                 return planned
             with capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured:
@@ -131,6 +121,7 @@ class Extraction:
 
     def survey(self, texts: Iterable[Document]) -> Survey:
         """Say what the job would take, as if nothing of it were there; writes nothing, runs three batches."""
+        _check_texts(texts)
         contexts = self._settings.contexts(self._tokenizer)
         with (
             _evaluating(self._model),
@@ -154,6 +145,7 @@ class Extraction:
         progress: Callable[[Progress], None] | None = None,
     ) -> Store:
         """Plan what is not planned, fill what is missing, and give the complete store."""
+        _check_texts(texts)
         began = time.monotonic()
 
         def tell(phase: Literal["tokenise", "extract"], done: int, total: int, ran: int, size: int) -> None:
@@ -188,7 +180,17 @@ class Extraction:
             share = fill.bytes / max(1, fill.tokens)
             before = total - fill.tokens
             fill.run(lambda done, ran: tell("extract", before + done, total, ran, int(done * share)))
-        return open_store(self._path)
+        return _complete(self._path)
+
+
+def _complete(path: Path) -> Store:
+    """Open the store that is finished now, and keep the merged statistics in it."""
+    store = open_store(path)
+    manifest = read_manifest(path)
+    for site in store.sites:
+        if load_summary(path, manifest, site) is None:
+            save_summary(path, manifest, site, store[site].statistics)
+    return store
 
 
 def extract(
@@ -266,6 +268,20 @@ def extract(
         record=record,
     )
     return job.run(texts, accept_numerics=accept_numerics, strict=strict, progress=progress)
+
+
+def _check_options(layout: str, max_tokens: int | None) -> None:
+    if layout not in ("layer", "token"):
+        raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
+    if max_tokens is not None and max_tokens < 1:
+        raise ArgumentError(f"max_tokens is {max_tokens}: expected a positive number of tokens")
+
+
+def _check_texts(texts: Iterable[Document]) -> None:
+    if isinstance(texts, str | bytes | PurePath):
+        raise ArgumentError(
+            f"texts is one {type(texts).__name__}: give a sequence of documents; mmcache.read_texts reads files"
+        )
 
 
 def _context_length(model: nn.Module, asked: int | None) -> int:

@@ -11,12 +11,10 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import json
 import mmap
 import os
 import secrets
 import shutil
-import socket
 import stat
 from typing import TYPE_CHECKING
 
@@ -26,7 +24,6 @@ from mmcache.errors import (
     CorruptError,
     DiskFullError,
     IncompleteError,
-    LockedError,
     StoreNotFoundError,
     WriteError,
 )
@@ -38,9 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Draft",
-    "FolderLock",
-    "anonymous",
-    "available_memory",
+    "explained",
     "free_bytes",
     "list_names",
     "make_folder",
@@ -63,7 +58,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def _explained(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
+def explained(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
     """Turn the system's refusal into one of our errors, with the path and the numbers."""
     try:
         yield
@@ -85,29 +80,20 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def available_memory() -> int:
-    """Give the bytes of memory that could be had without swapping; half of all where that is not told."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as lines:  # noqa: PTH123 -- no Path for a pseudo-file
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, durably. One that is there already is fine."""
     if path.is_dir():
         return
     if path.parent != path:
         make_folder(path.parent)
-    with _explained(path, "making the folder"):
+    with explained(path, "making the folder"):
         path.mkdir(exist_ok=True)
     sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable; blocks until they are."""
-    with _explained(path, "making the folder durable"):
+    with explained(path, "making the folder durable"):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
@@ -119,13 +105,13 @@ def list_names(path: Path) -> list[str]:
     """List the names in a folder, without `.` and `..`; a folder that is not there has none."""
     try:
         return os.listdir(path)  # noqa: PTH208 -- a million names need no Path objects
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def remove_file(path: Path) -> None:
     """Remove a file that can be made again; one that is not there is fine. Durable with `sync_folder`."""
-    with _explained(path, "removing the file"):
+    with explained(path, "removing the file"):
         path.unlink(missing_ok=True)
 
 
@@ -168,7 +154,7 @@ class Draft:
         self._temporary: Path
         self._direct_fd = -1
         self._fd = -1
-        with _explained(path, "starting the file", reserve):
+        with explained(path, "starting the file", reserve):
             while not self._create():
                 pass
             try:
@@ -211,7 +197,7 @@ class Draft:
         aligned = not (offset % PAGE or data.ctypes.data % PAGE)
         pages = data.nbytes // PAGE * PAGE if aligned and self._direct_fd >= 0 else 0
         view = data.data
-        with _explained(self.path, f"writing at offset {offset}", data.nbytes):
+        with explained(self.path, f"writing at offset {offset}", data.nbytes):
             if pages and not self._write_directly(view[:pages], offset):
                 pages = 0
             self._write_all(self._fd, view[pages:], offset + pages)
@@ -242,7 +228,7 @@ class Draft:
         Blocks until the bytes are on the device (the name becomes durable with `sync_folder`). A failed sync
         is never tried again on the same file: the system may have dropped the bytes.
         """
-        with _explained(self.path, "making the file durable", size):
+        with explained(self.path, "making the file durable", size):
             os.ftruncate(self._fd, size)
             os.fchmod(self._fd, _SEALED)
             if durable:
@@ -332,42 +318,3 @@ def map_file(path: Path, *, what: str) -> np.ndarray:
     pages = (ctypes.c_uint8 * size).from_address(address)
     pages._keep = mapped  # type: ignore[attr-defined]  # noqa: SLF001 -- ties the mapping to the views of it
     return np.ctypeslib.as_array(pages)
-
-
-def anonymous(size: int) -> np.ndarray:
-    """Give page-aligned memory of our own: `[size]` uint8, zeros, taken from the system as it is touched."""
-    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
-
-
-class FolderLock:
-    """The right to write to a grown store, held by one process until it is released or dies.
-
-    Raises:
-        LockedError: another writer has it; the error names its process and host.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
-        with _explained(path, "locking the store"):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(self._fd, 4096, 0).decode(errors="replace")
-            os.close(self._fd)
-            raise LockedError(
-                error.errno, f"another writer has this store open ({holder}); close it first", str(folder)
-            ) from error
-        # Who holds it is a courtesy: a full disk must neither refuse the lock nor leave it held.
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-
-    def release(self) -> None:
-        """Let others write. Safe to call twice."""
-        if self._fd >= 0:
-            # Closing is not enough where a forked process, such as a data loader's, has the descriptor too.
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-            os.close(self._fd)
-            self._fd = -1

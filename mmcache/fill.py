@@ -19,7 +19,7 @@ from mmcache.files import remove_drafts
 from mmcache.flags import counted
 from mmcache.geometry import PAGE
 from mmcache.pipeline import SLOT_BYTES, Pipeline
-from mmcache.plan import bytes_to_write, check_room, row_bytes
+from mmcache.room import bytes_to_write, check_room
 from mmcache.shards import ShardFolder
 from mmcache.staging import Stager
 
@@ -148,7 +148,7 @@ class Fill:
         if not self._wanted:
             return
         policy = PageCachePolicy(self.bytes)
-        pipeline = Pipeline(max(SLOT_BYTES, -(-row_bytes(self._manifest) // PAGE) * PAGE))
+        pipeline = Pipeline(max(SLOT_BYTES, -(-self._manifest.widest_row() // PAGE) * PAGE))
         stager = Stager(pipeline)
         done = ran = 0
         try:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import os
 import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
-from mmcache.files import FolderLock, list_names, make_folder, publish
+from mmcache.files import list_names, make_folder, publish, remove_drafts
 from mmcache.geometry import PAGE
-from mmcache.manifest import RESERVED, ROOT, array_json
+from mmcache.lock import FolderLock
+from mmcache.manifest import array_json, is_store
+from mmcache.names import RESERVED
 from mmcache.pipeline import SLOT_BYTES, Pipeline
+from mmcache.signed import ROOT
 from mmcache.staging import Stager
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
     from mmcache.manifest import Manifest
@@ -38,7 +41,7 @@ def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
     if folder.exists() and not folder.is_dir():
         raise StoreExistsError(errno.EEXIST, "that is a file: a store needs a folder", str(folder))
     names = set(list_names(folder))
-    if ROOT in names:
+    if is_store(folder):
         raise StoreExistsError(
             errno.EEXIST,
             "the path already holds a store, which is never overwritten: open it, or choose another path",
@@ -66,10 +69,12 @@ class GrownStore:
         self._stager: Stager | None = None
         # Not open before `_begin`: a writer that could not be made has nothing to close.
         self._closed = True
+        self._process = os.getpid()
         self._torn: str | None = None
         self._changed = False
         make_folder(path)
         self._lock = FolderLock(path)
+        remove_drafts(path)
 
     def _begin(self) -> None:
         self._closed = False
@@ -80,6 +85,16 @@ class GrownStore:
         """The store's folder."""
         return self._path
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is the process that opened it, and no fork of that."""
+        return self._process == os.getpid()
+
     def _start(self, row_bytes: int) -> tuple[Pipeline, Stager]:
         """Give the pipeline and its stager, made with the first rows."""
         if self._pipeline is None or self._stager is None:
@@ -89,6 +104,10 @@ class GrownStore:
         return self._pipeline, self._stager
 
     def _check_open(self) -> None:
+        if self._process != os.getpid():
+            raise ClosedError(
+                f"{self._path} is being written by process {self._process}, not by its fork {os.getpid()}"
+            )
         if self._closed:
             raise ClosedError(f"{self._path} was closed: open it again to go on")
         if self._pipeline is not None:
@@ -128,7 +147,8 @@ class GrownStore:
         Raises:
             WriteError: the commit failed; the store is closed all the same, as of its last commit.
         """
-        if self._closed:
+        if self._closed or self._process != os.getpid():
+            # A fork has the writer's memory, but none of its threads: only the process that made it may end it.
             return
         try:
             self._check_open()
@@ -148,7 +168,7 @@ class GrownStore:
         close_after(self, error)
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and self.ours:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2)
             self.close()
 
@@ -169,5 +189,7 @@ def close_after(store: _Closable, error: BaseException | None) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    for store in list(_OPEN):
-        store.close()
+    # Every one of them, though others fail.
+    with contextlib.ExitStack() as stack:
+        for store in list(_OPEN):
+            stack.callback(store.close)

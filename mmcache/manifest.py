@@ -6,9 +6,7 @@ own bytes, computed with the digest's 64 characters blanked to zeros.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -17,37 +15,28 @@ import zarr.storage
 from zarr.codecs import TransposeCodec
 
 from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError, VersionError
-from mmcache.files import read_file
+from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError
 from mmcache.format import FORMAT_VERSION, Layout, ShardSpec
 from mmcache.geometry import inner_rows
+from mmcache.names import RESERVED, site_name_problem
+from mmcache.signed import ROOT, attributes, read_signed, signed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "RESERVED",
     "ROOT",
     "Manifest",
     "array_json",
-    "check_site_name",
     "check_user_metadata",
+    "is_store",
     "read_manifest",
 ]
 
-ROOT = "zarr.json"
-# The arrays beside the sites, with their dtype, the tail of their shape and the fill of rows not there.
-RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
-    "tokens": ("int32", (), -1),
-    "flags": ("uint8", (), 0),
-    "sequences": ("int64", (3,), -1),
-}
 # Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
 _RESERVED_SHARD_ROWS = 1 << 20
 _ROOT_LIMIT = 16 << 20
 _METADATA_LIMIT = _ROOT_LIMIT // 2
-_BLANK = "0" * 64
-_GROUPS = ("statistics",)
 
 
 @dataclass(frozen=True)
@@ -133,6 +122,10 @@ class Manifest:
         """Give the bytes that all sites and layers take for one token."""
         return sum(self.spec(site).row_bytes * len(self.slots(site)) for site in self.sites)
 
+    def widest_row(self) -> int:
+        """Give the bytes of the widest row of any site."""
+        return max(self.spec(site).row_bytes for site in self.sites)
+
     def shard_metadata(self, array: str, block: int, slot: int = 0) -> dict[str, str]:
         """Write the strings that a shard's header carries, by which a moved or foreign shard is noticed."""
         said = {
@@ -156,29 +149,21 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Write the root's `zarr.json`."""
-        attributes = {"format": FORMAT_VERSION, "digest": _BLANK, **asdict(self)}
         memory = zarr.storage.MemoryStore()
-        zarr.create_group(memory, attributes={"mmcache": attributes}, zarr_format=3)
-        return _with_digest(memory, ROOT)
+        zarr.create_group(memory, attributes=attributes(**asdict(self)), zarr_format=3)
+        return signed(memory)
 
     @classmethod
     def from_attributes(cls, said: dict[str, Any], where: Path) -> Self:
         """Check every field, and give the manifest.
 
         Raises:
-            VersionError: another format version.
             CorruptError: a field that is missing, of the wrong type or out of its range.
         """
-        version = said.get("format")
-        if version != FORMAT_VERSION:
-            raise VersionError(
-                f"{where} is of format version {version!r}, this library reads {FORMAT_VERSION}: "
-                f"open it with the mmcache that made it, or upgrade"
-            )
         fields = {name: value for name, value in said.items() if name not in ("format", "digest")}
         try:
             fields["layers"] = tuple(fields["layers"])
-            fields["special_tokens"] = tuple(fields["special_tokens"])
+            fields["special_tokens"] = tuple(fields.get("special_tokens", ()))
             manifest = cls(**fields)
             problem = manifest._problem()
         except (TypeError, KeyError, AttributeError) as error:
@@ -235,30 +220,6 @@ def _are_layers(layers: tuple[int, ...]) -> bool:
     return all(type(n) is int and 0 <= n < 2**31 for n in layers) and list(layers) == sorted(set(layers))
 
 
-def site_name_problem(name: object) -> str | None:
-    """Say why a site cannot have this name (it is a folder of the store), or None."""
-    if not isinstance(name, str) or not name:
-        return "it is no text"
-    if name in RESERVED or name in _GROUPS or name == ROOT:
-        return "the store keeps its own data under that name"
-    if name.startswith((".", "__")) or not name.isprintable() or set("/\\\0") & set(name):
-        return "a site is a folder: no slash, nothing unprintable, no '.' or '__' in front"
-    if len(name.encode()) > 200:
-        return "it is longer than 200 bytes"
-    return None
-
-
-def check_site_name(name: str) -> None:
-    """Refuse a name that cannot be a folder of the store.
-
-    Raises:
-        ArgumentError: with the reason.
-    """
-    problem = site_name_problem(name)
-    if problem:
-        raise ArgumentError(f"{name!r} cannot be a site: {problem}")
-
-
 def check_user_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
     """Check that the user's own metadata survives JSON, and give a copy of it.
 
@@ -281,11 +242,6 @@ def check_user_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
     return copy
 
 
-def _with_digest(memory: zarr.storage.MemoryStore, key: str) -> bytes:
-    text: bytes = memory._store_dict[key].to_bytes()  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
-    return text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
-
-
 def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
     """Write an array's `zarr.json`, as zarr-python would, for `rows` tokens (or sequences)."""
     spec = manifest.spec(array)
@@ -296,14 +252,14 @@ def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
         tail, fill = spec.row_shape, RESERVED[array][2]
         shape, shards, chunks = (rows, *tail), (spec.shard_rows, *tail), (spec.chunk_rows, *tail)
         names = ("sequence", "start_stop_document") if array == "sequences" else ("token",)
-        attributes: dict[str, Any] = {"digest": _BLANK}
+        said = attributes()
     else:
         layers, width = len(manifest.layers), spec.row_shape[-1]
         deep = layers if manifest.layout == "token" else 1
         shape, fill = (layers, rows, width), float("nan")
         shards, chunks = (deep, spec.shard_rows, width), (deep, spec.chunk_rows, width)
         names = ("layer", "token", "d_model")
-        attributes = {"digest": _BLANK, "layers": list(manifest.layers)}
+        said = attributes(layers=list(manifest.layers))
     transpose = manifest.layout == "token" and array not in RESERVED
     memory = zarr.storage.MemoryStore()
     zarr.create_array(
@@ -317,10 +273,15 @@ def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
         compressors=None,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=names,
-        attributes={"mmcache": attributes},
+        attributes=said,
         zarr_format=3,
     )
-    return _with_digest(memory, ROOT)
+    return signed(memory)
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether there is a zarr node at `path`: a store, or something that must not be written into."""
+    return (path / ROOT).exists()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -333,22 +294,9 @@ def read_manifest(path: Path) -> Manifest:
     """
     where = path / ROOT
     try:
-        text = read_file(where, _ROOT_LIMIT)
+        said, _ = read_signed(where, _ROOT_LIMIT)
     except StoreNotFoundError as error:
         raise StoreNotFoundError(
             error.errno, "no mmcache store there (a store is a folder with a zarr.json)", str(path)
         ) from error
-    try:
-        said = json.loads(text)["attributes"]["mmcache"]
-        digest = said["digest"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptError(f"{where} is no mmcache store's: {error!r}") from error
-    if not isinstance(said, dict) or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise CorruptError(f"{where} is no mmcache store's: it has no digest")
-    blanked = text.replace(digest.encode(), _BLANK.encode(), 1)
-    version = said.get("format")
-    if hashlib.sha256(blanked).hexdigest() != digest and version == FORMAT_VERSION:
-        raise CorruptError(
-            f"{where} does not match its own digest: it is damaged, or another program wrote to it; restore it"
-        )
     return Manifest.from_attributes(said, where)

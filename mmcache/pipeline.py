@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from mmcache.errors import ClosedError, MmcacheError, WriteError
-from mmcache.files import anonymous
+from mmcache.memory import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,8 @@ __all__ = ["SLOT_BYTES", "Job", "Pipeline", "Ring", "Slot"]
 SLOT_BYTES = 16 << 20
 _SLOTS = 4
 _STAGES = ("digest", "write", "publish")
+# Shards that wait for their sync, with up to two descriptors each, of the 1,024 that a process usually may have.
+_MAX_FILES = 128
 
 
 class Job(Protocol):
@@ -33,6 +35,10 @@ class Job(Protocol):
     Once something failed, jobs pass without their stages being run, and `abandon` comes at the very end: no
     thread can be in the middle of an earlier job by then.
     """
+
+    @property
+    def files(self) -> int:
+        """How many open files go with the job, and are closed at its end."""
 
     def digest(self) -> None:
         """Checksum and statistics."""
@@ -114,6 +120,8 @@ class Ring:
 class _Barrier:
     """A job that does nothing, and says when everything before it is done."""
 
+    files = 0
+
     def __init__(self) -> None:
         self.done = threading.Event()
 
@@ -146,6 +154,8 @@ class Pipeline:
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._closed = False
+        self._open_files = 0
+        self._fewer_files = threading.Condition()
 
     def check(self) -> None:
         """Raise what failed behind the caller's back, if anything did."""
@@ -166,7 +176,7 @@ class Pipeline:
         return self.ring.acquire(pin=pin, alive=self.check)
 
     def submit(self, job: Job) -> None:
-        """Hand over a job; returns at once."""
+        """Hand over a job; blocks only while a great many files wait to be published."""
         if self._closed:
             raise ClosedError("the writer is closed: open the store again to write to it")
         if not self._threads:
@@ -174,7 +184,20 @@ class Pipeline:
                 thread = threading.Thread(target=self._run, args=(number, stage), name=f"mmcache-{stage}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
+        if job.files:
+            with self._fewer_files:
+                self._fewer_files.wait_for(lambda: self._open_files < _MAX_FILES)
+                self._open_files += job.files
         self._queues[0].put(job)
+
+    def _end(self, job: Job) -> None:
+        """Do what comes after the last stage."""
+        if self._failure is not None:
+            job.abandon()
+        if job.files:
+            with self._fewer_files:
+                self._open_files -= job.files
+                self._fewer_files.notify()
 
     def _run(self, number: int, stage: str) -> None:
         inbox = self._queues[number]
@@ -187,8 +210,8 @@ class Pipeline:
                     self._failure = error
             if outbox is not None:
                 outbox.put(job)
-            elif self._failure is not None:
-                job.abandon()
+            else:
+                self._end(job)
         if outbox is not None:
             outbox.put(None)
 

@@ -7,7 +7,6 @@ differs is refused.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -15,14 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmcache.contexts import Contexts
 from mmcache.dtypes import BY_NAME
-from mmcache.errors import DiskFullError, PlanMismatchError, ReadOnlyError
-from mmcache.files import FolderLock, free_bytes, list_names, make_folder, publish, remove_file, sync_folder
-from mmcache.format import Layout
+from mmcache.errors import PlanMismatchError, ReadOnlyError
+from mmcache.files import list_names, make_folder, publish, remove_drafts, remove_file, sync_folder
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
-from mmcache.manifest import RESERVED, ROOT, Manifest, array_json, read_manifest
+from mmcache.lock import FolderLock
+from mmcache.manifest import Manifest, array_json, is_store, read_manifest
+from mmcache.names import RESERVED
 from mmcache.provenance import compare
-from mmcache.shards import ShardFolder, missing_shards
+from mmcache.room import check_room, missing_of, shards_from
+from mmcache.shards import ShardFolder
+from mmcache.signed import ROOT
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from mmcache.corpus import Document
 
-__all__ = ["Settings", "bytes_to_write", "check_room", "open_plan", "row_bytes"]
+__all__ = ["Settings", "open_plan"]
 
 _REMEDY = "Give the settings of the store, or choose another path."
 _ACCEPT = (
@@ -53,19 +55,35 @@ class Settings:
     numerics: dict[str, Any]
     record: dict[str, Any]
     widths: dict[str, int]
-    layers: tuple[int, ...]
-    dtype: str
-    layout: Literal["layer", "token"]
-    shard_tokens: int | None
-    context_length: int
-    pack: bool
     max_tokens: int | None
     special_tokens: tuple[int, ...]
     vocabulary: int | None
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer numbers."""
+        return tuple(self.identity["layers"])
+
+    @property
+    def dtype(self) -> str:
+        """The storage dtype, by name."""
+        return str(self.identity["dtype"])
+
+    @property
+    def layout(self) -> Literal["layer", "token"]:
+        """The layout."""
+        layout: Literal["layer", "token"] = self.identity["layout"]
+        return layout
+
+    @property
+    def shard_tokens(self) -> int | None:
+        """Tokens a shard, if that was asked for."""
+        asked: int | None = self.identity["shard_tokens"]
+        return asked
+
     def contexts(self, tokenizer: Any) -> Contexts:
         """Give what cuts documents into contexts."""
-        return Contexts(tokenizer, self.context_length, self.vocabulary, pack=self.pack)
+        return Contexts(tokenizer, self.identity["context_length"], self.vocabulary, pack=self.identity["pack"])
 
 
 def open_plan(
@@ -93,7 +111,9 @@ def open_plan(
         LockedError: another process is planning it at the moment.
         CorpusError: the corpus cannot be read, or has no tokens.
     """
-    if ROOT not in list_names(path):
+    for folder in (path, *(path / array for array in (*settings.widths, *RESERVED))):
+        remove_drafts(folder)
+    if not is_store(path):
         claim(path, tuple(settings.widths))
         shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, None)
     else:
@@ -105,7 +125,7 @@ def open_plan(
     lock = FolderLock(path)
     try:
         # Behind the lock the root may be another than before it.
-        manifest = _known(path, settings) if ROOT in list_names(path) else _begun(path, settings)
+        manifest = _known(path, settings) if is_store(path) else _begun(path, settings)
         manifest = _with_numerics(path, manifest, settings, accept=accept_numerics)
         if manifest.n_tokens is None or _grows(manifest, settings):
             return _tokenised(path, manifest, settings, tokenizer, documents, tokenised)
@@ -124,23 +144,37 @@ def _known(path: Path, settings: Settings) -> Manifest:
     stored, asked = manifest.source["modules"], settings.modules
     shared = {name: stored[name] for name in stored if name in asked}
     compare(path, "modules", shared, {name: asked[name] for name in shared}, _REMEDY)
-    if set(stored) != set(asked):
-        complete = manifest.n_tokens is not None and not any(_missing(path, manifest).values())
-        if not complete or set(asked) < set(stored):
-            why = "More sites can be added once it is complete. " if not complete else ""
-            compare(path, "identity", {"sites": sorted(stored)}, {"sites": sorted(asked)}, why + _REMEDY)
     most = manifest.source["max_tokens"]
     if most is not None and (settings.max_tokens or most) < most:
         remedy = "It may grow, not shrink. " + _REMEDY
         compare(path, "identity", {"max_tokens": most}, {"max_tokens": settings.max_tokens}, remedy)
     if most is None and settings.max_tokens is not None:
         compare(path, "identity", {"max_tokens": None}, {"max_tokens": settings.max_tokens}, _REMEDY)
+    if set(stored) != set(asked):
+        _compare_sites(path, manifest, settings)
     return manifest
 
 
+def _compare_sites(path: Path, manifest: Manifest, settings: Settings) -> None:
+    """Refuse sites that cannot be added yet, and to leave out sites that are not complete."""
+    stored, asked = set(manifest.source["modules"]), set(settings.modules)
+    incomplete = stored
+    if manifest.n_tokens is not None:
+        incomplete = {site for site, shards in missing_of(path, manifest).items() if shards}
+    if _grows(manifest, settings):
+        why = "It can grow with the sites that it has, and be given others after that. "
+    elif incomplete - asked or (incomplete and asked - stored):
+        why = "More sites can be added once it is complete. "
+    else:
+        return
+    compare(path, "identity", {"sites": sorted(stored)}, {"sites": sorted(asked)}, why + _REMEDY)
+
+
 def _grows(manifest: Manifest, settings: Settings) -> bool:
-    more = manifest.source["max_tokens"] != settings.max_tokens
-    return more and not Tokenised.of(manifest).whole
+    state = Tokenised.of(manifest)
+    # Tokens that are stored and do not count yet are those of a growth that was interrupted.
+    more = not state.whole or state.tokens != manifest.n_tokens
+    return more and manifest.source["max_tokens"] != settings.max_tokens
 
 
 def _changes(manifest: Manifest, settings: Settings) -> bool:
@@ -161,12 +195,6 @@ def _with_numerics(path: Path, manifest: Manifest, settings: Settings, *, accept
 def _row_bytes(settings: Settings, widths: dict[str, int]) -> Iterable[int]:
     deep = len(settings.layers) if settings.layout == "token" else 1
     return (deep * width * BY_NAME[settings.dtype].size for width in widths.values())
-
-
-def row_bytes(manifest: Manifest, *, stored: bool = False) -> int:
-    """Give the bytes of the widest row of any site, or (`stored`) those that all sites take for a token."""
-    sizes = [manifest.spec(site).row_bytes * (len(manifest.slots(site)) if stored else 1) for site in manifest.sites]
-    return sum(sizes) if stored else max(sizes)
 
 
 def _begun(path: Path, settings: Settings) -> Manifest:
@@ -216,7 +244,10 @@ def _tokenised(
     source = {**manifest.source, "max_tokens": settings.max_tokens, "tokens": _first_tokens(path, manifest)}
     manifest = replace(manifest, source=source).with_geometry(shard, state.tokens)
     if old.n_tokens is not None:
-        _drop_unfinished(path, old, manifest)
+        first = _first_unfinished(path, old, manifest)
+        # Before anything is removed: what is refused must leave the store as it was.
+        check_room(path, manifest, replacing=(old, first))
+        _drop(path, old, first)
     return _published(path, manifest)
 
 
@@ -237,24 +268,28 @@ def _published(path: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _drop_unfinished(path: Path, old: Manifest, new: Manifest) -> None:
-    """Remove the shards that a longer plan makes otherwise: of the last, partly filled batch and all behind it.
-
-    Done before the longer plan is written: whatever happens between, the shards are missing, and made again.
-    """
-    total = old.n_tokens or 0
-    first = total // (old.shard_tokens or 1)
+def _first_unfinished(path: Path, old: Manifest, new: Manifest) -> int:
+    """Find the first block that a longer plan makes otherwise: that of the last, partly filled batch or shard."""
     if (old.shard_tokens, old.inner_tokens) != (new.shard_tokens, new.inner_tokens):
-        first = 0
+        return 0
+    shard = old.shard_tokens or 1
+    first = (old.n_tokens or 0) // shard
     for numerics in (old.source["numerics"], *old.source["accepted"]):
         whole = old.n_sequences // numerics["batch_size"] * numerics["batch_size"]
         if whole < old.n_sequences:
             span = ShardFolder(path, old, "sequences", old.n_sequences).read(whole, whole + 1)
-            first = min(first, int(span[0, 0]) // (old.shard_tokens or 1))
-    for site in old.sites:
-        for block in range(first, old.spec(site).blocks(total)):
-            for slot in old.slots(site):
-                remove_file(path / site / old.shard_key(site, block, slot))
+            first = min(first, int(span[0, 0]) // shard)
+    return first
+
+
+def _drop(path: Path, old: Manifest, first: int) -> None:
+    """Remove the shards from block `first` on.
+
+    Done before the longer plan is written: whatever happens between, the shards are missing, and made again.
+    """
+    for site, shards in shards_from(path, old, first).items():
+        for slot, block in shards:
+            remove_file(path / site / old.shard_key(site, block, slot))
         sync_folder(path / site)
 
 
@@ -272,36 +307,5 @@ def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
         source={**manifest.source, "modules": {**manifest.source["modules"], **settings.modules}},
     ).with_geometry(shard, total)
     grown = replace(grown, inner_tokens={**grown.inner_tokens, **manifest.inner_tokens})
+    check_room(path, grown)
     return _published(path, grown)
-
-
-def _missing(path: Path, manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
-    return {site: missing_shards(path, manifest, site, manifest.n_tokens or 0) for site in manifest.sites}
-
-
-def bytes_to_write(manifest: Manifest, missing: dict[str, list[tuple[int, int]]]) -> int:
-    """Add up the sizes of the files of shards that are missing."""
-    needed = 0
-    for site, shards in missing.items():
-        spec = manifest.spec(site)
-        rows = [spec.rows_in_block(block, manifest.n_tokens or 0) for _, block in shards]
-        needed += sum(Layout(spec, some).size * rows.count(some) for some in set(rows))
-    return needed
-
-
-def check_room(path: Path, manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
-    """List the missing shards of each site, as (slot, block), and refuse if the disk has no room for them.
-
-    Raises:
-        DiskFullError: with the bytes needed and free.
-    """
-    missing = _missing(path, manifest)
-    needed, free = bytes_to_write(manifest, missing), free_bytes(path)
-    if needed > free:
-        raise DiskFullError(
-            errno.ENOSPC,
-            f"the shards that are missing take {needed} bytes ({needed / 2**30:.1f} GiB), and {free} "
-            f"({free / 2**30:.1f} GiB) are free: make room, or choose fewer sites, layers or tokens",
-            str(path),
-        )
-    return missing

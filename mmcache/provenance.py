@@ -97,12 +97,18 @@ def numerics(model: nn.Module, device: torch.device, batch_size: int) -> dict[st
         "batch_size": batch_size,
         "attention": getattr(config, "_attn_implementation", None),
         "device": device.type,
-        "processor": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
+        "processor": _processor(device),
         "threads": torch.get_num_threads() if on_cpu else None,
         "torch": torch.__version__,
         "transformers": getattr(transformers, "__version__", None),
         "machine": platform.machine(),
     }
+
+
+def _processor(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def compare(where: Path, kind: str, stored: dict[str, Any], asked: dict[str, Any], remedy: str) -> None:

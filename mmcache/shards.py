@@ -131,6 +131,19 @@ class ShardFolder:
             )
         return found, layout.rows
 
+    def overflow(self, slot: int, block: int) -> np.ndarray:
+        """Count, per layer, the values that became infinite in the cast, among the rows that count.
+
+        Where a crash left more rows in the file, there are no more of them than infinities in those that count.
+        """
+        found, rows = self.statistics(slot, block)
+        counted = self.spec.rows_in_block(block, self.rows)
+        overflow = found["overflow"]
+        if rows > counted:
+            values = self.open(slot, block).view(counted, self.spec.stat_layers, -1)
+            overflow = np.minimum(overflow, values.isinf().sum(dim=(0, 2)).numpy())
+        return overflow
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Read rows into memory of the caller's own, checksums compared: `[stop - start, *row_shape]`.
 

@@ -120,7 +120,7 @@ def merge_site(
                 continue
             start, counted = block * folder.spec.shard_rows, folder.spec.rows_in_block(block, folder.rows)
             if rows > counted:
-                found = _anew(folder, slot, block, keep(start, start + counted), found["overflow"])
+                found = _anew(folder, slot, block, keep(start, start + counted))
             merged.add(found)
     there = [merged for merged in slots if merged.moments is not None]
     if len(there) < len(slots):
@@ -142,11 +142,11 @@ def merge_site(
     return SiteStatistics(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def _anew(folder: ShardFolder, slot: int, block: int, keep: np.ndarray, overflow: np.ndarray) -> dict[str, np.ndarray]:
+def _anew(folder: ShardFolder, slot: int, block: int, keep: np.ndarray) -> dict[str, np.ndarray]:
     spec = folder.spec
     moments = Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows)
     rows = folder.checked(slot, block)
     flat = rows.contiguous().view(torch.uint8).numpy().reshape(-1).view(spec.dtype.numpy)
     moments.add(flat.reshape(len(rows), spec.stat_layers, spec.row_shape[-1]), keep)
-    moments.add_overflow(overflow)
+    moments.add_overflow(folder.overflow(slot, block))
     return moments.arrays(block * spec.shard_rows)

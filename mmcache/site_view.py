@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import pairwise
+from operator import index as whole
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
     from mmcache.shards import ShardFolder
     from mmcache.site_statistics import SiteStatistics
 
-__all__ = ["Positions", "SiteView"]
+__all__ = ["MAX_MAPS", "Positions", "SiteView"]
 
 # Python's mmap keeps a descriptor a map, and 1,024 of them are what a process usually may have.
-_MAX_MAPS = 256
+MAX_MAPS = 256
 
 Positions: TypeAlias = "torch.Tensor | np.ndarray | Sequence[int] | range"
 
@@ -44,10 +46,12 @@ class SiteView:
         keep: Callable[[int, int], np.ndarray],
         *,
         length: str = "n_tokens",
+        max_maps: int = MAX_MAPS,
+        summary: Callable[[], SiteStatistics | None] = lambda: None,
     ) -> None:
         self.name = name
         self._folder, self._layout, self._span, self._keep = folder, layout, span, keep
-        self._length = length
+        self._length, self._max_maps, self._summary = length, max_maps, summary
         self._statistics: SiteStatistics | None = None
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._n_tokens, self._shard_rows = folder.rows, folder.spec.shard_rows
@@ -79,14 +83,15 @@ class SiteView:
     def statistics(self) -> SiteStatistics:
         """Mean, spread, norms and counts of each layer: of the stored values, BOS and special tokens left out.
 
-        Merged from what the shards carry, those that are there in a partial store; read once, then kept.
+        Merged from what the shards carry, those that are there in a partial store, or read from `statistics/` where
+        `extract` has merged them already; then kept.
 
         Raises:
             CorruptError: a shard's statistics are damaged.
             IncompleteError: no shard is there yet.
         """
         if self._statistics is None:
-            self._statistics = merge_site(self._folder, self._layout, len(self._slots), self._keep)
+            self._statistics = self._summary() or merge_site(self._folder, self._layout, len(self._slots), self._keep)
         return self._statistics
 
     def __repr__(self) -> str:
@@ -105,7 +110,7 @@ class SiteView:
             file = self._files.get((file_slot, block))
             if file is None:
                 file = self._folder.open(file_slot, block)
-                if len(self._files) >= _MAX_MAPS:
+                if len(self._files) >= self._max_maps:
                     self._drop(next(iter(self._files)))
                 self._files[file_slot, block] = file
             view = file if self._layout == "layer" else file[:, slot]
@@ -123,8 +128,15 @@ class SiteView:
             self._files.clear()
             self._views.clear()
 
-    def _slot(self, layer: int) -> int:
-        slot = self._slots.get(layer)
+    def _find(self, layer: SupportsIndex) -> int | None:
+        """Give the slot of a layer that may be any kind of whole number, such as a tensor; None: not there."""
+        try:
+            return self._slots.get(whole(layer))
+        except TypeError as error:
+            raise DtypeError(f"layer is {layer!r}: expected a whole number") from error
+
+    def _slot(self, layer: SupportsIndex) -> int:
+        slot = self._find(layer)
         if slot is None:
             raise OutOfRangeError(f"layer {layer} not in cache ({self._what_layers()})")
         return slot
@@ -152,6 +164,11 @@ class SiteView:
         slot = self._slots.get(layer)
         if slot is None:
             slot = self._slot(layer)
+        try:
+            # A tensor, such as `tokens.argmax()`, would go on through the arithmetic below.
+            position = whole(position)
+        except TypeError as error:
+            raise DtypeError(f"position is {position!r}: expected a whole number") from error
         if position < 0:
             position += self._n_tokens
         if not 0 <= position < self._n_tokens:
@@ -171,7 +188,7 @@ class SiteView:
             IncompleteError: some of it has not been written yet.
             CorruptError: a shard is not what belongs there.
         """
-        slot = self._slots.get(layer)
+        slot = self._find(layer)
         return None if slot is None else self._read(slot, 0, self._n_tokens, device)
 
     def _read(self, slot: int, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -265,8 +282,8 @@ class SiteView:
     def _gather_into(self, rows: torch.Tensor, wanted: np.ndarray, slots: list[int]) -> None:
         blocks, within = np.divmod(wanted, self._shard_rows)
         order = np.argsort(blocks, kind="stable")
-        edges = np.flatnonzero(np.diff(blocks[order], prepend=-1))
-        for start, stop in zip(edges, [*edges[1:], len(order)], strict=True):
+        edges = [*np.flatnonzero(np.diff(blocks[order], prepend=-1)), len(order)]
+        for start, stop in pairwise(edges):
             picked = order[start:stop]
             into, at = torch.from_numpy(picked), torch.from_numpy(within[picked])
             for place, slot in enumerate(slots):
@@ -283,8 +300,9 @@ class SiteView:
             return np.empty(0, np.int64)
         if wanted.dtype.kind not in "iu":
             raise DtypeError(f"positions are {wanted.dtype}: expected integers")
-        wanted = wanted.astype(np.int64)
+        # Before the cast, in which a large unsigned number would become a negative one.
         bad = (wanted < -self._n_tokens) | (wanted >= self._n_tokens)
         if bad.any():
             raise self._bad_position(int(wanted[np.argmax(bad)]))
+        wanted = wanted.astype(np.int64)
         return np.where(wanted < 0, wanted + self._n_tokens, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
@@ -13,7 +14,8 @@ from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, Unkno
 from mmcache.flags import counted
 from mmcache.manifest import Manifest, read_manifest
 from mmcache.shards import ShardFolder, missing_shards
-from mmcache.site_view import SiteView
+from mmcache.site_view import MAX_MAPS, SiteView
+from mmcache.summary import load_summary
 
 if TYPE_CHECKING:
     import os
@@ -43,6 +45,8 @@ class Sequences:
 
     def __init__(self, spans: np.ndarray) -> None:
         self._spans = spans
+        # `np.asarray(store.sequences)` is this very memory.
+        self._spans.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -132,7 +136,7 @@ class Store:
 
     @property
     def shard_tokens(self) -> int | None:
-        """How many tokens a shard holds; None before the first rows of a grown store."""
+        """How many tokens a shard holds; None for a cache that nothing was pushed to."""
         return self._manifest.shard_tokens
 
     @property
@@ -148,12 +152,12 @@ class Store:
     @property
     def metadata(self) -> dict[str, Any]:
         """What the user gave to `create`, in a copy."""
-        return dict(self._manifest.metadata)
+        return deepcopy(self._manifest.metadata)
 
     @property
     def source(self) -> dict[str, Any]:
         """Where the data came from (identity, numerics, record), as `extract` wrote it down, in a copy."""
-        return dict(self._manifest.source)
+        return deepcopy(self._manifest.source)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -218,6 +222,8 @@ class Store:
                 lambda index: self.sequences[index][:2],
                 self._counted,
                 length="n_tokens" if self.has_tokens else "seq_len",
+                max_maps=max(1, MAX_MAPS // len(self.sites)),
+                summary=lambda: load_summary(self.path, self._manifest, site),
             )
             self._views[site] = view
         return view

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ def _time(seconds: float) -> str:
 
 
 def _pairs(title: str, pairs: dict[str, str]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(title, "table.title"), show_header=False, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in pairs.items():
@@ -52,7 +53,9 @@ def _cell(value: object) -> str:
 
 def draw_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """Draw records as a table, one a row; where all values of a column are alike it is still drawn."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for name in rows[0] if rows else []:
         table.add_column(name.replace("_", " "), overflow="fold", min_width=4)
     for row in rows:

@@ -16,14 +16,14 @@ from mmcache.columns import Column
 from mmcache.contexts import Context, Contexts, CorpusDigest, Place
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.flags import flagged
-from mmcache.manifest import RESERVED
+from mmcache.names import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from mmcache.corpus import Document
-from mmcache.manifest import Manifest
+    from mmcache.manifest import Manifest
 
 __all__ = ["Tokenised", "check_corpus", "tokenise"]
 

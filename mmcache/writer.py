@@ -14,18 +14,14 @@ from mmcache.batch import check_batch
 from mmcache.block import Block, PageCachePolicy
 from mmcache.columns import Column
 from mmcache.dtypes import activation_dtype
-from mmcache.errors import ArgumentError, ReadOnlyError
+from mmcache.errors import ArgumentError, CorruptError, ReadOnlyError
 from mmcache.files import remove_drafts
 from mmcache.flags import counted, flagged
+from mmcache.format import Layout
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
-from mmcache.manifest import (
-    RESERVED,
-    Manifest,
-    check_site_name,
-    check_user_metadata,
-    read_manifest,
-)
+from mmcache.manifest import Manifest, check_user_metadata, read_manifest
+from mmcache.names import RESERVED, check_site_name
 from mmcache.shards import ShardFolder
 from mmcache.store import open_store
 
@@ -47,7 +43,7 @@ class Writer(GrownStore):
     else. Used by one thread at a time.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None, shard_tokens: int | None = None) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None) -> None:
         super().__init__(path)
         try:
             if manifest is None:
@@ -55,12 +51,13 @@ class Writer(GrownStore):
                 manifest = read_manifest(path)
             else:
                 claim(path, tuple(manifest.sites))
+                # The root first: whatever a crash leaves here is a store, or a path that is free.
+                self._commit_root(manifest, {})
                 self._commit_root(manifest, dict.fromkeys(RESERVED, 0))
             self._load(manifest)
         except BaseException:
             self._lock.release()
             raise
-        self._asked = shard_tokens
         self._begin()
 
     def _load(self, manifest: Manifest) -> None:
@@ -129,8 +126,10 @@ class Writer(GrownStore):
             )
         if not batch:
             return
-        if self._manifest.shard_tokens is None:
-            self._manifest = _with_geometry(self._manifest, self._asked, sum(len(item.tokens) for item in batch))
+        if not self._n_tokens:
+            # The size of the inner chunks is open until there are rows.
+            known = sum(len(item.tokens) for item in batch)
+            self._manifest = self._manifest.with_geometry(self._manifest.shard_tokens or 1, known)
         self._changed = True
         with self._whole("append"):
             for item in batch:
@@ -175,7 +174,7 @@ class Writer(GrownStore):
         return self._block
 
     def _started(self) -> tuple[Pipeline, Stager]:
-        return self._start(max(self._manifest.spec(site).row_bytes for site in self._manifest.sites))
+        return self._start(self._manifest.widest_row())
 
     def commit(self) -> None:
         """Make everything appended so far durable, and count it; blocks until then.
@@ -210,8 +209,8 @@ class Writer(GrownStore):
             self._block.discard()
 
 
-def _with_geometry(manifest: Manifest, asked: int | None, known: int) -> Manifest:
-    """Choose shards and inner chunks, now that the first tokens are known."""
+def _with_geometry(manifest: Manifest, asked: int | None) -> Manifest:
+    """Choose the shards, or check those that were asked for."""
     size = activation_dtype(manifest.dtype or "").size
     rows = []
     for site in manifest.sites:
@@ -219,7 +218,16 @@ def _with_geometry(manifest: Manifest, asked: int | None, known: int) -> Manifes
         for extent in manifest.row_shape(site):
             row *= extent
         rows.append(row)
-    return manifest.with_geometry(shard_rows(rows, asked, None), known)
+    return manifest.with_geometry(shard_rows(rows, asked, None), None)
+
+
+def _check_headers(manifest: Manifest) -> None:
+    for site in manifest.sites:
+        spec = manifest.spec(site)
+        try:
+            Layout(spec, spec.shard_rows).header(manifest.shard_metadata(site, 1 << 30))
+        except CorruptError as error:
+            raise ArgumentError(f"{error}, fewer layers, or layout='layer'") from error
 
 
 def create(
@@ -270,9 +278,9 @@ def create(
         special_tokens=tuple(int(token) for token in special_tokens or ()),
         metadata=check_user_metadata(metadata),
     )
-    if shard_tokens is not None:
-        _with_geometry(manifest, shard_tokens, 1)
-    return Writer(claim(path, tuple(sites)), manifest, shard_tokens)
+    manifest = _with_geometry(manifest, shard_tokens)
+    _check_headers(manifest)
+    return Writer(claim(path, tuple(sites)), manifest)
 
 
 def append(path: str | os.PathLike[str]) -> Writer:

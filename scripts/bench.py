@@ -27,7 +27,8 @@ from rich.table import Table
 import mmcache
 from mmcache.capture import capture
 from mmcache.extract import Extraction
-from mmcache.files import Draft, anonymous, map_file
+from mmcache.files import Draft, map_file
+from mmcache.memory import anonymous
 from mmcache.fill import Batches, forward
 from mmcache.loading import load_tokenizer
 from mmcache.manifest import read_manifest

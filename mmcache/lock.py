@@ -1,0 +1,70 @@
+"""The right to write to a grown store: one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from mmcache.errors import LockedError
+from mmcache.files import explained
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FolderLock"]
+
+
+class FolderLock:
+    """The right to write to a grown store, held by one process until it is released or dies.
+
+    It is a lock on the file `.lock`, which the holder removes; one that a dead process left behind is taken over.
+
+    Raises:
+        LockedError: another writer has it; the error names its process and host.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._fd = -1
+        while self._fd < 0:
+            with explained(self._path, "locking the store"):
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(fd, 4096, 0).decode(errors="replace")
+                os.close(fd)
+                raise LockedError(
+                    error.errno, f"another writer has this store open ({holder}); close it first", str(folder)
+                ) from error
+            if self._is_current(fd):
+                self._fd = fd
+            else:
+                # The holder before removed the file between our open and our lock.
+                os.close(fd)
+        # Who holds it is a courtesy: a full disk must neither refuse the lock nor leave it held.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+    def _is_current(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let others write. Safe to call twice."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                # Removed while it is still ours: whoever locks the old file notices that it is no longer there.
+                if self._is_current(self._fd):
+                    self._path.unlink()
+                # Closing is not enough where a forked process, such as a data loader's, has the descriptor too.
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,40 @@
+"""The names in a store: its own arrays, and what a site may be called."""
+
+from __future__ import annotations
+
+from mmcache.errors import ArgumentError
+from mmcache.signed import ROOT
+
+__all__ = ["RESERVED", "STATISTICS_FOLDER", "check_site_name", "site_name_problem"]
+
+# The arrays beside the sites, with their dtype, the tail of their shape and the fill of rows not there.
+RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
+    "tokens": ("int32", (), -1),
+    "flags": ("uint8", (), 0),
+    "sequences": ("int64", (3,), -1),
+}
+STATISTICS_FOLDER = "statistics"
+
+
+def site_name_problem(name: object) -> str | None:
+    """Say why a site cannot have this name (it is a folder of the store), or None."""
+    if not isinstance(name, str) or not name:
+        return "it is no text"
+    if name in RESERVED or name in (STATISTICS_FOLDER, ROOT):
+        return "the store keeps its own data under that name"
+    if name.startswith((".", "__")) or not name.isprintable() or set("/\\\0") & set(name):
+        return "a site is a folder: no slash, nothing unprintable, no '.' or '__' in front"
+    if len(name.encode()) > 200:
+        return "it is longer than 200 bytes"
+    return None
+
+
+def check_site_name(name: str) -> None:
+    """Refuse a name that cannot be a folder of the store.
+
+    Raises:
+        ArgumentError: with the reason.
+    """
+    problem = site_name_problem(name)
+    if problem:
+        raise ArgumentError(f"{name!r} cannot be a site: {problem}")

@@ -1,0 +1,163 @@
+"""One shard being made: digested, written and published in the threads of the pipeline."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import crc32c
+import numpy as np
+
+from mmcache.files import Draft, sync_folder
+from mmcache.format import HEADER_BYTES, Layout
+from mmcache.statistics import Moments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from mmcache.format import ShardSpec
+
+__all__ = ["Seal", "ShardWriter"]
+
+
+class ShardWriter:
+    """One shard that is being filled, in order. Equal, byte for byte, to `format.encode` of the same rows.
+
+    Made in the caller's thread, which meets a full disk there; digested, written and published in the
+    pipeline's threads, each of which touches only its own part of the state.
+
+    Args:
+        path: the final name.
+        spec: the array's shards.
+        metadata: the header's strings.
+        first_token: the position of the shard's first row in the store.
+        rows: rows it will have, where that is known: their space is reserved at once.
+        direct: write past the page cache.
+        durable: sync before the rename.
+        inspect: called, in the digest thread, with the finished statistics; raising there keeps the shard from
+            being published.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: ShardSpec,
+        metadata: Mapping[str, str],
+        first_token: int,
+        *,
+        rows: int | None,
+        direct: bool,
+        durable: bool,
+        inspect: Callable[[Mapping[str, np.ndarray]], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.folder = path.parent
+        self._metadata, self._first_token, self._durable = metadata, first_token, durable
+        self._inspect = inspect
+        # The caller's side, the digest thread's, and the write thread's.
+        self.staged = 0
+        self._digested = 0
+        self._written = 0
+        self._crcs: list[int] = []
+        self._crc = 0
+        width = spec.row_shape[-1]
+        self._moments = Moments(spec.stat_layers, width, spec.chunk_rows) if spec.stat_layers else None
+        self._tail = b""
+        reserve = Layout(spec, rows).size if rows else 0
+        self._draft = Draft(path, reserve=reserve, direct=direct)
+
+    def carry(self, overflow: np.ndarray) -> None:
+        """Go on counting from the overflow of the shard that this one replaces. Before anything is staged."""
+        if self._moments is not None:
+            self._moments.add_overflow(overflow)
+
+    def digest(self, data: np.ndarray, keep: np.ndarray | None, overflow: np.ndarray | None) -> None:
+        """Take the next rows, as `[bytes]` uint8, into checksums and statistics."""
+        spec = self.spec
+        rows = len(data) // spec.row_bytes
+        done = 0
+        while done < rows:
+            room = spec.chunk_rows - self._digested % spec.chunk_rows
+            some = min(room, rows - done)
+            part = data[done * spec.row_bytes : (done + some) * spec.row_bytes]
+            self._crc = crc32c.crc32c(part.data, self._crc)
+            if some == room:
+                self._crcs.append(self._crc)
+                self._crc = 0
+            done += some
+            self._digested += some
+        if self._moments is not None:
+            shaped = data.view(spec.dtype.numpy).reshape(rows, spec.stat_layers, spec.row_shape[-1])
+            self._moments.add(shaped, keep)
+            if overflow is not None:
+                self._moments.add_overflow(overflow)
+
+    def write(self, data: np.ndarray) -> None:
+        """Write the next rows, as `[bytes]` uint8."""
+        self._draft.write(data, HEADER_BYTES + self._written)
+        self._written += len(data)
+
+    def finish_digest(self) -> None:
+        """Compute what stands behind the rows."""
+        layout = Layout(self.spec, self._digested)
+        padding = layout.chunk_padding()
+        if padding:
+            self._crcs.append(crc32c.crc32c(padding, self._crc))
+        statistics = None if self._moments is None else self._moments.arrays(self._first_token)
+        if self._inspect is not None and statistics is not None:
+            self._inspect(statistics)
+        self._tail = layout.tail(self._crcs, statistics)
+        self._moments = None
+
+    def finish_write(self) -> None:
+        """Write what stands behind the rows, and the header."""
+        header = Layout(self.spec, self._digested).header(self._metadata)
+        self._draft.write(np.frombuffer(self._tail, np.uint8), HEADER_BYTES + self._written)
+        self._draft.write(np.frombuffer(header, np.uint8), 0)
+        self._tail = b""
+
+    def publish(self) -> None:
+        """Make the file durable and give it its name."""
+        self._draft.publish(Layout(self.spec, self._digested).size, durable=self._durable)
+
+    def discard(self) -> None:
+        """Leave nothing behind. Only while no thread of the pipeline can touch the shard."""
+        self._draft.discard()
+
+
+class Seal:
+    """The job that finishes shards, publishes them, and makes their folders durable if asked to.
+
+    `done` is set once they are in place, or abandoned.
+    """
+
+    def __init__(self, shards: Sequence[ShardWriter], *, durable: bool) -> None:
+        self._shards, self._durable = shards, durable
+        self.files = len(shards)
+        self.done = threading.Event()
+
+    def digest(self) -> None:
+        """Compute checksums and statistics."""
+        for shard in self._shards:
+            shard.finish_digest()
+
+    def write(self) -> None:
+        """Write headers and tails."""
+        for shard in self._shards:
+            shard.finish_write()
+
+    def publish(self) -> None:
+        """Sync, rename, sync the folders."""
+        for shard in self._shards:
+            shard.publish()
+        if self._durable:
+            for folder in {shard.folder for shard in self._shards}:
+                sync_folder(folder)
+        self.done.set()
+
+    def abandon(self) -> None:
+        """Remove the drafts."""
+        for shard in self._shards:
+            shard.discard()
+        self.done.set()

@@ -1,0 +1,66 @@
+"""`zarr.json` files with a digest of their own bytes.
+
+zarr-python writes the metadata, in memory. The digest is the SHA-256 of the file with the digest's own 64 characters
+blanked to zeros; it stands in the attributes, as `mmcache.digest`, before anything that a user may have put there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from mmcache.errors import CorruptError, VersionError
+from mmcache.files import read_file
+from mmcache.format import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.storage import MemoryStore
+
+__all__ = ["ROOT", "attributes", "read_signed", "signed"]
+
+ROOT = "zarr.json"
+_BLANK = "0" * 64
+
+
+def attributes(**said: Any) -> dict[str, Any]:
+    """Give the attributes of a node that is going to be signed."""
+    return {"mmcache": {"format": FORMAT_VERSION, "digest": _BLANK, **said}}
+
+
+def signed(memory: MemoryStore, key: str = ROOT) -> bytes:
+    """Give the bytes of a `zarr.json` that zarr wrote to memory, its digest filled in."""
+    text: bytes = memory._store_dict[key].to_bytes()  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
+    return text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def read_signed(where: Path, limit: int) -> tuple[dict[str, Any], bytes]:
+    """Read and check a `zarr.json`: what it says under `mmcache`, and its bytes.
+
+    Raises:
+        StoreNotFoundError: there is no such file.
+        VersionError: it is of a format version that this library does not read.
+        CorruptError: it is damaged, was changed by another program, or has no digest.
+    """
+    text = read_file(where, limit)
+    try:
+        said = json.loads(text)["attributes"]["mmcache"]
+        digest = said["digest"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptError(f"{where} is no mmcache store's: {error!r}") from error
+    if not isinstance(said, dict) or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CorruptError(f"{where} is no mmcache store's: it has no digest")
+    blanked = text.replace(digest.encode(), _BLANK.encode(), 1)
+    if said.get("format") != FORMAT_VERSION:
+        raise VersionError(
+            f"{where} is of format version {said.get('format')!r}, this library reads {FORMAT_VERSION}: "
+            f"open it with the mmcache that made it, or upgrade"
+        )
+    if hashlib.sha256(blanked).hexdigest() != digest:
+        raise CorruptError(
+            f"{where} does not match its own digest: it is damaged, or another program wrote to it; restore it"
+        )
+    return said, text

@@ -1,0 +1,105 @@
+"""The merged statistics of a complete store, kept in it: `statistics/<site>`, a zarr group of two small arrays.
+
+Merging ten thousand shards reads gigabytes; reading what was merged once reads kilobytes. `dimensions` is
+`[3, n_layers, d_model]` (count, mean, std), `layers` `[8, n_layers]`, both float64 with zarr's own crc32c codec; the
+group's `zarr.json`, written last, names their rows and says of which tokens they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import zarr
+import zarr.storage
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+
+from mmcache.errors import CorruptError, StoreNotFoundError
+from mmcache.files import list_names, make_folder, publish, read_file
+from mmcache.names import STATISTICS_FOLDER
+from mmcache.signed import ROOT, attributes, read_signed, signed
+from mmcache.site_statistics import SiteStatistics
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["load_summary", "save_summary"]
+
+_DIMENSIONS = ("count", "mean", "std")
+# Each array and the file of its only chunk.
+_ARRAYS = {"dimensions": "dimensions/c/0/0/0", "layers": "layers/c/0/0"}
+_COUNTS = ("rows", "non_finite", "first_non_finite", "zero_rows", "overflow")
+_LAYERS = ("mean_norm", "min_norm", "max_norm", *_COUNTS)
+# 100 layers of 16,384 are 39 MB; a stranger's file is not read further than this.
+_LIMIT = 1 << 30
+
+
+def _of(manifest: Manifest) -> dict[str, object]:
+    """Say which rows the statistics are of: others, of a shorter plan say, are not believed."""
+    return {
+        "store": manifest.store,
+        "n_tokens": manifest.n_tokens,
+        "dimensions": list(_DIMENSIONS),
+        "layers": list(_LAYERS),
+    }
+
+
+def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistics) -> None:
+    """Keep the merged statistics of a complete site; blocks until they are durable."""
+    memory = zarr.storage.MemoryStore()
+    zarr.create_group(memory, attributes=attributes(**_of(manifest)), zarr_format=3)
+    for name, rows in (("dimensions", _DIMENSIONS), ("layers", _LAYERS)):
+        data = np.stack([getattr(found, row).double().numpy() for row in rows])
+        zarr.create_array(
+            memory,
+            name=name,
+            data=data,
+            chunks=data.shape,
+            compressors=[Crc32cCodec()],
+            fill_value=float("nan"),
+            config={"write_empty_chunks": True},
+            attributes=attributes(),
+        )
+    for name, chunk in _ARRAYS.items():
+        make_folder(path / STATISTICS_FOLDER / site / chunk.rpartition("/")[0])
+        publish(path / STATISTICS_FOLDER / site / chunk, memory._store_dict[chunk].to_bytes())  # noqa: SLF001 -- its bytes, at once
+        publish(path / STATISTICS_FOLDER / site / name / ROOT, signed(memory, f"{name}/{ROOT}"))
+    publish(path / STATISTICS_FOLDER / site / ROOT, signed(memory))
+    above = zarr.storage.MemoryStore()
+    zarr.create_group(above, attributes=attributes(), zarr_format=3)
+    publish(path / STATISTICS_FOLDER / ROOT, signed(above))
+
+
+def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:
+    """Read the merged statistics of a site; None where there are none of exactly these tokens.
+
+    Raises:
+        CorruptError: they are there, and damaged.
+    """
+    folder = path / STATISTICS_FOLDER / site
+    if ROOT not in list_names(folder):
+        return None
+    try:
+        said, text = read_signed(folder / ROOT, _LIMIT)
+        if said | _of(manifest) != said:
+            return None
+        files = {ROOT: text}
+        for name, chunk in _ARRAYS.items():
+            files[f"{name}/{ROOT}"] = read_signed(folder / name / ROOT, _LIMIT)[1]
+            files[chunk] = read_file(folder / chunk, _LIMIT)
+        buffer = default_buffer_prototype().buffer
+        memory = zarr.storage.MemoryStore({key: buffer.from_bytes(content) for key, content in files.items()})
+        dimensions, layers = (np.asarray(zarr.open_array(memory, path=name, mode="r")[:]) for name in _ARRAYS)
+        deep, width = len(manifest.layers), manifest.sites[site]
+        if dimensions.shape != (len(_DIMENSIONS), deep, width) or layers.shape != (len(_LAYERS), deep):
+            raise CorruptError(f"it is {dimensions.shape} and {layers.shape}, for {deep} layers of {width}")
+    except (ValueError, TypeError, KeyError, StoreNotFoundError) as error:
+        raise CorruptError(f"{folder} is damaged ({error}): remove the folder, it is made again") from error
+    named = {name: torch.from_numpy(dimensions[row].astype(float)) for row, name in enumerate(_DIMENSIONS)}
+    for row, name in enumerate(_LAYERS):
+        named[name] = torch.from_numpy(layers[row].astype(np.int64 if name in _COUNTS else float))
+    return SiteStatistics(**named)

@@ -1,0 +1,35 @@
+"""How the suite runs: deterministic properties, `--slow` to widen them, and skips that say why."""
+
+import hypothesis
+import pytest
+import torch
+
+# A property that fails must fail again in the next run, on a busy machine too: fixed examples, no time limits.
+_STEADY = {
+    "derandomize": True,
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("quick", max_examples=40, **_STEADY)
+hypothesis.settings.register_profile("slow", max_examples=1000, **_STEADY)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run tests marked slow, and properties with many examples")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("slow" if config.getoption("--slow") else "quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    skips = {}
+    if not config.getoption("--slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow: run it with --slow")
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is false")
+    for item in items:
+        for mark, skip in skips.items():
+            if item.get_closest_marker(mark) is not None:
+                item.add_marker(skip)

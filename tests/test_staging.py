@@ -1,0 +1,359 @@
+"""Staging and the pipeline: what reaches the disk is what `format.encode` writes, and failures reach the caller."""
+
+import errno
+import itertools
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import DTYPES, numpy_dtype, random_bits, raw, without_sync
+
+import mmcache
+from mmcache.dtypes import activation_dtype
+from mmcache.format import ShardSpec, encode
+from mmcache.pipeline import SLOT_BYTES, Pipeline
+from mmcache.staging import Seal, ShardWriter, Stager
+from mmcache.statistics import Moments
+
+METADATA = {"format": "mmcache/1", "array": "a", "key": "c.0.0.0"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    without_sync(monkeypatch)
+
+
+@pytest.fixture
+def pipeline():
+    made = Pipeline(SLOT_BYTES)
+    yield made
+    made.close()
+
+
+def spec_of(dtype, width, *, layers=0, shard=64, chunk=16):
+    """Describe shards of rows `[width]`, or `[layers, width]` where `layers` is not 0."""
+    row = (layers, width) if layers else (width,)
+    return ShardSpec("activations", activation_dtype(dtype), row, shard, chunk, max(layers, 1))
+
+
+def shard_writer(path, spec, *, first_token=0, rows=None, direct=False):
+    return ShardWriter(path, spec, METADATA, first_token, rows=rows, direct=direct, durable=True)
+
+
+def parts_of(spec, rows):
+    """Cut rows into what `stage` takes: a `[n, d_model]` tensor a layer."""
+    return list(rows.unbind(1)) if len(spec.row_shape) == 2 else [rows]
+
+
+def encoded(spec, rows, keep, first_token=0, overflow=None):
+    """Write the shard in memory, the simple way."""
+    data = np.frombuffer(raw(rows), numpy_dtype(rows.dtype)).reshape(rows.shape)
+    moments = Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows)
+    moments.add(data.reshape(len(data), spec.stat_layers, spec.row_shape[-1]), keep)
+    if overflow is not None:
+        moments.add_overflow(overflow)
+    return encode(spec, data, METADATA, moments.arrays(first_token))
+
+
+@st.composite
+def shards(draw):
+    """Draw a shard's description, how many rows it gets, how they are split, and which of them count."""
+    dtype = draw(st.sampled_from(DTYPES))
+    width, layers = draw(st.sampled_from([1, 3, 8, 129, 1024])), draw(st.integers(0, 3))
+    chunk = draw(st.sampled_from([1, 4, 32]))
+    shard = chunk * draw(st.integers(1, 8))
+    rows = draw(st.integers(1, shard))
+    cuts = draw(st.lists(st.integers(0, rows), max_size=5))
+    masked = draw(st.booleans())
+    return spec_of(dtype, width, layers=layers, shard=shard, chunk=chunk), rows, sorted({0, *cuts, rows}), masked
+
+
+@given(shards(), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_what_is_written_is_what_encode_writes(tmp_path_factory, drawn, direct, reserve, seed):
+    spec, count, cuts, masked = drawn
+    path = tmp_path_factory.mktemp("shard") / "c.0.0.0"
+    rows = random_bits(count, *spec.row_shape, dtype=spec.dtype.torch, seed=seed)
+    keep = np.random.default_rng(seed).random(count) < 0.7 if masked else np.ones(count, bool)
+    pipeline = Pipeline(SLOT_BYTES)
+    stager = Stager(pipeline)
+    shard = shard_writer(path, spec, first_token=7, rows=count if reserve else None, direct=direct)
+    for start, stop in itertools.pairwise(cuts):
+        stager.stage(shard, parts_of(spec, rows[start:stop]), keep[start:stop])
+        if seed % 2:
+            # Each piece in a slot of its own.
+            stager.flush()
+    stager.flush()
+    pipeline.submit(Seal([shard], durable=True))
+    pipeline.drain()
+    pipeline.close()
+    assert path.read_bytes() == encoded(spec, rows, keep, first_token=7)
+    assert [file.name for file in path.parent.iterdir()] == ["c.0.0.0"]
+    assert path.stat().st_mode & 0o222 == 0
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(("width", "rows"), [(1000, 3000), (4096, 700), (1025, 4001)])
+def test_shards_larger_than_a_slot(tmp_path, direct, width, rows):
+    # Pieces that end in the middle of a page, and whole ones that may go past the page cache.
+    small = Pipeline(1 << 20)
+    spec = spec_of(torch.float32, width, shard=4096, chunk=512)
+    values = random_bits(rows, width, dtype=torch.float32)
+    stager = Stager(small)
+    shard = shard_writer(tmp_path / "c", spec, rows=rows, direct=direct)
+    stager.stage(shard, [values[:10]])
+    stager.stage(shard, [values[10:]])
+    stager.flush()
+    small.submit(Seal([shard], durable=True))
+    small.drain()
+    small.close()
+    assert (tmp_path / "c").read_bytes() == encoded(spec, values, None)
+
+
+def test_several_shards_share_slots(tmp_path, pipeline):
+    # As the layer layout does: a piece for each shard, again and again.
+    spec = spec_of(torch.float16, 33)
+    values = [random_bits(64, 33, dtype=torch.float16, seed=number) for number in range(5)]
+    stager = Stager(pipeline)
+    made = [shard_writer(tmp_path / f"c{number}", spec) for number in range(5)]
+    for start in range(0, 64, 7):
+        for shard, rows in zip(made, values, strict=True):
+            stager.stage(shard, [rows[start : start + 7]])
+    stager.flush()
+    pipeline.submit(Seal(made, durable=True))
+    pipeline.drain()
+    for number, rows in enumerate(values):
+        assert (tmp_path / f"c{number}").read_bytes() == encoded(spec, rows, None)
+
+
+def test_a_cast_counts_what_overflows(tmp_path, pipeline):
+    spec = spec_of(torch.float16, 4, layers=3)
+    rows = torch.randn(20, 3, 4)
+    rows[2, 0, 1] = rows[3, 2, 0] = rows[19, 2, 3] = 1e6
+    rows[4, 1, 0] = torch.inf
+    stager, shard = Stager(pipeline), shard_writer(tmp_path / "c", spec)
+    stager.stage(shard, parts_of(spec, rows[:10]))
+    stager.stage(shard, parts_of(spec, rows[10:]))
+    stager.flush()
+    pipeline.submit(Seal([shard], durable=True))
+    pipeline.drain()
+    assert (tmp_path / "c").read_bytes() == encoded(spec, rows.half(), None, overflow=np.array([1, 0, 2]))
+
+
+def test_mixed_dtypes_and_strides_of_the_layers_of_a_row(tmp_path, pipeline):
+    spec = spec_of(torch.float32, 6, layers=3)
+    layers = [torch.randn(9, 6).double(), torch.randn(6, 9).T, torch.randn(1, 6).bfloat16().expand(9, 6)]
+    stager, shard = Stager(pipeline), shard_writer(tmp_path / "c", spec)
+    stager.stage(shard, layers)
+    stager.flush()
+    pipeline.submit(Seal([shard], durable=True))
+    pipeline.drain()
+    expected = torch.stack([layer.float() for layer in layers], dim=1)
+    assert (tmp_path / "c").read_bytes() == encoded(spec, expected, None)
+
+
+# The pipeline
+
+
+class Note:
+    """A job that notes where it has been, and may fail there."""
+
+    files = 1
+
+    def __init__(self, name, notes, fails=None, error=None):
+        self.name, self.notes, self.fails, self.error = name, notes, fails, error or ValueError("asked to fail")
+
+    def _pass(self, stage):
+        if self.fails == stage:
+            raise self.error
+        self.notes.append((stage, self.name, threading.current_thread().name))
+
+    def digest(self):
+        self._pass("digest")
+
+    def write(self):
+        self._pass("write")
+
+    def publish(self):
+        self._pass("publish")
+
+    def abandon(self):
+        self.notes.append(("abandon", self.name, threading.current_thread().name))
+
+
+STAGES = ("digest", "write", "publish")
+
+
+def test_jobs_pass_every_stage_in_order(pipeline):
+    notes = []
+    for number in range(50):
+        pipeline.submit(Note(number, notes))
+    pipeline.drain()
+    for stage in STAGES:
+        assert [name for at, name, _ in notes if at == stage] == list(range(50))
+        assert {thread for at, _, thread in notes if at == stage} == {f"mmcache-{stage}"}
+    for number in range(50):
+        assert [at for at, name, _ in notes if name == number] == list(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_first_failure_stops_everything(stage):
+    notes = []
+    pipeline = Pipeline(SLOT_BYTES)
+    pipeline.submit(Note("before", notes))
+    pipeline.drain()
+    pipeline.submit(Note("fails", notes, fails=stage))
+    for number in range(5):
+        pipeline.submit(Note(number, notes))
+    for use in (pipeline.drain, pipeline.check, pipeline.acquire):
+        with pytest.raises(mmcache.WriteError, match=r"in the background.*asked to fail") as caught:
+            use()
+        assert isinstance(caught.value.__cause__, ValueError)
+    pipeline.close()
+    assert ("publish", "before", "mmcache-publish") in notes
+    # What came after was not published, and was told so; by one thread, after all that came before it.
+    assert [name for at, name, _ in notes if at == "publish"] == ["before"]
+    assert [name for at, name, _ in notes if at == "abandon"] == ["fails", *range(5)]
+    assert {thread for at, _, thread in notes if at == "abandon"} == {"mmcache-publish"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "number"),
+    [
+        (mmcache.DiskFullError(errno.ENOSPC, "no room", "c.0"), mmcache.DiskFullError, errno.ENOSPC),
+        (mmcache.WriteError(errno.EIO, "bad", "c.0"), mmcache.WriteError, errno.EIO),
+        (mmcache.CorruptError("bad bytes"), mmcache.CorruptError, None),
+        (ZeroDivisionError("a bug"), mmcache.WriteError, None),
+        (KeyboardInterrupt(), mmcache.WriteError, None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_failure_keeps_its_class_and_number(error, kind, number):
+    pipeline = Pipeline(SLOT_BYTES)
+    pipeline.submit(Note("fails", [], fails="write", error=error))
+    with pytest.raises(mmcache.MmcacheError) as caught:
+        pipeline.drain()
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is error
+    if number is not None:
+        assert (caught.value.errno, caught.value.filename) == (number, "c.0")
+    # Asked again, it says so again.
+    with pytest.raises(kind):
+        pipeline.check()
+    pipeline.close()
+
+
+def test_drain_waits_for_all_that_came_before(pipeline):
+    gate, notes = threading.Event(), []
+
+    class Held(Note):
+        def publish(self):
+            gate.wait(30)
+            super().publish()
+
+    pipeline.submit(Held("held", notes))
+    opener = threading.Thread(target=gate.set)
+    opener.start()
+    pipeline.drain()
+    opener.join()
+    assert notes[-1] == ("publish", "held", "mmcache-publish")
+
+
+def test_close_ends_the_threads_and_refuses_more():
+    before = set(threading.enumerate())
+    notes = []
+    pipeline = Pipeline(SLOT_BYTES)
+    assert set(threading.enumerate()) == before, "threads start with the first job"
+    pipeline.submit(Note(0, notes))
+    assert {thread.name for thread in set(threading.enumerate()) - before} == {f"mmcache-{stage}" for stage in STAGES}
+    pipeline.close()
+    pipeline.close()
+    assert ("publish", 0, "mmcache-publish") in notes
+    assert set(threading.enumerate()) == before
+    with pytest.raises(mmcache.ClosedError):
+        pipeline.submit(Note(1, notes))
+
+
+def test_slots_come_back_and_are_used_again(tmp_path):
+    # Forty times what the ring has: it never gets more than its few slots.
+    pipeline = Pipeline(1 << 18)
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 1024, shard=1 << 16, chunk=1024)
+    rows = torch.zeros(1 << 9, 1024)
+    shard = shard_writer(tmp_path / "c", spec)
+    addresses = set()
+    for _ in range(20):
+        stager.stage(shard, [rows])
+        addresses |= {slot.memory.ctypes.data for slot in pipeline.ring._slots}
+    stager.flush()
+    pipeline.submit(Seal([shard], durable=True))
+    pipeline.drain()
+    assert len(addresses) == len(pipeline.ring._slots) <= 4
+    # All of them are free again.
+    taken = {pipeline.acquire().memory.ctypes.data for _ in range(4)}
+    assert len(taken) == 4
+    pipeline.close()
+
+
+def test_waiting_for_a_slot_ends_when_the_pipeline_fails():
+    pipeline = Pipeline(page := 4096)
+    assert {len(pipeline.acquire().memory) for _ in range(4)} == {page}
+    pipeline.submit(Note("fails", [], fails="digest"))
+    with pytest.raises(mmcache.WriteError, match="asked to fail"):
+        pipeline.acquire()
+    pipeline.close()
+
+
+def test_many_files_wait_for_their_sync_but_not_all(pipeline):
+    # Each shard that waits for its sync holds descriptors: whoever submits more waits as well.
+    gate, notes, most = threading.Event(), [], []
+
+    class Held(Note):
+        def publish(self):
+            gate.wait(30)
+            super().publish()
+
+    def submit():
+        for number in range(400):
+            pipeline.submit(Held(number, notes))
+            most.append(pipeline._open_files)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    while thread.is_alive() and pipeline._open_files < 128:
+        time.sleep(0.001)
+    gate.set()
+    thread.join()
+    pipeline.drain()
+    assert max(most) <= 128
+    assert pipeline._open_files == 0
+    assert [name for at, name, _ in notes if at == "publish"] == list(range(400))
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "ftruncate", "rename", "fchmod"])
+def test_a_shard_that_fails_leaves_nothing(tmp_path, monkeypatch, call):
+    pipeline = Pipeline(SLOT_BYTES)
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 8)
+    made = [shard_writer(tmp_path / f"c{number}", spec) for number in range(3)]
+    real = getattr(os, call)
+
+    def refuse(*args, **options):
+        if threading.current_thread().name.startswith("mmcache-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, call, refuse)
+    for shard in made:
+        stager.stage(shard, [torch.zeros(64, 8)])
+    stager.flush()
+    seal = Seal(made, durable=True)
+    pipeline.submit(seal)
+    with pytest.raises(mmcache.WriteError, match=r"c0"):
+        pipeline.drain()
+    pipeline.close()
+    monkeypatch.undo()
+    assert seal.done.is_set(), "whoever waits for the shard waits for ever"
+    assert list(tmp_path.iterdir()) == []
