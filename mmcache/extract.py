@@ -106,6 +106,7 @@ class Extraction:
             special_tokens=tuple(sorted(tokenizer.all_special_ids)),
             vocabulary=getattr(getattr(self._model, "config", None), "vocab_size", None),
         )
+        self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens
 
     def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
         """Give the batch size: for `auto` the plan's, where there is one, or the quickest."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmcache.contexts import Contexts
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import PlanMismatchError, ReadOnlyError
-from mmcache.files import list_names, make_folder, publish, remove_drafts, remove_file, sync_folder
+from mmcache.files import list_names, make_folder, publish, read_file, remove_drafts, remove_file, sync_folder
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
 from mmcache.lock import FolderLock
@@ -296,9 +296,6 @@ def _drop(path: Path, old: Manifest, first: int) -> None:
 def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
     """Add the sites that a complete store does not have yet; its own shards stay as they are."""
     fresh = {site: width for site, width in settings.widths.items() if site not in manifest.sites}
-    taken = sorted(set(fresh) & set(list_names(path)))
-    if taken:
-        raise PlanMismatchError(f"{path} already holds {', '.join(taken)}, which is no site of it: move it away")
     total, shard = manifest.n_tokens or 0, manifest.shard_tokens or 1
     shard_rows(list(_row_bytes(settings, fresh)), shard, total)
     grown = replace(
@@ -307,5 +304,16 @@ def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
         source={**manifest.source, "modules": {**manifest.source["modules"], **settings.modules}},
     ).with_geometry(shard, total)
     grown = replace(grown, inner_tokens={**grown.inner_tokens, **manifest.inner_tokens})
+    there = set(list_names(path))
+    taken = [site for site in fresh if site in there and not _interrupted(path, grown, site)]
+    if taken:
+        raise PlanMismatchError(f"{path} already holds {', '.join(taken)}, which is no site of it: move it away")
     check_room(path, grown)
     return _published(path, grown)
+
+
+def _interrupted(path: Path, grown: Manifest, site: str) -> bool:
+    """Tell whether the folder of a site has only what adding it, interrupted before the root, leaves there."""
+    folder, metadata = path / site, array_json(grown, site, grown.n_tokens or 0)
+    names = list_names(folder) if folder.is_dir() else [site]
+    return not names or (names == [ROOT] and read_file(folder / ROOT, 1 << 20) == metadata)

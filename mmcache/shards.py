@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import crc32c
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
     from mmcache.manifest import Manifest
 
-__all__ = ["ShardFolder", "missing_shards"]
+__all__ = ["ShardFolder", "count_present", "missing_shards"]
 
+# No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
+_SHARD_KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
 _NUMPY_CODES = {"F64": "<f8", "I64": "<i8"}
 
 
@@ -33,6 +36,13 @@ def missing_shards(path: Path, manifest: Manifest, array: str, rows: int) -> lis
         for block in blocks
         if manifest.shard_key(array, block, slot) not in names
     ]
+
+
+def count_present(path: Path, manifest: Manifest, site: str) -> int:
+    """Count the shards that a site should have and has, from one listing; bounded by what is really there."""
+    slots, blocks = len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0)
+    found = (_SHARD_KEY.fullmatch(name) for name in list_names(path / site))
+    return sum(int(key[1]) < slots and int(key[2]) < blocks for key in found if key)
 
 
 class ShardFolder:

@@ -93,9 +93,10 @@ class Stager:
             fit = min(room, rows - done)
             if fit < rows - done:
                 # Whole pages, so that the next piece starts on one and may go to the device directly.
-                fit -= (shard.staged + fit) % page_rows if fit >= 2 * page_rows else 0
+                whole = fit - (shard.staged + fit) % page_rows
+                fit = whole if whole > 0 or job.used else fit
             elsewhere = bool(job.sources) and job.sources[0].device != parts[0].device
-            if fit == 0 or elsewhere or (on_cuda and not job.slot.pinned):
+            if fit <= 0 or elsewhere or (on_cuda and not job.slot.pinned):
                 self.flush()
                 continue
             start, stop = job.used, job.used + fit * spec.row_bytes

@@ -13,7 +13,7 @@ from mmcache.dtypes import BY_NAME
 from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.flags import counted
 from mmcache.manifest import Manifest, read_manifest
-from mmcache.shards import ShardFolder, missing_shards
+from mmcache.shards import ShardFolder, count_present
 from mmcache.site_view import MAX_MAPS, SiteView
 from mmcache.summary import load_summary
 
@@ -248,7 +248,7 @@ class Store:
         """Count the shards of a site that have not been written yet, from one listing of its folder."""
         if self._manifest.shard_tokens is None:
             return 0
-        return len(missing_shards(self.path, self._manifest, site, self.n_tokens))
+        return self.n_shards(site) - count_present(self.path, self._manifest, site)
 
     def d_model(self, site: str) -> int | None:
         """Give the width of a site; None for a cache that nothing was pushed to.

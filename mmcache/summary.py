@@ -7,6 +7,7 @@ group's `zarr.json`, written last, names their rows and says of which tokens the
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,8 +35,8 @@ _DIMENSIONS = ("count", "mean", "std")
 _ARRAYS = {"dimensions": "dimensions/c/0/0/0", "layers": "layers/c/0/0"}
 _COUNTS = ("rows", "non_finite", "first_non_finite", "zero_rows", "overflow")
 _LAYERS = ("mean_norm", "min_norm", "max_norm", *_COUNTS)
-# 100 layers of 16,384 are 39 MB; a stranger's file is not read further than this.
-_LIMIT = 1 << 30
+# A stranger's zarr.json is not read further than this.
+_LIMIT = 1 << 20
 
 
 def _of(manifest: Manifest) -> dict[str, object]:
@@ -87,16 +88,18 @@ def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | 
         said, text = read_signed(folder / ROOT, _LIMIT)
         if said | _of(manifest) != said:
             return None
+        deep, width = len(manifest.layers), manifest.sites[site] or 0
+        shapes = {"dimensions": (len(_DIMENSIONS), deep, width), "layers": (len(_LAYERS), deep)}
         files = {ROOT: text}
         for name, chunk in _ARRAYS.items():
             files[f"{name}/{ROOT}"] = read_signed(folder / name / ROOT, _LIMIT)[1]
-            files[chunk] = read_file(folder / chunk, _LIMIT)
+            files[chunk] = read_file(folder / chunk, math.prod(shapes[name]) * 8 + 4)
         buffer = default_buffer_prototype().buffer
         memory = zarr.storage.MemoryStore({key: buffer.from_bytes(content) for key, content in files.items()})
-        dimensions, layers = (np.asarray(zarr.open_array(memory, path=name, mode="r")[:]) for name in _ARRAYS)
-        deep, width = len(manifest.layers), manifest.sites[site]
-        if dimensions.shape != (len(_DIMENSIONS), deep, width) or layers.shape != (len(_LAYERS), deep):
-            raise CorruptError(f"it is {dimensions.shape} and {layers.shape}, for {deep} layers of {width}")
+        arrays = {name: zarr.open_array(memory, path=name, mode="r") for name in _ARRAYS}
+        if any(array.shape != shapes[name] or array.chunks != shapes[name] for name, array in arrays.items()):
+            raise CorruptError(f"its arrays are {[array.shape for array in arrays.values()]}, not {shapes}")
+        dimensions, layers = (np.asarray(array[:]) for array in arrays.values())
     except (ValueError, TypeError, KeyError, StoreNotFoundError) as error:
         raise CorruptError(f"{folder} is damaged ({error}): remove the folder, it is made again") from error
     named = {name: torch.from_numpy(dimensions[row].astype(float)) for row, name in enumerate(_DIMENSIONS)}

@@ -28,10 +28,10 @@ import mmcache
 from mmcache.capture import capture
 from mmcache.extract import Extraction
 from mmcache.files import Draft, map_file
-from mmcache.memory import anonymous
 from mmcache.fill import Batches, forward
 from mmcache.loading import load_tokenizer
 from mmcache.manifest import read_manifest
+from mmcache.memory import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -707,6 +707,7 @@ def test_a_failure_while_the_ring_is_full_does_not_hang(path, monkeypatch):
     assert not shards(path / "resid_post")
 
 
+@pytest.mark.skipif("MMCACHE_PORTABLE" in os.environ, reason="room is reserved where the system can")
 def test_a_full_disk_is_met_before_the_bytes_are_staged(path, monkeypatch):
     cache, tensors = filled(path, layers=1)
     cache.flush()

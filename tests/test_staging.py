@@ -15,9 +15,11 @@ from support import DTYPES, numpy_dtype, random_bits, raw, without_sync
 
 import mmcache
 from mmcache.dtypes import activation_dtype
+from mmcache.files import Draft
 from mmcache.format import ShardSpec, encode
 from mmcache.pipeline import SLOT_BYTES, Pipeline
-from mmcache.staging import Seal, ShardWriter, Stager
+from mmcache.shard_writer import Seal, ShardWriter
+from mmcache.staging import Stager
 from mmcache.statistics import Moments
 
 METADATA = {"format": "mmcache/1", "array": "a", "key": "c.0.0.0"}
@@ -105,13 +107,35 @@ def test_shards_larger_than_a_slot(tmp_path, direct, width, rows):
     values = random_bits(rows, width, dtype=torch.float32)
     stager = Stager(small)
     shard = shard_writer(tmp_path / "c", spec, rows=rows, direct=direct)
-    stager.stage(shard, [values[:10]])
-    stager.stage(shard, [values[10:]])
+    keep = np.random.default_rng(0).random(rows) < 0.5
+    stager.stage(shard, [values[:10]], keep[:10])
+    stager.stage(shard, [values[10:]], keep[10:])
     stager.flush()
     small.submit(Seal([shard], durable=True))
     small.drain()
     small.close()
-    assert (tmp_path / "c").read_bytes() == encoded(spec, values, None)
+    assert (tmp_path / "c").read_bytes() == encoded(spec, values, keep)
+
+
+def test_pieces_of_a_shard_begin_on_pages(tmp_path, monkeypatch):
+    # Otherwise all but the first would go through the page cache, however large they are.
+    offsets, write = [], Draft.write
+
+    def record(draft, data, offset):
+        offsets.append(offset)
+        write(draft, data, offset)
+
+    monkeypatch.setattr(Draft, "write", record)
+    pipeline = Pipeline(1 << 20)
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 1000, shard=4096, chunk=512)
+    shard = shard_writer(tmp_path / "c", spec)
+    stager.stage(shard, [torch.zeros(1500, 1000)])
+    stager.flush()
+    pipeline.drain()
+    pipeline.close()
+    shard.discard()
+    assert len(offsets) > 4
+    assert [offset % 4096 for offset in offsets] == [0] * len(offsets)
 
 
 def test_several_shards_share_slots(tmp_path, pipeline):

@@ -116,6 +116,10 @@ def test_gather_for_a_device(store, rows, device):
     assert same(store["mlp_out"].get_layer(1, device), rows[1])
     assert same(store["mlp_out"].get_position(1, 2, device), rows[1, 2])
     assert same(store["mlp_out"].sequence(1, device), rows[:, 100:101])
+    # The caller's own memory, however the host is called.
+    store["mlp_out"].get_position(1, 2, device).fill_(0)
+    store["mlp_out"].get_layer(1, device).fill_(0)
+    assert same(store["mlp_out"].get_layer(1), rows[1])
 
 
 def test_gather_into(store, rows):
@@ -511,8 +515,8 @@ def test_forked_processes_may_read_with_the_maps_of_their_parent(made):
         twin.check(store)
 
 
-def test_a_spawned_process_opens_the_store_itself(made):
-    path, twin = made
+def test_a_spawned_process_opens_the_store_itself(wide):
+    path, twin = wide
     with mmcache.open(path) as store:
         for _ in in_processes("spawn", 1, path, twin):
             twin.check(store)

@@ -294,9 +294,9 @@ def test_metadata_comes_back(path):
 
 
 def test_wide_rows_and_many_layers(path):
-    # A row of the token layout is larger than a staging slot: 100 layers of 64k numbers.
-    writer, _ = make(path, {"a": 1 << 16}, 100, torch.float32, layout="token")
-    rows = torch.arange(100.0)[:, None, None].expand(100, 2, 1 << 16)
+    # A row of the token layout is larger than a staging slot: 100 layers of 44,000 numbers.
+    writer, _ = make(path, {"a": 44_000}, 100, torch.float32, layout="token")
+    rows = torch.arange(100.0)[:, None, None].expand(100, 2, 44_000)
     with writer:
         writer.append([1, 2], {"a": rows})
     with mmcache.open(path) as store:
@@ -657,6 +657,25 @@ def test_a_crash_anywhere_leaves_the_last_commit(tmp_path, layout, request):
         with mmcache.open(path) as store:
             assert store["a"].statistics.rows.tolist() == [sum(not flag & 3 for flag in twin.flags)] * 2
     assert {0, 1, 2} <= seen
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_sequence_that_a_crash_took_back_in_part_ends_where_it_ended(path, continues):
+    writer, twin = make(path)
+    fill(twin, writer, 10, seed=0)
+    writer.commit()
+    fill(twin.copy(), writer, 5, seed=1, continues=True)
+    # As far as a crash may come before the commit: the small arrays are there already.
+    writer._block.seal(writer._pipeline, writer._stager)
+    writer._block = None
+    writer._pipeline.drain()
+    for column in writer._columns.values():
+        column.publish()
+    abandon(writer)
+    twin.check_path(path)
+    with mmcache.append(path) as writer:
+        fill(twin, writer, 3, seed=2, continues=continues)
+    twin.check_path(path)
 
 
 def test_overflow_of_rows_that_a_crash_took_back_is_not_counted(path):
