@@ -37,6 +37,7 @@ from mmcache.errors import (
     WriteError,
 )
 from mmcache.extract import Progress, extract
+from mmcache.fill import NonFiniteWarning
 from mmcache.site_view import SiteView
 from mmcache.store import Store
 from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
@@ -59,6 +60,7 @@ __all__ = [
     "LockedError",
     "MmcacheError",
     "NonFiniteError",
+    "NonFiniteWarning",
     "OutOfRangeError",
     "PlanMismatchError",
     "Progress",

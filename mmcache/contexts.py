@@ -39,6 +39,13 @@ class Context:
     after: Place
 
 
+def _no_document(number: int, found: object) -> CorpusError:
+    return CorpusError(
+        f"document {number} is a {type(found).__name__}: expected text or an array of token ids "
+        f"(files are read with mmcache.read_texts)"
+    )
+
+
 class CorpusDigest:
     """A running hash of documents: their number, and SHA-256 over the length and bytes of each."""
 
@@ -52,6 +59,8 @@ class CorpusDigest:
             body: Any = document.encode("utf-8", "surrogatepass")
             self._hash.update(b"t" + len(body).to_bytes(8, "little"))
             self._hash.update(body)
+        elif not isinstance(document, np.ndarray):
+            raise _no_document(self.documents, document)
         else:
             self._hash.update(b"i" + len(document).to_bytes(8, "little"))
             for start in range(0, len(document), 1 << 20):
@@ -184,10 +193,7 @@ def _together(documents: Iterable[Document], first: int) -> Iterator[list[str] |
                 yield some
                 some, size = [], 0
         else:
-            raise CorpusError(
-                f"document {number} is a {type(document).__name__}: expected text or an array of token ids "
-                f"(files are read with mmcache.read_texts)"
-            )
+            raise _no_document(number, document)
     if some:
         yield some
 
