@@ -7,6 +7,8 @@ import math
 import shlex
 import signal
 import sys
+import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
+# Seconds that tidying up after a signal may take.
+_TIDYING = 5.0
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _SITE = click.option("--site", help="Which site; needed where the store has several.")
 
@@ -188,17 +192,22 @@ def _plan_threads(out: Path) -> None:
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a job tidily: drafts go, finished shards stay, and how to go on is said."""
+    told = -math.inf
 
     def stop(number: int, _frame: object) -> None:
-        # A second signal must not interrupt the tidying up.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Terminated(number)
+        # A second signal must not interrupt the tidying up. One that comes long after the first is heeded: the
+        # first may have met code that lets no exception out, such as a finaliser.
+        nonlocal told
+        if time.monotonic() - told > _TIDYING:
+            told = time.monotonic()
+            raise _Terminated(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except _Terminated as stopped:
+        # What the job held goes now, drafts that nobody kept yet among it.
+        traceback.clear_frames(stopped.__traceback__)
         click.echo(f"mmcache: stopped. What is finished is in {out}; the same command goes on from there", err=True)
         sys.exit(128 + stopped.args[0])
     finally:

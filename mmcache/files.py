@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.errors import (
-    CorruptError,
-    DiskFullError,
-    IncompleteError,
-    StoreNotFoundError,
-    WriteError,
-)
+from mmcache.errors import CorruptError, DiskFullError, IncompleteError, StoreNotFoundError, WriteError
 from mmcache.geometry import PAGE
 
 if TYPE_CHECKING:
@@ -149,15 +143,16 @@ class Draft:
         direct: write whole pages past the page cache where the file system lets us.
     """
 
+    _temporary: Path
+    _maker = 0  # the process that may have made the temporary file, which is still there
+
     def __init__(self, path: Path, *, reserve: int = 0, direct: bool = False) -> None:
         self.path = path
-        self._temporary: Path
-        self._direct_fd = -1
-        self._fd = -1
+        self._direct_fd = self._fd = -1
         with explained(path, "starting the file", reserve):
-            while not self._create():
-                pass
             try:
+                while not self._create():
+                    pass
                 self._reserve(reserve)
                 if direct and _O_DIRECT:
                     with contextlib.suppress(OSError):
@@ -168,16 +163,14 @@ class Draft:
 
     def _create(self) -> bool:
         """Make the temporary file, and lock it; False if `remove_drafts` took it for a dead one's in between."""
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{_DRAFT}")
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}{_DRAFT}")
+        # Before it is there: an interrupt may come between the system's making it and our knowing so.
+        self._maker = os.getpid()
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._temporary.exists():
-                    return True
-        except BaseException:
-            self.discard()
-            raise
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._temporary.exists():
+                return True
         self.discard()
         return False
 
@@ -234,21 +227,28 @@ class Draft:
             if durable:
                 os.fsync(self._fd)
             self._temporary.rename(self.path)
+        self._maker = 0
         self._close()
 
     def discard(self) -> None:
         """Remove the draft; what is under the final name stays as it is. Safe to call twice."""
-        if self._fd >= 0:
+        if self._maker:
             # What cannot be removed is litter; saying so would hide why the draft is given up.
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
-            self._close()
+            self._maker = 0
+        self._close()
+
+    def __del__(self) -> None:
+        # An interrupt may come before the draft is kept anywhere. A forked process only has a copy.
+        if self._maker == os.getpid():
+            self.discard()
 
     def _close(self) -> None:
-        for fd in (self._direct_fd, self._fd):
+        fds, self._direct_fd, self._fd = (self._direct_fd, self._fd), -1, -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._direct_fd = self._fd = -1
 
 
 def publish(path: Path, data: bytes, *, durable: bool = True) -> None:

@@ -151,7 +151,11 @@ class Pipeline:
     def __init__(self, slot_bytes: int) -> None:
         self.ring = Ring(slot_bytes)
         self._queues: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in _STAGES]
-        self._threads: list[threading.Thread] = []
+        self._threads = [
+            threading.Thread(target=self._run, args=(number, stage), name=f"mmcache-{stage}", daemon=True)
+            for number, stage in enumerate(_STAGES)
+        ]
+        self._running = False
         self._failure: BaseException | None = None
         self._closed = False
         self._open_files = 0
@@ -179,16 +183,20 @@ class Pipeline:
         """Hand over a job; blocks only while a great many files wait to be published."""
         if self._closed:
             raise ClosedError("the writer is closed: open the store again to write to it")
-        if not self._threads:
-            for number, stage in enumerate(_STAGES):
-                thread = threading.Thread(target=self._run, args=(number, stage), name=f"mmcache-{stage}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+        if not self._running:
+            self._start()
         if job.files:
             with self._fewer_files:
                 self._fewer_files.wait_for(lambda: self._open_files < _MAX_FILES)
                 self._open_files += job.files
         self._queues[0].put(job)
+
+    def _start(self) -> None:
+        # An interrupt may come between any two of them: those that run are not started again, the others still are.
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
+        self._running = True
 
     def _end(self, job: Job) -> None:
         """Do what comes after the last stage."""
@@ -221,7 +229,7 @@ class Pipeline:
         Raises:
             WriteError: something failed; the class is the failure's own where it is one of ours.
         """
-        if self._threads:
+        if self._running:
             barrier = _Barrier()
             self.submit(barrier)
             barrier.done.wait()
@@ -232,8 +240,8 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        if self._threads:
-            self._queues[0].put(None)
-            for thread in self._threads:
+        self._queues[0].put(None)
+        for thread in self._threads:
+            if thread.ident is not None:
                 thread.join()
         self.ring.close()

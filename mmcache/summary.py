@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import list_names, make_folder, publish, read_file
+from mmcache.files import list_names, make_folder, publish, read_file, remove_drafts
 from mmcache.names import STATISTICS_FOLDER
 from mmcache.signed import ROOT, attributes, read_signed, signed
 from mmcache.site_statistics import SiteStatistics
@@ -65,14 +65,19 @@ def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistic
             config={"write_empty_chunks": True},
             attributes=attributes(),
         )
-    for name, chunk in _ARRAYS.items():
-        make_folder(path / STATISTICS_FOLDER / site / chunk.rpartition("/")[0])
-        publish(path / STATISTICS_FOLDER / site / chunk, memory._store_dict[chunk].to_bytes())  # noqa: SLF001 -- its bytes, at once
-        publish(path / STATISTICS_FOLDER / site / name / ROOT, signed(memory, f"{name}/{ROOT}"))
-    publish(path / STATISTICS_FOLDER / site / ROOT, signed(memory))
     above = zarr.storage.MemoryStore()
     zarr.create_group(above, attributes=attributes(), zarr_format=3)
-    publish(path / STATISTICS_FOLDER / ROOT, signed(above))
+    folder = path / STATISTICS_FOLDER / site
+    contents = {folder.parent / ROOT: signed(above)}
+    for name, chunk in _ARRAYS.items():
+        contents[folder / chunk] = memory._store_dict[chunk].to_bytes()  # noqa: SLF001 -- its bytes, at once
+        contents[folder / name / ROOT] = signed(memory, f"{name}/{ROOT}")
+    # The site's own comes last: where it is, all of them are, and this is not done again.
+    contents[folder / ROOT] = signed(memory)
+    for file, content in contents.items():
+        make_folder(file.parent)
+        remove_drafts(file.parent)
+        publish(file, content)
 
 
 def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:

@@ -140,7 +140,7 @@ def draw_statistics(console: Console, view: dict[str, Any]) -> None:
             "layer": row["layer"],
             "rows": row["rows"],
             "mean_norm": f"{row['mean_norm']:.4g}",
-            "from_to": f"{row['min_norm']:.3g}-{row['max_norm']:.3g}",
+            "from_to": f"{row['min_norm']:.3g} - {row['max_norm']:.3g}",
             "scale": f"{row['scalar_scale']:.4g}",
             "std": f"{row['std']:.3g}",
             "top_std": f"{row['largest_std']['value']:.3g} [{row['largest_std']['dimension']}]",

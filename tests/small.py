@@ -100,11 +100,11 @@ def said(folder):
 def assert_same_store(one, two, *, but=()):
     """Two stores are equal file for file and byte for byte; their roots are, but for times and `but`."""
     ours, theirs = contents(one), contents(two)
-    assert sorted(set(ours) ^ set(theirs)) == []
+    assert set(ours) == set(theirs), sorted(set(ours) ^ set(theirs))
     differ = [name for name in ours if name != "zarr.json" and ours[name] != theirs[name]]
-    assert not differ
+    assert not differ, differ
     roots = [said(folder) for folder in (one, two)]
     for root in roots:
         for name in but:
             root["source"].pop(name)
-    assert roots[0] == roots[1]
+    assert roots[0] == roots[1], roots

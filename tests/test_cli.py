@@ -17,6 +17,14 @@ small = pytest.importorskip("small")
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """The command computes with the threads of its plan, and has no process of its own here."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -53,9 +61,7 @@ def test_extract_says_its_plan_and_progress_on_stderr_and_the_store_on_stdout(mo
 
 
 def test_the_same_command_again_finds_nothing_to_do(model, corpus, acts):
-    result = run(
-        "extract", model, corpus, "--out", acts, "--context-length", "32", "--shard-tokens", "256", "--json"
-    )
+    result = run("extract", model, corpus, "--out", acts, "--context-length", "32", "--shard-tokens", "256", "--json")
     assert "0 B in 0 shards" in result.stderr
     assert json.loads(result.stdout)["complete"]
 
@@ -192,3 +198,136 @@ def test_every_command_stands_in_the_readme():
     text = README.read_text()
     for command in main.commands:
         assert command in text, command
+
+
+def without_constants(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_what_is_printed_is_json_whatever_the_numbers_are(tmp_path):
+    rows = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf], [0.0, 0.0, 0.0, 0.0]])
+    with mmcache.FullActivationCache.with_capacity(1, tmp_path / "cache") as cache:
+        cache.push(rows[:1])
+    printed = run("show", str(tmp_path / "cache"), "0", "0", "--json").stdout
+    row = json.loads(printed, parse_constant=without_constants)[0]
+    # As zarr writes them, and as float() reads them.
+    assert row["values"] == [1.0, "NaN", "Infinity", "-Infinity"]
+    assert [float(value) for value in row["values"][2:]] == [torch.inf, -torch.inf]
+    # No row counts, so its mean norm is no number.
+    printed = run("stats", str(tmp_path / "cache"), "--json", code=1).stdout
+    layer = json.loads(printed, parse_constant=without_constants)[0]["layers"][0]
+    assert (layer["non_finite"], layer["rows"], layer["mean_norm"]) == (1, 0, "NaN")
+    for command in (["show", "--", "0", "0"], ["show", "--", "0"], ["stats"]):
+        run(command[0], str(tmp_path / "cache"), *command[1:], code=int(command == ["stats"]))
+
+
+def test_a_path_is_printed_as_it_is(model, corpus, tmp_path):
+    # Square brackets are markup to the library that draws the tables.
+    path = tmp_path / "acts[bold][/x]"
+    shown = run("extract", model, corpus, "--out", str(path), "--layers", "0", "--sites", " mlp_in ,mlp_out").stdout
+    assert "acts[bold][/x]" in shown.replace("\n", "")
+    assert "acts[bold][/x]" in run(str(path)).stdout.replace("\n", "")
+
+
+def test_rows_that_are_not_there_yet_are_a_finding(model, corpus, tmp_path):
+    out = tmp_path / "acts"
+    run("extract", model, corpus, "--out", str(out), "--shard-tokens", "256")
+    (out / "mlp_in" / "c.0.1.0").unlink()
+    result = run("show", str(out), "1", "300", "--site", "mlp_in", code=1)
+    assert "shard c.0.1.0 of mlp_in is not there" in result.stderr
+    assert result.stdout == ""
+    run("show", str(out), "1", "300", "--site", "mlp_out")
+    run("show", str(out), "1", "100", "--site", "mlp_in")
+
+
+def test_a_plan_without_tokens_yet_is_a_finding(model, corpus, tmp_path):
+    arguments = ["extract", model, corpus, "--out", str(tmp_path / "acts"), "--max-tokens"]
+    assert "no room for the first context: raise it" in run(*arguments, "3", code=2).stderr
+    assert "still being planned: run the same `mmcache extract` again" in run("info", arguments[4], code=1).stderr
+    run(*arguments, "300")
+    assert mmcache.open(tmp_path / "acts").n_tokens <= 300
+
+
+def test_a_damaged_store_is_a_finding(model, corpus, tmp_path):
+    out = tmp_path / "acts"
+    run("extract", model, corpus, "--out", str(out), "--layers", "0")
+    text = (out / "zarr.json").read_text()
+    (out / "zarr.json").unlink()
+    (out / "zarr.json").write_text(text.replace("mlp_in", "mlp_on"))
+    for command in (["info", str(out)], ["stats", str(out)], ["show", str(out), "0"]):
+        assert "does not match its own digest" in run(*command, code=1).stderr
+
+
+def test_numerics_are_accepted_with_the_flag_and_shown(model, corpus, tmp_path):
+    arguments = ["extract", model, corpus, "--out", str(tmp_path / "acts"), "--layers", "0"]
+    run(*arguments)
+    (tmp_path / "acts" / "mlp_in" / "c.0.0.0").unlink()
+    refused = run(*arguments, "--batch-size", "3", code=2)
+    assert "batch_size  8 in the store, 3 now" in refused.stderr
+    run(*arguments, "--batch-size", "3", "--accept-numerics")
+    view = json.loads(run("info", str(tmp_path / "acts"), "--json").stdout)
+    assert [numerics["batch_size"] for numerics in view["source"]["accepted"]] == [3]
+
+
+def test_the_plans_threads_are_used_again(model, corpus, tmp_path):
+    arguments = ["extract", model, corpus, "--out", str(tmp_path / "acts"), "--layers", "0"]
+    torch.set_num_threads(1)
+    run(*arguments)
+    torch.set_num_threads(2)
+    run(*arguments)  # another number of threads would be refused
+    assert mmcache.open(tmp_path / "acts").source["numerics"]["threads"] == 1
+
+
+def test_options_reach_the_job(model, tmp_path):
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"body": f"text {number}"}) + "\n" for number in range(50)))
+    result = run(
+        "extract", model, str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "acts"), "--field", "body", "--pack",
+        "--context-length", "20", "--layers", "0-1,2", "--dtype", "float16", "--compute-dtype", "float64",
+        "--layout", "layer", "--max-tokens", "200", "--device", "cpu", "--sites", "resid_mid", "--json",
+    )  # fmt: skip
+    view = json.loads(result.stdout)
+    identity = view["source"]["identity"]
+    assert (view["n_tokens"], view["n_sequences"], view["layers"]) == (200, 10, [0, 1, 2])
+    assert (view["dtype"], view["layout"], list(view["sites"])) == ("float16", "layer", ["resid_mid"])
+    assert (identity["compute_dtype"], identity["pack"]) == ("float64", True)
+
+
+def test_nothing_but_data_is_on_stdout(model, corpus, tmp_path):
+    command = [sys.executable, "-m", "mmcache", "extract", model, corpus, "--out", str(tmp_path / "acts"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["complete"]
+    assert "tokens/s" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_every_command_explains_itself(command):
+    shown = run(command, "--help").stdout
+    assert "Usage:" in shown
+    assert ("--json" in shown) == any("--json" in option.opts for option in main.commands[command].params)
+
+
+@pytest.mark.parametrize("width", ["20", "60", "200"])
+def test_terminals_of_any_width(model, corpus, acts, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    again = ["extract", model, corpus, "--out", acts, "--context-length", "32", "--shard-tokens", "256"]
+    for command in (
+        ["sites", model],
+        again,
+        [*again, "--dry-run"],
+        ["info", acts],
+        ["show", acts, "0"],
+        ["stats", acts],
+    ):
+        run(*command)
+
+
+def test_no_number_is_cut_in_two_on_a_common_terminal(acts, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = run("stats", acts).stdout.split()
+    for site in ("mlp_in", "mlp_out"):
+        found = mmcache.open(acts)[site].statistics
+        for layer in range(3):
+            # Half a number is another number: 0.5 and 67 in the next line read as 0.5.
+            for value in (found.min_norm[layer], found.max_norm[layer], found.std[layer].max()):
+                assert f"{float(value):.3g}" in words

@@ -3,6 +3,8 @@
 import copy
 import importlib
 import re
+import shutil
+import sys
 from itertools import chain, pairwise
 
 import numpy as np
@@ -654,3 +656,53 @@ def stop_after(tokens):
             fail(done)
 
     return stop
+
+
+# Where files and threads are made: what is interrupted between two steps there is what could be left behind.
+WATCHED = {"Draft", "ShardWriter", "Block", "Pipeline"}
+
+
+def interrupting(at):
+    """A trace function that raises KeyboardInterrupt at step `at` of the interpreter in the watched classes."""
+    steps = 0
+
+    def step(_frame, event, _):
+        nonlocal steps
+        if event == "opcode":
+            steps += 1
+            if steps == at:
+                raise KeyboardInterrupt
+        return step
+
+    def enter(frame, _event, _):
+        # What a finaliser raises is lost, so a signal that meets one is not the question here.
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_qualname.partition(".")[0] not in WATCHED:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return step
+
+    return enter, lambda: steps
+
+
+def test_an_interrupt_between_any_two_steps_leaves_nothing_half_written(tmp_path, request):
+    settings = {"sites": ("mlp_in",), "layers": [0], "max_tokens": 130, "model": small.llama()}
+    traced, steps = interrupting(0)
+    before = sys.gettrace()
+    sys.settrace(traced)
+    extract(tmp_path / "once", **settings)
+    sys.settrace(before)
+    assert steps() > 4000
+    for at in range(7, steps() - 200, 7 if request.config.getoption("--slow") else 127):
+        path, interrupted = tmp_path / f"{at}", False
+        sys.settrace(interrupting(at)[0])
+        try:
+            extract(path, **settings)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        assert interrupted
+        assert list(path.rglob("*.tmp")) == []
+        extract(path, **settings)
+        small.assert_same_store(path, tmp_path / "once")
+        shutil.rmtree(path)

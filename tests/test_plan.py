@@ -258,18 +258,21 @@ GROWTHS = [
 def test_a_store_that_grew_equals_one_made_at_once(tmp_path, layout, batch_size, shard_tokens, one, two):
     settings = {"layout": layout, "batch_size": batch_size, "shard_tokens": shard_tokens}
     before = extract(tmp_path / "grown", **settings, max_tokens=one)
-    kept = {name: found for name, found in small.identities(tmp_path / "grown").items() if "/c." in name}
-    tokens = before.n_tokens
+    touched = small.identities(tmp_path / "grown")
     store = extract(tmp_path / "grown", **settings, max_tokens=two)
-    assert store.n_tokens > tokens or two == one + 1
+    assert store.n_tokens > before.n_tokens or two == one + 1
     extract(tmp_path / "once", **settings, max_tokens=two)
     small.assert_same_store(tmp_path / "grown", tmp_path / "once")
-    if (batch_size, shard_tokens) == (1, 64):
-        # With batches of one context, only the shard that was not full is made again.
-        after = small.identities(tmp_path / "grown")
-        whole = [name for name in kept if re.match(rf"mlp.*/c\.\d\.[0-{tokens // 64 - 1}]\.0", name)]
-        assert len(whole) >= 8
-        assert all(after[name] == kept[name] for name in whole)
+    if shard_tokens is None or store.n_tokens == before.n_tokens:
+        return
+    # What was run in whole batches is kept, in whole shards. A batch that the plan's end cut short is another now,
+    # which may change the last bits, even where on this machine it does not.
+    whole = before.n_sequences // batch_size * batch_size
+    edge = before.sequences[whole].start if whole < before.n_sequences else before.n_tokens
+    after = small.identities(tmp_path / "grown")
+    blocks = {name: int(name.split(".")[2]) for name in touched if name.startswith("mlp") and "/c." in name}
+    kept = {name for name in blocks if after[name] == touched[name]}
+    assert kept == {name for name, block in blocks.items() if (block + 1) * shard_tokens <= edge}
 
 
 def test_a_store_grows_again_and_again(tmp_path):
