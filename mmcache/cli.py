@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,8 +205,6 @@ def _stoppable(out: Path) -> Iterator[None]:
     try:
         yield
     except _Terminated as stopped:
-        # What the job held goes now, drafts that nobody kept yet among it.
-        traceback.clear_frames(stopped.__traceback__)
         click.echo(f"mmcache: stopped. What is finished is in {out}; the same command goes on from there", err=True)
         sys.exit(128 + stopped.args[0])
     finally:

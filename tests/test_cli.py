@@ -189,11 +189,6 @@ def test_a_narrow_terminal_is_no_reason_to_crash(acts, monkeypatch):
         run(*command)
 
 
-def test_python_m_mmcache_is_the_command(acts):
-    done = subprocess.run([sys.executable, "-m", "mmcache", acts, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["path"] == acts
-
-
 def test_every_command_stands_in_the_readme():
     text = README.read_text()
     for command in main.commands:
@@ -292,7 +287,7 @@ def test_options_reach_the_job(model, tmp_path):
     assert (identity["compute_dtype"], identity["pack"]) == ("float64", True)
 
 
-def test_nothing_but_data_is_on_stdout(model, corpus, tmp_path):
+def test_python_m_mmcache_is_the_command_and_nothing_but_data_is_on_stdout(model, corpus, tmp_path):
     command = [sys.executable, "-m", "mmcache", "extract", model, corpus, "--out", str(tmp_path / "acts"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["complete"]

@@ -253,13 +253,13 @@ def test_two_processes_fill_one_store_at_the_same_time(runner, never, tmp_path):
     small.assert_same_store(path, never[0])
 
 
-def test_growth_and_new_sites_are_killed_at_their_nth_write(runner, tmp_path):
-    steps = [["--max-tokens", "700"], ["--max-tokens", "1200"], ["--max-tokens", "1200", "--sites", "resid_post"]]
+def test_growth_and_new_sites_are_killed_at_their_nth_write(request, runner, tmp_path):
+    steps = [["--max-tokens", "400"], ["--max-tokens", "900"], ["--max-tokens", "900", "--sites", "resid_post"]]
     for step in steps:
         assert runner.run(tmp_path / "once", *step) == 0, runner.errors.read_text()
     for step in steps:
-        # In steps of five, to be done sooner: the tests of plans crash at each.
-        for number in range(2, 200, 5):
+        # Not at each, to be done sooner: the tests of plans crash at each.
+        for number in range(2, 400, 1 if request.config.getoption("--slow") else 7):
             code = runner.run(tmp_path / "killed", *step, writes=number, after=number % 2 == 0)
             if code == 0:
                 break
@@ -268,7 +268,7 @@ def test_growth_and_new_sites_are_killed_at_their_nth_write(runner, tmp_path):
     small.assert_same_store(tmp_path / "killed", tmp_path / "once")
 
 
-def test_the_real_process_is_stopped_and_says_how_to_go_on(runner, tmp_path):
+def test_the_real_process_is_stopped_and_says_how_to_go_on(request, runner, tmp_path):
     path, text = tmp_path / "store", tmp_path / "long.txt"
     text.write_text("a long text, " * 40_000)
     command = [
@@ -276,7 +276,8 @@ def test_the_real_process_is_stopped_and_says_how_to_go_on(runner, tmp_path):
         "--batch-size", "1", "--context-length", "16", "--shard-tokens", "1024",
     ]  # fmt: skip
     found = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # The second takes as long as the first to start.
+    for number in (signal.SIGTERM, signal.SIGINT) if request.config.getoption("--slow") else (signal.SIGTERM,):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + HANGING
         while len(shards(path)) < len(found) + 2 and process.poll() is None and time.monotonic() < deadline:
@@ -291,4 +292,4 @@ def test_the_real_process_is_stopped_and_says_how_to_go_on(runner, tmp_path):
         assert not drafts(path)
         assert {name: shards(path)[name] for name in found} == found
         found = shards(path)
-    assert len(found) >= 4
+    assert len(found) >= 2
