@@ -12,6 +12,7 @@ model and text, `capture` takes activations from one forward pass. README.md sho
 from mmcache.cache import FullActivationCache
 from mmcache.capture import Captured, capture
 from mmcache.corpus import read_texts
+from mmcache.dataset import ActivationDataset
 from mmcache.dtypes import register_bfloat16
 from mmcache.errors import (
     ArgumentError,
@@ -36,18 +37,23 @@ from mmcache.errors import (
     VersionError,
     WriteError,
 )
+from mmcache.export import Exported, export
 from mmcache.extract import Progress, extract
 from mmcache.fill import NonFiniteWarning
 from mmcache.site_view import SiteView
+from mmcache.split import Split
 from mmcache.store import Store
 from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
+from mmcache.training_batch import Batch
 from mmcache.writer import Writer, append, create
 
 register_bfloat16()
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationDataset",
     "ArgumentError",
+    "Batch",
     "Captured",
     "ClosedError",
     "CorpusError",
@@ -55,6 +61,7 @@ __all__ = [
     "DiskFullError",
     "DtypeError",
     "EmptyCacheError",
+    "Exported",
     "FullActivationCache",
     "IncompleteError",
     "LockedError",
@@ -67,6 +74,7 @@ __all__ = [
     "ReadOnlyError",
     "ShapeError",
     "SiteView",
+    "Split",
     "Store",
     "StoreExistsError",
     "StoreNotFoundError",
@@ -78,6 +86,7 @@ __all__ = [
     "append",
     "capture",
     "create",
+    "export",
     "extract",
     "open",
     "read_texts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from mmcache.files import make_folder
 from mmcache.memory import available_memory
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from mmcache.shards import ShardFolder
     from mmcache.staging import Stager
 
-__all__ = ["Block", "PageCachePolicy"]
+__all__ = ["Block", "PageCachePolicy", "Run"]
+
+# Tokens in a row: of each site a `[n, d_model]` tensor a layer, and `keep` as in `Stager.stage`.
+Run: TypeAlias = "tuple[Mapping[str, Sequence[torch.Tensor]], np.ndarray | None]"
 
 
 class PageCachePolicy:
@@ -91,16 +94,17 @@ class Block:
             self.discard()
             raise
 
-    def append(
-        self, stager: Stager, activations: Mapping[str, Sequence[torch.Tensor]], keep: np.ndarray | None
-    ) -> None:
-        """Stage the next tokens of every site: a `[n, d_model]` tensor a layer, `keep` as in `Stager.stage`."""
-        rows = 0
+    def append(self, stager: Stager, runs: Sequence[Run]) -> None:
+        """Stage the next tokens of every site, one run of them after the other.
+
+        All runs of a shard are staged in a row, so that they are written in pieces as large as can be.
+        """
         for (site, slot), shard in self._shards.items():
-            layers = activations[site]
-            rows = len(layers[0])
-            stager.stage(shard, layers if self._token_layout else [layers[slot]], keep)
-        self.rows += rows
+            for activations, keep in runs:
+                layers = activations[site]
+                stager.stage(shard, layers if self._token_layout else [layers[slot]], keep)
+        if self._shards:
+            self.rows += sum(len(next(iter(activations.values()))[0]) for activations, _ in runs)
 
     def restage(self, stager: Stager, old: Mapping[str, ShardFolder], keep: np.ndarray) -> None:
         """Begin with the rows that a partly filled shard already has, their checksums compared.

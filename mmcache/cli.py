@@ -19,13 +19,23 @@ from rich.console import Console
 from mmcache.capture import probe
 from mmcache.corpus import read_texts
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
+from mmcache.export import export as export_store
 from mmcache.extract import Extraction
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.manifest import is_store, read_manifest
 from mmcache.sites import describe, resolve
 from mmcache.store import open_store
-from mmcache.terminal import ProgressBar, draw_overview, draw_rows, draw_show, draw_statistics, draw_survey
-from mmcache.view import layer_view, overview, row_view, sites_view, statistics_view
+from mmcache.terminal import (
+    BytesBar,
+    ProgressBar,
+    draw_exported,
+    draw_overview,
+    draw_rows,
+    draw_show,
+    draw_statistics,
+    draw_survey,
+)
+from mmcache.view import json_ready, layer_view, overview, row_view, sites_view, statistics_view
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +45,9 @@ __all__ = ["main"]
 _DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
 # Seconds that tidying up after a signal may take.
 _TIDYING = 5.0
+_GOES_ON = "What is finished is in {}; the same command goes on from there"
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+_PATH = click.argument("path", type=click.Path(path_type=Path))
 _SITE = click.option("--site", help="Which site; needed where the store has several.")
 
 
@@ -61,18 +73,7 @@ class _Group(click.Group):
 
 
 def _print_json(data: Any) -> None:
-    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _finite(data: Any) -> Any:
-    """Write NaN and infinities, which JSON does not have, as zarr does: "NaN", "Infinity", "-Infinity"."""
-    if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
-    return data
+    click.echo(json.dumps(json_ready(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _names(text: str) -> list[str]:
@@ -189,7 +190,7 @@ def _plan_threads(out: Path) -> None:
 
 
 @contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
+def _stoppable(out: Path, left: str | None = None) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a job tidily: drafts go, finished shards stay, and how to go on is said."""
     told = -math.inf
 
@@ -201,11 +202,16 @@ def _stoppable(out: Path) -> Iterator[None]:
             told = time.monotonic()
             raise _Terminated(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        try:
+            for number in before:
+                signal.signal(number, stop)
+            yield
+        finally:
+            told = math.inf  # nothing is left that could be stopped
     except _Terminated as stopped:
-        click.echo(f"mmcache: stopped. What is finished is in {out}; the same command goes on from there", err=True)
+        click.echo(f"mmcache: stopped. {left or _GOES_ON.format(out)}", err=True)
         sys.exit(128 + stopped.args[0])
     finally:
         for number, handler in before.items():
@@ -228,7 +234,7 @@ def sites(model: str, sites: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@_PATH
 @_JSON
 def info(path: Path, as_json: bool) -> None:
     """Say what the store at PATH is: identity, shape, size, completeness."""
@@ -247,7 +253,7 @@ def _one_site(path: Path, site: str | None) -> tuple[Any, list[str]]:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@_PATH
 @click.argument("layer", type=int)
 @click.argument("position", type=int, required=False)
 @_SITE
@@ -267,7 +273,7 @@ def show(path: Path, layer: int, position: int | None, site: str | None, as_json
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@_PATH
 @_SITE
 @_JSON
 def stats(path: Path, site: str | None, as_json: bool) -> None:
@@ -281,3 +287,25 @@ def stats(path: Path, site: str | None, as_json: bool) -> None:
             draw_statistics(Console(), view)
     if any(row["non_finite"] for view in views for row in view["layers"]):
         sys.exit(1)
+
+
+@main.command()
+@_PATH
+@click.option("--to", required=True, type=click.Choice(["safetensors", "npy"]), help="What kind of files.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("--sites", help="Only these, by comma.")
+@click.option("--layers", help="Only these, such as 0-5,8.")
+@click.option("--dtype", type=_DTYPES, help="Cast to this.  [as stored; bfloat16 in npy as uint16 bits]")
+@_JSON
+def export(path: Path, to: Any, out: Path, sites: str | None, layers: str | None, dtype: Any, as_json: bool) -> None:
+    """Write the store at PATH, or a part of it, as files that need no mmcache.
+
+    Whole shards become hard links: such a file is the store's own, and editing it would damage the store.
+    """
+    names, numbers = _names(sites) if sites else None, _layers(layers)
+    with _stoppable(out, "Nothing was exported"), BytesBar(Console(stderr=True)) as bar:
+        done = export_store(path, out, to=to, sites=names, layers=numbers, dtype=dtype, progress=bar.update)
+    if as_json:
+        _print_json({**vars(done), "path": str(done.path)})
+    else:
+        draw_exported(Console(), done)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.files import Draft, make_folder, remove_drafts, sync_folder
+from mmcache.draft import Draft, remove_drafts
+from mmcache.files import make_folder, sync_folder
 from mmcache.format import encode
 from mmcache.shards import ShardFolder
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from mmcache.errors import DtypeError
 
-__all__ = ["check_dense", "is_cpu", "own_copy"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["check_dense", "fill_device", "is_cpu", "own_copy"]
 
 _PIECE_BYTES = 16 << 20
 
@@ -29,37 +34,53 @@ def check_dense(tensor: object, what: str) -> None:
         raise DtypeError(f"{what} is {kind}: expected a dense tensor with data")
 
 
-def own_copy(rows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy mapped rows into memory of the caller's own, on any device.
+def own_copy(rows: torch.Tensor, device: torch.device | str, *, non_blocking: bool = False) -> torch.Tensor:
+    """Copy host rows into memory of the caller's own, on any device.
 
     Args:
-        rows: `[n, …]` on the host, at least one dimension; it is only read.
-        device: where the copy goes. To CUDA it travels through two pinned buffers of 16 MiB, one being filled
-            while the other is under way; the call blocks until the copy is there.
+        rows: `[n, …]` on the host, at least one dimension; it is only read, before this returns.
+        device: where the copy goes; to CUDA as in `fill_device`.
+        non_blocking: as in `fill_device`.
     """
     if is_cpu(device):
         return rows.clone(memory_format=torch.contiguous_format)
     if torch.device(device).type != "cuda":
         return rows.to(device, copy=True)
     out = torch.empty(rows.shape, dtype=rows.dtype, device=device)
-    if not rows.numel():
-        return out
-    step = max(1, _PIECE_BYTES // max(1, rows[0].numel() * rows.element_size()))
+    fill_device(out, lambda piece, start, stop: piece.copy_(rows[start:stop]), non_blocking=non_blocking)
+    return out
+
+
+def fill_device(
+    out: torch.Tensor, fill: Callable[[torch.Tensor, int, int], object], *, non_blocking: bool = False
+) -> None:
+    """Fill CUDA memory with rows that come piece by piece, through two pinned buffers of 16 MiB.
+
+    Args:
+        out: `[n, …]`, contiguous.
+        fill: called with a pinned piece `[m, …]` and the rows (from, to) that belong there; the copy of one piece is
+            under way while the next is filled.
+        non_blocking: return when the last copy is queued on the current stream, not when it is done.
+    """
+    if not out.numel():
+        return
+    step = max(1, _PIECE_BYTES // (out[0].numel() * out.element_size()))
     buffers: list[torch.Tensor] = []
     events: list[torch.cuda.Event] = []
     with torch.cuda.device(out.device):
-        for number, start in enumerate(range(0, len(rows), step)):
-            piece = rows[start : start + step]
-            turn = number % 2
+        for number, start in enumerate(range(0, len(out), step)):
+            stop, turn = min(start + step, len(out)), number % 2
             if number < 2:
-                buffers.append(torch.empty(piece.shape, dtype=rows.dtype, pin_memory=True))
+                # Torch's own pinned memory: it is not given to anyone else before the copies from it are done.
+                shape = (stop - start, *out.shape[1:])
+                buffers.append(torch.empty(shape, dtype=out.dtype, pin_memory=True))
                 events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
             else:
                 events[turn].synchronize()
-            pinned = buffers[turn][: len(piece)]
-            pinned.copy_(piece)
-            out[start : start + len(piece)].copy_(pinned, non_blocking=True)
+            pinned = buffers[turn][: stop - start]
+            fill(pinned, start, stop)
+            out[start:stop].copy_(pinned, non_blocking=True)
             events[turn].record()
-        for event in events:
-            event.synchronize()
-    return out
+        if not non_blocking:
+            for event in events:
+                event.synchronize()

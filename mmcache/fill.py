@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mmcache.block import Block, PageCachePolicy
+from mmcache.draft import remove_drafts
 from mmcache.errors import NonFiniteError
-from mmcache.files import remove_drafts
 from mmcache.flags import counted
 from mmcache.geometry import PAGE
 from mmcache.pipeline import SLOT_BYTES, Pipeline
@@ -192,7 +192,7 @@ class Fill:
                     block = self._open(number, policy)
                     part = slice(at - start, end - start)
                     rows = {site: [layer[row, part] for layer in layers] for site, layers in acts.items()}
-                    block.append(stager, rows, keep[at - base : end - base])
+                    block.append(stager, [(rows, keep[at - base : end - base])])
                     fresh += end - at
                     if block.rows == self._rows_of(number):
                         block.seal(pipeline, stager)

@@ -156,17 +156,23 @@ class Layout:
         """Give the size of the file in bytes, a multiple of 4096."""
         return self.tensors["index"][3]
 
+    @cached_property
+    def _tensors_json(self) -> str:
+        """Write the header's entries of the tensors, the brace behind them included: alike in all full shards."""
+        entries = {
+            name: {"dtype": code, "shape": list(shape), "data_offsets": [start - HEADER_BYTES, stop - HEADER_BYTES]}
+            for name, (code, shape, start, stop) in self.tensors.items()
+        }
+        return json.dumps(entries, separators=(",", ":"), ensure_ascii=True)[1:]
+
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Write the first 4096 bytes: the safetensors header, always of the same length.
 
         Raises:
             CorruptError: the JSON outgrows its place, which would move the data off its page.
         """
-        entries: dict[str, object] = {"__metadata__": dict(metadata)}
-        for name, (code, shape, start, stop) in self.tensors.items():
-            offsets = [start - HEADER_BYTES, stop - HEADER_BYTES]
-            entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
+        said = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=True)
+        text = f'{{"__metadata__":{said},{self._tensors_json}'.encode()
         if len(text) > _JSON_BYTES:
             raise CorruptError(
                 f"the header of a shard of {metadata.get('array')!r} takes {len(text)} bytes, more than the "
@@ -237,7 +243,15 @@ def encode(
     return layout.header(metadata) + data + layout.tail(crcs, statistics)
 
 
-def parse_header(spec: ShardSpec, head: bytes, size: int, metadata: Mapping[str, str], *, where: str) -> Layout:
+def parse_header(
+    spec: ShardSpec,
+    head: bytes,
+    size: int,
+    metadata: Mapping[str, str],
+    *,
+    where: str,
+    likely: Layout | None = None,
+) -> Layout:
     """Check the first 4096 bytes of a shard by writing them anew, and give its layout.
 
     Args:
@@ -247,10 +261,13 @@ def parse_header(spec: ShardSpec, head: bytes, size: int, metadata: Mapping[str,
         metadata: what the header's `__metadata__` must be: a shard that was moved, or comes from another
             store, is found by it.
         where: the file, for the error.
+        likely: the layout that it probably has, so that nothing need be parsed.
 
     Raises:
         CorruptError: anything is not exactly as the writer makes it.
     """
+    if likely is not None and size == likely.size and head == likely.header(metadata):
+        return likely
     if len(head) < HEADER_BYTES or int.from_bytes(head[:8], "little") != _JSON_BYTES:
         raise CorruptError(
             f"{where} does not begin with a safetensors header of {_JSON_BYTES} bytes: it is {size} bytes "

@@ -11,8 +11,9 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
+from mmcache.draft import publish, remove_drafts
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
-from mmcache.files import list_names, make_folder, publish, remove_drafts
+from mmcache.files import list_names, make_folder
 from mmcache.geometry import PAGE
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, is_store

@@ -85,6 +85,11 @@ class Ring:
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._slots: list[Slot] = []
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next slot is there at once."""
+        return len(self._slots) < _SLOTS or not self._free.empty()
+
     def acquire(self, *, pin: bool, alive: Callable[[], None]) -> Slot:
         """Give a free slot; blocks until there is one. `alive` is asked now and then, and raises on failure."""
         while True:

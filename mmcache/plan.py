@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmcache.contexts import Contexts
+from mmcache.draft import publish, remove_drafts
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import PlanMismatchError, ReadOnlyError
-from mmcache.files import list_names, make_folder, publish, read_file, remove_drafts, remove_file, sync_folder
+from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
 from mmcache.lock import FolderLock

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import crc32c
 import numpy as np
 
-from mmcache.files import Draft, sync_folder
+from mmcache.draft import Draft
+from mmcache.files import sync_folder
 from mmcache.format import HEADER_BYTES, Layout
 from mmcache.statistics import Moments
 
@@ -72,7 +73,7 @@ class ShardWriter:
         if self._moments is not None:
             self._moments.add_overflow(overflow)
 
-    def digest(self, data: np.ndarray, keep: np.ndarray | None, overflow: np.ndarray | None) -> None:
+    def digest(self, data: np.ndarray, keep: np.ndarray | None, overflow: Sequence[np.ndarray]) -> None:
         """Take the next rows, as `[bytes]` uint8, into checksums and statistics."""
         spec = self.spec
         rows = len(data) // spec.row_bytes
@@ -85,13 +86,15 @@ class ShardWriter:
             if some == room:
                 self._crcs.append(self._crc)
                 self._crc = 0
+            # While the chunk is still in the processor's cache.
+            if self._moments is not None:
+                shaped = part.view(spec.dtype.numpy).reshape(some, spec.stat_layers, spec.row_shape[-1])
+                self._moments.add(shaped, None if keep is None else keep[done : done + some])
             done += some
             self._digested += some
         if self._moments is not None:
-            shaped = data.view(spec.dtype.numpy).reshape(rows, spec.stat_layers, spec.row_shape[-1])
-            self._moments.add(shaped, keep)
-            if overflow is not None:
-                self._moments.add_overflow(overflow)
+            for lost in overflow:
+                self._moments.add_overflow(lost)
 
     def write(self, data: np.ndarray) -> None:
         """Write the next rows, as `[bytes]` uint8."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import CorruptError
-from mmcache.files import list_names, map_file
+from mmcache.files import list_names, map_file, open_file, read_page, read_through
 from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
 
 if TYPE_CHECKING:
@@ -68,22 +69,56 @@ class ShardFolder:
         self.spec = manifest.spec(array)
         self.rows = rows
         self._path, self._manifest, self._array, self._wait = path, manifest, array, wait
+        self._full = Layout(self.spec, self.spec.shard_rows)
+        # What was checked: a file that is the same as then need not be again.
+        self._met: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def _file(self, slot: int, block: int) -> tuple[Path, str]:
+        key = self._manifest.shard_key(self._array, block, slot)
+        return self._path / self._array / key, f"shard {key} of {self._array}"
+
+    def _check(self, slot: int, block: int, head: bytes, size: int) -> Layout:
+        """Check a shard's header and size, and give its layout."""
+        file, _ = self._file(slot, block)
+        expected = self.spec.rows_in_block(block, self.rows)
+        likely = self._full if expected == self.spec.shard_rows else Layout(self.spec, expected)
+        metadata = self._manifest.shard_metadata(self._array, block, slot)
+        layout = parse_header(self.spec, head, size, metadata, where=str(file), likely=likely)
+        # What grows may be ahead of the commit after a crash, never behind it.
+        exact = self._manifest.kind == "planned" and self._array in self._manifest.sites
+        if layout.rows < expected or (exact and layout.rows != expected):
+            raise CorruptError(f"{file} has {layout.rows} rows, the store counts {expected}: set it aside")
+        return layout
+
+    def open_file(self, slot: int, block: int, *, direct: bool = False) -> int:
+        """Open one shard's file, checked, and give its descriptor, which is the caller's to close.
+
+        Raises:
+            IncompleteError: the shard is not there.
+            CorruptError: it is not what belongs there.
+            OSError: `direct` was asked for, and the file system has no direct reads.
+        """
+        if self._wait is not None:
+            self._wait(slot, block)
+        file, what = self._file(slot, block)
+        fd, status = open_file(file, what=what, direct=direct)
+        try:
+            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if self._met.get((slot, block)) != identity:
+                self._check(slot, block, read_page(fd), status.st_size)
+                self._met[slot, block] = identity
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
         """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
         if self._wait is not None:
             self._wait(slot, block)
-        key = self._manifest.shard_key(self._array, block, slot)
-        file = self._path / self._array / key
-        pages = map_file(file, what=f"shard {key} of {self._array}")
-        metadata = self._manifest.shard_metadata(self._array, block, slot)
-        layout = parse_header(self.spec, pages[:HEADER_BYTES].tobytes(), len(pages), metadata, where=str(file))
-        expected = self.spec.rows_in_block(block, self.rows)
-        # What grows may be ahead of the commit after a crash, never behind it.
-        exact = self._manifest.kind == "planned" and self._array in self._manifest.sites
-        if layout.rows < expected or (exact and layout.rows != expected):
-            raise CorruptError(f"{file} has {layout.rows} rows, the store counts {expected}: set it aside")
-        return pages, layout
+        file, what = self._file(slot, block)
+        pages = map_file(file, what=what)
+        return pages, self._check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
 
     def open(self, slot: int, block: int) -> torch.Tensor:
         """Map one shard: `[rows, *row_shape]`, only those rows that count. It must only be read.
@@ -111,9 +146,8 @@ class ShardFolder:
         for number, wanted in enumerate(pages[start:stop].view("<u4")):
             at = HEADER_BYTES + number * step
             if crc32c.crc32c(pages[at : at + step].data) != wanted:
-                key = self._manifest.shard_key(self._array, block, slot)
                 raise CorruptError(
-                    f"{self._path / self._array / key}: inner chunk {number} does not match its checksum; "
+                    f"{self._file(slot, block)[0]}: inner chunk {number} does not match its checksum; "
                     f"set the file aside and make it again"
                 )
         return self._rows(pages, block)
@@ -134,12 +168,26 @@ class ShardFolder:
             found[name] = np.frombuffer(pages[start:stop].tobytes(), _NUMPY_CODES[code]).reshape(shape).copy()
         _, _, start, stop = layout.tensors["statistics_crc32c"]
         if digest != int.from_bytes(pages[start:stop].tobytes(), "little"):
-            key = self._manifest.shard_key(self._array, block, slot)
             raise CorruptError(
-                f"{self._path / self._array / key}: its statistics do not match their checksum; "
+                f"{self._file(slot, block)[0]}: its statistics do not match their checksum; "
                 f"set the file aside and make it again"
             )
         return found, layout.rows
+
+    def read_through(self, slot: int, start: int, stop: int) -> None:
+        """Read rows from `start` to `stop` for nothing but their being in the page cache afterwards.
+
+        Raises:
+            IncompleteError, CorruptError: as `open_file`.
+        """
+        spec = self.spec
+        for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):
+            first, last = (min(max(row - block * spec.shard_rows, 0), spec.shard_rows) for row in (start, stop))
+            fd = self.open_file(slot, block)
+            try:
+                read_through(fd, HEADER_BYTES + first * spec.row_bytes, HEADER_BYTES + last * spec.row_bytes)
+            finally:
+                os.close(fd)
 
     def overflow(self, slot: int, block: int) -> np.ndarray:
         """Count, per layer, the values that became infinite in the cast, among the rows that count.

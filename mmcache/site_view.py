@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from itertools import pairwise
+import contextlib
 from operator import index as whole
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
 
-from mmcache.devices import own_copy
+from mmcache.devices import fill_device, is_cpu, own_copy
 from mmcache.errors import ArgumentError, DtypeError, OutOfRangeError, ShapeError
+from mmcache.positions import Positions, whole_positions
+from mmcache.shard_maps import ShardMaps
+from mmcache.site_rows import SiteRows
 from mmcache.site_statistics import merge_site
+from mmcache.syscalls import LINUX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,10 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]
 
-# Python's mmap keeps a descriptor a map, and 1,024 of them are what a process usually may have.
+# Descriptors that the sites of a store keep together, of the 1,024 that a process usually may have.
 MAX_MAPS = 256
-
-Positions: TypeAlias = "torch.Tensor | np.ndarray | Sequence[int] | range"
+# What `np.asarray` may read, and rows of a slice that are planned at a time.
+_ARRAY_BYTES, _SLICE_ROWS = 1 << 30, 1 << 20
 
 
 class SiteView:
@@ -55,9 +58,7 @@ class SiteView:
         self._statistics: SiteStatistics | None = None
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._n_tokens, self._shard_rows = folder.rows, folder.spec.shard_rows
-        self._files: dict[tuple[int, int], torch.Tensor] = {}
-        self._views: dict[tuple[int, int], torch.Tensor] = {}
-        self._lock = threading.Lock()
+        self._reader: SiteRows | ShardMaps | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -100,33 +101,23 @@ class SiteView:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def _view(self, slot: int, block: int) -> torch.Tensor:
-        """Give the mapped rows of one layer in one block: `[rows, d_model]`, never to be handed out."""
-        view = self._views.get((slot, block))
-        if view is not None:
-            return view
-        file_slot = slot if self._layout == "layer" else 0
-        with self._lock:
-            file = self._files.get((file_slot, block))
-            if file is None:
-                file = self._folder.open(file_slot, block)
-                if len(self._files) >= self._max_maps:
-                    self._drop(next(iter(self._files)))
-                self._files[file_slot, block] = file
-            view = file if self._layout == "layer" else file[:, slot]
-            self._views[slot, block] = view
-        return view
-
-    def _drop(self, key: tuple[int, int]) -> None:
-        del self._files[key]
-        for slot in [key[0]] if self._layout == "layer" else range(len(self._slots)):
-            self._views.pop((slot, key[1]), None)
+    def _read_by(self) -> SiteRows | ShardMaps:
+        """Give what reads the rows: made when it is first needed, since it takes address space."""
+        if self._reader is None:
+            given = (self._folder, self._layout, len(self._slots), self._max_maps)
+            made: SiteRows | ShardMaps | None = None
+            if LINUX:
+                # Refused where address space is limited.
+                with contextlib.suppress(OSError):
+                    made = SiteRows(*given)
+            # Two threads may make one each: no lock, which a fork might inherit locked.
+            self._reader = self._reader or made or ShardMaps(*given)
+        return self._reader
 
     def _forget(self) -> None:
         """Let go of every map; they come back as they are needed."""
-        with self._lock:
-            self._files.clear()
-            self._views.clear()
+        if self._reader is not None:
+            self._reader.forget()
 
     def _find(self, layer: SupportsIndex) -> int | None:
         """Give the slot of a layer that may be any kind of whole number, such as a tensor; None: not there."""
@@ -138,14 +129,11 @@ class SiteView:
     def _slot(self, layer: SupportsIndex) -> int:
         slot = self._find(layer)
         if slot is None:
-            raise OutOfRangeError(f"layer {layer} not in cache ({self._what_layers()})")
+            there = self.layers
+            plain = there == tuple(range(len(there)))
+            what = f"n_layers={len(there)}" if plain else f"layers={list(there)}"
+            raise OutOfRangeError(f"layer {layer} not in cache ({what})")
         return slot
-
-    def _what_layers(self) -> str:
-        layers = tuple(self._slots)
-        if layers == tuple(range(len(layers))):
-            return f"n_layers={len(layers)}"
-        return f"layers={list(layers)}"
 
     def _bad_position(self, position: int) -> OutOfRangeError:
         return OutOfRangeError(
@@ -153,8 +141,10 @@ class SiteView:
             f"or negative from the end)"
         )
 
-    def get_position(self, layer: int, position: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read one row: `[d_model]`, in the storage dtype.
+    def get_position(
+        self, layer: int, position: int, device: torch.device | str = "cpu", *, non_blocking: bool = False
+    ) -> torch.Tensor:
+        """Read one row: `[d_model]`, in the storage dtype; `non_blocking` as in `gather`.
 
         Raises:
             OutOfRangeError: the layer or position is not there.
@@ -173,13 +163,8 @@ class SiteView:
             position += self._n_tokens
         if not 0 <= position < self._n_tokens:
             raise self._bad_position(position if position >= 0 else position - self._n_tokens)
-        block, row = divmod(position, self._shard_rows)
-        view = self._views.get((slot, block))
-        if view is None:
-            view = self._view(slot, block)
-        if device == "cpu":
-            return view[row].clone()
-        return own_copy(view[row], device)
+        row = (self._reader or self._read_by()).row(slot, position)
+        return row if is_cpu(device) else own_copy(row, device, non_blocking=non_blocking)
 
     def get_layer(self, layer: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """Read a whole layer: `[n_tokens, d_model]`, or None where the layer is not there.
@@ -193,17 +178,37 @@ class SiteView:
 
     def _read(self, slot: int, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Copy the rows from `start` to `stop` of one layer."""
-        parts = []
-        for block in range(start // self._shard_rows, -(-stop // self._shard_rows)):
-            first = block * self._shard_rows
-            parts.append(self._view(slot, block)[max(start - first, 0) : stop - first])
-        if len(parts) == 1:
-            return own_copy(parts[0], device)
-        out = torch.empty((stop - start, self.d_model), dtype=self.dtype, device=device)
-        done = 0
-        for part in parts:
-            out[done : done + len(part)] = part if out.device.type == "cpu" else own_copy(part, device)
-            done += len(part)
+        return self._take([slot], range(start, stop), device)[:, 0]
+
+    def _take(
+        self,
+        slots: list[int],
+        positions: np.ndarray | range,
+        device: torch.device | str = "cpu",
+        *,
+        out: torch.Tensor | None = None,
+        non_blocking: bool = False,
+    ) -> torch.Tensor:
+        """Copy rows of tokens that are all there: `[k, len(slots), d_model]`."""
+        if out is None:
+            out = torch.empty((len(positions), len(slots), self.d_model), dtype=self.dtype, device=device)
+
+        def fill(into: torch.Tensor, first: int, last: int) -> None:
+            for start in range(first, last, _SLICE_ROWS):
+                some = positions[start : min(start + _SLICE_ROWS, last)]
+                # To take a view lets go of the interpreter's lock.
+                part = into if len(some) == len(into) else into[start - first :][: len(some)]
+                reader.take(np.asarray(some, np.int64), slots, part)
+
+        reader = self._reader or self._read_by()
+        if out.device.type == "cuda" and out.is_contiguous():
+            fill_device(out, fill, non_blocking=non_blocking)
+        elif out.device.type == "cpu" and out.is_contiguous():
+            fill(out, 0, len(positions))
+        else:
+            rows = torch.empty(out.shape, dtype=out.dtype)
+            fill(rows, 0, len(positions))
+            out.copy_(rows)
         return out
 
     def __getitem__(self, key: tuple[int, slice | int]) -> torch.Tensor:
@@ -221,9 +226,7 @@ class SiteView:
         start, stop, step = rows.indices(self._n_tokens)
         wanted = range(start, stop, step)
         slot = self._slot(layer)
-        if not wanted:
-            return torch.empty((0, self.d_model), dtype=self.dtype)
-        if step == 1:
+        if step == 1 and wanted:
             return self._read(slot, start, stop)
         return self.gather(wanted, layers=[layer])[:, 0]
 
@@ -234,14 +237,19 @@ class SiteView:
             OutOfRangeError: there is no such sequence.
         """
         start, stop = self._span(index)
-        out = torch.empty((len(self._slots), stop - start, self.d_model), dtype=self.dtype)
-        for slot in self._slots.values():
-            out[slot] = self._read(slot, start, stop)
-        return out if device == "cpu" else own_copy(out, device)
+        slots, positions = list(self._slots.values()), range(start, stop)
+        if self._layout == "token":
+            return self._take(slots, positions, device).transpose(0, 1).contiguous()
+        out = torch.empty((len(slots), stop - start, self.d_model), dtype=self.dtype, device=device)
+        for slot in slots:
+            self._take([slot], positions, out=out[slot][:, None])
+        return out
 
-    def get_positions(self, layer: int, positions: Positions, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read some rows of one layer, in the order asked: `[k, d_model]`. Errors as `gather`."""
-        return self.gather(positions, layers=[layer], device=device)[:, 0]
+    def get_positions(
+        self, layer: int, positions: Positions, device: torch.device | str = "cpu", *, non_blocking: bool = False
+    ) -> torch.Tensor:
+        """Read some rows of one layer, in the order asked: `[k, d_model]`. Arguments and errors as `gather`."""
+        return self.gather(positions, layers=[layer], device=device, non_blocking=non_blocking)[:, 0]
 
     def gather(
         self,
@@ -250,59 +258,63 @@ class SiteView:
         layers: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         out: torch.Tensor | None = None,
+        non_blocking: bool = False,
     ) -> torch.Tensor:
         """Read the rows of some tokens, in the order asked: `[k, n_layers, d_model]`.
+
+        Rows that are in memory are copied from there; others are read past the page cache, many at a time, those that
+        lie close together in one go.
 
         Args:
             positions: integers in any order, repeated or negative (from the end): a list, range, array or
                 1-D tensor.
             layers: the layers wanted, in the order wanted; None for all, ascending.
             device: where the rows go.
-            out: where to put them instead of fresh memory: that shape, the storage dtype, any device;
-                it is what is returned.
+            out: where to put them instead of fresh memory, which takes longer to write to: that shape, the storage
+                dtype, any device, pinned or not; it is what is returned.
+            non_blocking: to CUDA, return when the last copy is queued on the current stream.
 
         Raises:
             OutOfRangeError: a layer or position is not there; the first such position is named.
             ShapeError, DtypeError: `out` or `positions` do not fit.
             IncompleteError, CorruptError: as `get_position`.
+            OSError: the device failed.
         """
         slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
-        wanted = self._positions(positions)
+        wanted = whole_positions(positions, self._n_tokens, self._bad_position)
         shape = (len(wanted), len(slots), self.d_model)
         if out is not None and (tuple(out.shape) != shape or out.dtype != self.dtype):
             kind = ShapeError if tuple(out.shape) != shape else DtypeError
             raise kind(f"out is {tuple(out.shape)} {out.dtype}: expected {shape} {self.dtype}")
-        onto_host = out is not None and out.device.type == "cpu"
-        rows = out if out is not None and onto_host else torch.empty(shape, dtype=self.dtype)
-        self._gather_into(rows, wanted, slots)
-        if out is not None:
-            return out if onto_host else out.copy_(rows)
-        return rows if device == "cpu" else own_copy(rows, device)
+        return self._take(slots, wanted, device, out=out, non_blocking=non_blocking)
 
-    def _gather_into(self, rows: torch.Tensor, wanted: np.ndarray, slots: list[int]) -> None:
-        blocks, within = np.divmod(wanted, self._shard_rows)
-        order = np.argsort(blocks, kind="stable")
-        edges = [*np.flatnonzero(np.diff(blocks[order], prepend=-1)), len(order)]
-        for start, stop in pairwise(edges):
-            picked = order[start:stop]
-            into, at = torch.from_numpy(picked), torch.from_numpy(within[picked])
-            for place, slot in enumerate(slots):
-                rows[into, place] = self._view(slot, int(blocks[picked[0]]))[at]
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Bring the rows of the tokens from `start` to before `stop`, of all layers, into the page cache.
 
-    def _positions(self, positions: Positions) -> np.ndarray:
-        """Give positions as int64 `[k]`, every one of them from 0 to n_tokens - 1."""
-        if isinstance(positions, torch.Tensor):
-            positions = positions.detach().cpu().numpy()
-        wanted = np.asarray(positions)
-        if wanted.ndim != 1:
-            raise ShapeError(f"positions have shape {wanted.shape}: expected one dimension")
-        if not wanted.size:
-            return np.empty(0, np.int64)
-        if wanted.dtype.kind not in "iu":
-            raise DtypeError(f"positions are {wanted.dtype}: expected integers")
-        # Before the cast, in which a large unsigned number would become a negative one.
-        bad = (wanted < -self._n_tokens) | (wanted >= self._n_tokens)
-        if bad.any():
-            raise self._bad_position(int(wanted[np.argmax(bad)]))
-        wanted = wanted.astype(np.int64)
-        return np.where(wanted < 0, wanted + self._n_tokens, wanted)
+        Blocks until they are there, read one after the other in large pieces: for disks that hate random reads.
+
+        Raises:
+            OutOfRangeError: there are no such tokens.
+            IncompleteError, CorruptError: as `get_position`.
+        """
+        if not 0 <= start <= stop <= self._n_tokens:
+            raise OutOfRangeError(f"tokens {start} to {stop} out of range ({self._length}={self._n_tokens})")
+        for slot in self._slots.values() if self._layout == "layer" else [0]:
+            self._folder.read_through(slot, start, stop)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Read all of a small site: `[n_layers, n_tokens, d_model]`, bfloat16 as ml_dtypes' own.
+
+        Raises:
+            ArgumentError: it is larger than 1 GiB, or `copy` is False: what is on disk has to be copied.
+        """
+        numpy_dtype = self._folder.spec.dtype.numpy
+        size = len(self._slots) * self._n_tokens * self.d_model * numpy_dtype.itemsize
+        if size > _ARRAY_BYTES or copy is False:
+            raise ArgumentError(
+                f"{self.name} takes {size} bytes as an array, and always a copy: np.asarray reads {_ARRAY_BYTES} at "
+                f"most. Read a slice, {self.name}[layer, a:b], or gather some positions"
+            )
+        found = self._take(list(self._slots.values()), range(self._n_tokens)).transpose(0, 1).contiguous()
+        array = found.view(torch.uint8).numpy().view(numpy_dtype)
+        return array if dtype is None else array.astype(dtype)

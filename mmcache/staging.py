@@ -6,30 +6,42 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from mmcache.geometry import PAGE
+from mmcache.statistics import WHOLE_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
 
     from mmcache.pipeline import Pipeline, Slot
     from mmcache.shard_writer import ShardWriter
 
 __all__ = ["Stager"]
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass
 class _Piece:
-    """Some rows of one shard in a slot."""
+    """Some rows of one shard in a slot: bytes `start` to `stop`.
+
+    Of each time that rows were added: how many, which of them count in the statistics (None for all), and what
+    overflowed (None for nothing).
+    """
 
     shard: ShardWriter
     start: int
     stop: int
-    keep: np.ndarray | None
-    overflow: torch.Tensor | None
+    kept: list[tuple[int, np.ndarray | None]]
+    overflow: list[torch.Tensor]
+
+    def keep(self) -> np.ndarray | None:
+        """Tell which rows count: `[n]` bool, or None for all."""
+        if all(kept is None for _, kept in self.kept):
+            return None
+        return np.concatenate([np.ones(rows, np.bool_) if kept is None else kept for rows, kept in self.kept])
 
 
 class _SlotJob:
@@ -45,13 +57,37 @@ class _SlotJob:
         self.copied: torch.cuda.Event | None = None
         self._pipeline = pipeline
 
+    def begin(self, shard: ShardWriter) -> int:
+        """Give the byte that the next rows of a shard go to.
+
+        Right behind its last ones, or as far into a page as in its file: so all whole pages can be written directly.
+        """
+        if self.pieces and self.pieces[-1].shard is shard:
+            return self.used
+        into_page = shard.staged * shard.spec.row_bytes % PAGE
+        # A slot may have room for just one row, and none before it.
+        fits = into_page + shard.spec.row_bytes <= len(self.slot.memory)
+        return -(-self.used // PAGE) * PAGE + into_page * fits
+
+    def add(
+        self, shard: ShardWriter, start: int, stop: int, keep: np.ndarray | None, overflow: torch.Tensor | None
+    ) -> None:
+        """Note that bytes `start` to `stop` are the next rows of a shard."""
+        if not (self.pieces and self.pieces[-1].shard is shard):
+            self.pieces.append(_Piece(shard, start, start, [], []))
+        piece = self.pieces[-1]
+        piece.kept.append(((stop - start) // shard.spec.row_bytes, keep))
+        if overflow is not None:
+            piece.overflow.append(overflow)
+        piece.stop = self.used = stop
+
     def digest(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
             self.sources.clear()
         for piece in self.pieces:
-            overflow = None if piece.overflow is None else piece.overflow.cpu().numpy()
-            piece.shard.digest(self.slot.memory[piece.start : piece.stop], piece.keep, overflow)
+            overflow = [lost.cpu().numpy() for lost in piece.overflow]
+            piece.shard.digest(self.slot.memory[piece.start : piece.stop], piece.keep(), overflow)
 
     def write(self) -> None:
         for piece in self.pieces:
@@ -71,6 +107,7 @@ class Stager:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._job: _SlotJob | None = None
+        self._full: list[_SlotJob] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def stage(self, shard: ShardWriter, parts: Sequence[torch.Tensor], keep: np.ndarray | None = None) -> None:
@@ -85,43 +122,58 @@ class Stager:
         """
         spec = shard.spec
         rows, done = len(parts[0]), 0
-        page_rows = PAGE // math.gcd(spec.row_bytes, PAGE)
+        whole_rows = max(PAGE // math.gcd(spec.row_bytes, PAGE), WHOLE_ROWS)
         on_cuda = parts[0].device.type == "cuda"
         while done < rows:
             job = self._job or self._next(pin=on_cuda)
-            room = (job.slot.tensor.numel() - job.used) // spec.row_bytes
-            fit = min(room, rows - done)
+            start = job.begin(shard)
+            fit = min((len(job.slot.memory) - start) // spec.row_bytes, rows - done)
             if fit < rows - done:
-                # Whole pages, so that the next piece starts on one and may go to the device directly.
-                whole = fit - (shard.staged + fit) % page_rows
+                # Whole pages, so that the next piece starts on one and may go to the device directly; and whole
+                # blocks of sums where it can be, which need not be kept until their other rows are there.
+                whole = fit - (shard.staged + fit) % whole_rows
                 fit = whole if whole > 0 or job.used else fit
             elsewhere = bool(job.sources) and job.sources[0].device != parts[0].device
             if fit <= 0 or elsewhere or (on_cuda and not job.slot.pinned):
-                self.flush()
+                self._set_aside()
                 continue
-            start, stop = job.used, job.used + fit * spec.row_bytes
+            stop = start + fit * spec.row_bytes
             into = job.slot.tensor[start:stop].view(spec.dtype.torch).view(fit, *spec.row_shape)
             wanted = [part[done : done + fit] for part in parts]
             overflow = self._copy_from_cuda(job, into, wanted) if on_cuda else _copy(into, wanted)
-            kept = None if keep is None else keep[done : done + fit]
-            job.pieces.append(_Piece(shard, start, stop, kept, overflow))
-            job.used = -(-stop // PAGE) * PAGE
+            job.add(shard, start, stop, None if keep is None else keep[done : done + fit], overflow)
             shard.staged += fit
             done += fit
+        self._submit()
 
     def _next(self, *, pin: bool) -> _SlotJob:
         self._job = _SlotJob(self._pipeline.acquire(pin=pin), self._pipeline)
         return self._job
 
     def flush(self) -> None:
-        """Hand over the slot that is being filled."""
-        if self._job is not None:
-            if self._job.sources:
-                device = self._job.sources[0].device
-                self._job.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._job.copied.record(self._streams[device])
-            self._pipeline.submit(self._job)
-            self._job = None
+        """Hand over the slots that were filled, and the one that is being filled."""
+        self._set_aside()
+        self._submit()
+
+    def _submit(self) -> None:
+        while self._full:
+            self._pipeline.submit(self._full.pop(0))
+
+    def _set_aside(self) -> None:
+        """Be done with a slot, and hand it over once nothing can be staged without.
+
+        What is staged while the ring is idle is copied without threads beside it that want the same memory and the
+        same processors: the caller waits for the copies alone.
+        """
+        job, self._job = self._job, None
+        if job is None:
+            return
+        if job.sources:
+            job.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            job.copied.record(self._streams[job.sources[0].device])
+        self._full.append(job)
+        if not self._pipeline.ring.has_room:
+            self._submit()
 
     def settle(self) -> None:
         """Give the packed rows' device memory back soon: it is held until their slot is handed over."""
@@ -161,12 +213,21 @@ def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
     return torch.finfo(source).max > torch.finfo(target).max
 
 
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    bits: np.ndarray = tensor.detach().view(_INTEGERS[tensor.dtype.itemsize]).numpy()
+    return bits
+
+
 def _copy(into: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor | None:
     """Copy rows of host (or any other blocking) memory; count per layer what became infinite in the cast."""
     views = [into] if into.ndim == 2 else list(into.unbind(1))
     counted = None
     for layer, (view, part) in enumerate(zip(views, parts, strict=True)):
-        view.copy_(part)
+        if part.dtype == view.dtype and part.device.type == "cpu" and not part.is_neg():
+            # torch would copy with the user's threads, which wait for each other beside ours.
+            np.copyto(_bits(view), _bits(part))
+        else:
+            view.copy_(part)
         # One quick pass tells whether to look closer: the largest magnitude (or a NaN).
         if _narrows(part.dtype, into.dtype) and not (
             torch.linalg.vector_norm(part, torch.inf) <= torch.finfo(into.dtype).max

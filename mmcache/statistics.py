@@ -3,32 +3,35 @@
 Rows with a value that is not finite are counted and left out of everything else, and so are the rows that
 the caller masks (BOS and special tokens, whose norms would swamp the rest).
 
-Sources: shifted data within a shard and the pairwise merge of Chan, Golub & LeVeque, "Updating Formulae and a
-Pairwise Algorithm for Computing Sample Variances" (1979).
+Rows are summed in blocks of half a million numbers: few calls of numpy a megabyte, each on memory that is
+still in the processor's cache. Where a block begins is a function of the row's number in the shard alone, and blocks
+are added up in order. So the result does not depend, to the last bit, on how the rows came.
+
+Sources: shifted data and the pairwise merge of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances" (1979).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from mmcache.format import NORM_COLUMNS
+from mmcache.sums import SPAN, Sums, sum_block
 
-__all__ = ["Moments", "merge_moments"]
+__all__ = ["WHOLE_ROWS", "Moments", "merge_moments"]
 
-# Blocks of 64 rows stay in the second-level cache at common widths: measured twice as fast as 1,024 rows.
-_BLOCK_ROWS = 64
+# Every block has a multiple of so many rows: two spans at least, since the sums of each are added up in float64.
+WHOLE_ROWS = 2 * SPAN
+# An open shard may hold as much of a block that is not whole yet.
+_BLOCK_NUMBERS = 1 << 20
+# Norms of so many rows wait until they are added up together.
+_PENDING_ROWS = 4096
 
 
-@dataclass
-class _Sums:
-    """Running sums of one layer, of the values less `shift`, which keeps them from cancelling."""
-
-    rows: int
-    shift: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
+def _block_rows(layers: int, width: int) -> int:
+    """Give how many rows are summed together: a power of two."""
+    fit = _BLOCK_NUMBERS // (layers * width)
+    return max(WHOLE_ROWS, 1 << max(0, fit.bit_length() - 1))
 
 
 class Moments:
@@ -42,16 +45,19 @@ class Moments:
 
     def __init__(self, layers: int, width: int, chunk_rows: int) -> None:
         self._layers, self._width, self._chunk_rows = layers, width, chunk_rows
+        self._block = _block_rows(layers, width)
         self._rows = 0
-        self._sums: list[_Sums | None] = [None] * layers
+        self._count = np.zeros(layers)
+        self._shift, self._first, self._second = np.zeros((3, layers, width))
         self._norms: list[np.ndarray] = []
+        self._pending: list[np.ndarray] = []
+        self._n_pending = 0
         self._non_finite = np.zeros(layers, np.int64)
         self._first_non_finite = np.full(layers, -1, np.int64)
         self._zero_rows = np.zeros(layers, np.int64)
         self._overflow = np.zeros(layers, np.int64)
-        self._wide = np.empty((_BLOCK_ROWS, width))
         self._held: np.ndarray | None = None
-        self._held_keep = np.ones(_BLOCK_ROWS, np.bool_)
+        self._held_keep = np.empty(0, np.bool_)
         self._n_held = 0
 
     def add(self, rows: np.ndarray, keep: np.ndarray | None = None) -> None:
@@ -63,93 +69,89 @@ class Moments:
         """
         done = 0
         while done < len(rows):
-            some = min(_BLOCK_ROWS - self._n_held, len(rows) - done)
-            part, wanted = rows[done : done + some], None if keep is None else keep[done : done + some]
-            if some == _BLOCK_ROWS:
-                self._add_rows(part, wanted)
+            some = min(self._block - self._n_held, len(rows) - done)
+            here = slice(done, done + some)
+            kept = None if keep is None else keep[here]
+            if some == self._block:
+                self._fold(sum_block(rows[here], kept))
             else:
-                self._hold(part, wanted)
+                self._hold(rows[here], kept)
             done += some
-
-    def _hold(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
-        """Keep a part of a block until the rest is there, so that blocks always begin at multiples of 64 rows."""
-        if self._held is None:
-            self._held = np.empty((_BLOCK_ROWS, self._layers, self._width), rows.dtype)
-        place = slice(self._n_held, self._n_held + len(rows))
-        self._held[place] = rows
-        self._held_keep[place] = True if keep is None else keep
-        self._n_held = place.stop
-        if self._n_held == _BLOCK_ROWS:
-            self._release()
-
-    def _release(self) -> None:
-        if self._held is not None and self._n_held:
-            self._add_rows(self._held[: self._n_held], self._held_keep[: self._n_held])
-            self._n_held = 0
-
-    def _add_rows(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
-        norms = np.empty((len(rows), self._layers))
-        # A signalling NaN, or float64 values near 1e308, are data here and no reason to warn.
-        with np.errstate(all="ignore"):
-            for layer in range(self._layers):
-                norms[:, layer] = self._add_block(rows[:, layer], layer, keep)
-            self._add_norms(norms)
-        self._rows += len(rows)
 
     def add_overflow(self, values: np.ndarray) -> None:
         """Count `[layers]` values that became infinite in the cast to the storage dtype."""
         self._overflow += values
 
-    def _add_block(self, block: np.ndarray, layer: int, keep: np.ndarray | None) -> np.ndarray:
-        """Add up to 64 rows of one layer; give their norms, NaN for rows that are left out."""
-        wide = self._wide[: len(block)]
-        np.copyto(wide, block)
-        norms: np.ndarray = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        if not np.isfinite(norms).all():
-            finite = np.asarray(np.isfinite(wide).all(axis=1))
-            bad = ~finite
-            self._non_finite[layer] += bad.sum()
-            if bad.any() and self._first_non_finite[layer] < 0:
-                self._first_non_finite[layer] = self._rows + int(np.argmax(bad))
-            keep = finite if keep is None else keep & finite
-        maybe_zero = norms == 0.0
-        if maybe_zero.any():
-            self._zero_rows[layer] += int((~wide[maybe_zero].any(axis=1)).sum())
-        if keep is not None and not keep.all():
-            norms = np.where(keep, norms, np.nan)
-            wide = wide[keep]
-        if len(wide):
-            self._add_wide(wide, layer)
-        return norms
+    def _hold(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
+        """Keep a piece of a block until the rest is there; it ends at the end of the block at the latest."""
+        if self._held is None:
+            self._held = np.empty((self._block, self._layers, self._width), rows.dtype)
+            self._held_keep = np.empty(self._block, np.bool_)
+        place = slice(self._n_held, self._n_held + len(rows))
+        self._held[place] = rows
+        self._held_keep[place] = True if keep is None else keep
+        self._n_held = place.stop
+        if self._n_held == self._block:
+            self._release()
 
-    def _add_wide(self, wide: np.ndarray, layer: int) -> None:
-        sums = self._sums[layer]
-        if sums is None:
-            sums = _Sums(0, wide.mean(axis=0), np.zeros(self._width), np.zeros(self._width))
-            self._sums[layer] = sums
-        wide -= sums.shift
-        sums.rows += len(wide)
-        sums.first += np.add.reduce(wide, axis=0)
-        np.multiply(wide, wide, out=wide)
-        sums.second += np.add.reduce(wide, axis=0)
+    def _release(self) -> None:
+        if self._held is not None and self._n_held:
+            keep = self._held_keep[: self._n_held]
+            self._fold(sum_block(self._held[: self._n_held], None if keep.all() else keep))
+            self._n_held = 0
 
-    def _add_norms(self, norms: np.ndarray) -> None:
-        done = 0
-        while done < len(norms):
-            chunk, within = divmod(self._rows + done, self._chunk_rows)
-            if within == 0:
+    def _fold(self, sums: Sums) -> None:
+        """Add the next block."""
+        first, second = sums.first, sums.second
+        if sums.shift is not None:
+            # About the shift of the first block that has one, which is one of the rows: what cancels then is at
+            # most the number of rows times what remains.
+            fresh = (self._count == 0) & (sums.count > 0)
+            self._shift[fresh] = sums.shift[fresh]
+            moved = sums.shift - self._shift
+            with np.errstate(all="ignore"):
+                weight = sums.count[:, None] * moved
+                second = second + moved * (2 * first + weight)
+                first = first + weight
+        self._first += first
+        self._second += second
+        self._count += sums.count
+        self._non_finite += sums.non_finite
+        located = np.where(sums.first_non_finite < 0, -1, self._rows + sums.first_non_finite)
+        self._first_non_finite = np.where(self._first_non_finite < 0, located, self._first_non_finite)
+        self._zero_rows += sums.zero_rows
+        self._rows += len(sums.norms)
+        self._pending.append(sums.norms)
+        self._n_pending += len(sums.norms)
+        if self._n_pending >= _PENDING_ROWS:
+            self._add_norms()
+
+    def _add_norms(self) -> None:
+        """Add the norms that wait to their inner chunks, in pieces that end where a block or an inner chunk ends."""
+        if not self._n_pending:
+            return
+        norms = np.concatenate(self._pending)
+        first, stop = self._rows - self._n_pending, self._rows
+        self._pending, self._n_pending = [], 0
+        edges = {first}
+        for step in (self._block, self._chunk_rows):
+            edges.update(range(first + -first % step, stop, step))
+        starts = np.array(sorted(edges))
+        kept = ~np.isnan(norms)
+        zeroed = np.where(kept, norms, 0)
+        with np.errstate(all="ignore"):
+            parts = [np.add.reduceat(values, starts - first, axis=0) for values in (kept, zeroed, zeroed * zeroed)]
+            ends = [least.reduceat(norms, starts - first, axis=0) for least in (np.fmin, np.fmax)]
+        added = np.stack(parts, axis=-1).astype(np.float64)
+        for number, chunk in enumerate((starts // self._chunk_rows).tolist()):
+            if chunk == len(self._norms):
                 fresh = np.zeros((self._layers, len(NORM_COLUMNS)))
                 fresh[:, 3:] = np.nan
                 self._norms.append(fresh)
-            stop = min(len(norms), done + self._chunk_rows - within)
-            part, into = norms[done:stop], self._norms[chunk]
-            kept = ~np.isnan(part)
-            into[:, 0] += kept.sum(axis=0)
-            into[:, 1] += np.where(kept, part, 0).sum(axis=0)
-            into[:, 2] += np.where(kept, part * part, 0).sum(axis=0)
-            into[:, 3] = np.fmin(into[:, 3], np.fmin.reduce(part, axis=0))
-            into[:, 4] = np.fmax(into[:, 4], np.fmax.reduce(part, axis=0))
-            done = stop
+            into = self._norms[chunk]
+            into[:, :3] += added[number]
+            into[:, 3] = np.fmin(into[:, 3], ends[0][number])
+            into[:, 4] = np.fmax(into[:, 4], ends[1][number])
 
     def arrays(self, first_token: int) -> dict[str, np.ndarray]:
         """Give what a shard stores; `first_token` is the position of its first row in the store.
@@ -160,17 +162,13 @@ class Moments:
             `[layers]`. Without any row counted, `mean` is NaN and `m2` zero. The arrays are the caller's.
         """
         self._release()
-        count = np.zeros((self._layers, self._width))
-        mean = np.full((self._layers, self._width), np.nan)
-        m2 = np.zeros((self._layers, self._width))
-        for layer, sums in enumerate(self._sums):
-            if sums is not None:
-                with np.errstate(all="ignore"):
-                    offset = sums.first / sums.rows
-                    count[layer] = sums.rows
-                    mean[layer] = sums.shift + offset
-                    # Rounding may leave a constant dimension a hair below zero.
-                    m2[layer] = np.maximum(sums.second - sums.first * offset, 0)
+        self._add_norms()
+        count = np.repeat(self._count[:, None], self._width, axis=1)
+        with np.errstate(all="ignore"):
+            offset = self._first / count
+            mean = self._shift + offset
+            # Rounding may leave a constant dimension a hair below zero.
+            m2 = np.where(count > 0, np.maximum(self._second - self._first * offset, 0), 0)
         located = np.where(self._first_non_finite < 0, -1, self._first_non_finite + first_token)
         return {
             "count": count,

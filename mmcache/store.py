@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from mmcache.dtypes import BY_NAME
 from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.flags import counted
 from mmcache.manifest import Manifest, read_manifest
+from mmcache.sequences import Location, Sequences
 from mmcache.shards import ShardFolder, count_present
 from mmcache.site_view import MAX_MAPS, SiteView
 from mmcache.summary import load_summary
@@ -21,67 +22,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-__all__ = ["Location", "Sequences", "Span", "Store", "open_store"]
+    import xarray
 
-
-class Span(NamedTuple):
-    """One sequence: the positions from `start` to before `stop`, and the number of its document."""
-
-    start: int
-    stop: int
-    document: int
-
-
-class Location(NamedTuple):
-    """Where a position lies: in which sequence, how far in, and which token it is (-1: unknown)."""
-
-    sequence: int
-    offset: int
-    token_id: int
-
-
-class Sequences:
-    """The sequences of a store, in order: `sequences[i]` is a `Span`, `numpy()` all of them as `[n, 3]` int64."""
-
-    def __init__(self, spans: np.ndarray) -> None:
-        self._spans = spans
-        # `np.asarray(store.sequences)` is this very memory.
-        self._spans.flags.writeable = False
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    @overload
-    def __getitem__(self, index: int) -> Span: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Span]: ...
-    def __getitem__(self, index: int | slice) -> Span | list[Span]:
-        if isinstance(index, slice):
-            return [Span(*span) for span in self._spans[index].tolist()]
-        if not -len(self) <= index < len(self):
-            raise OutOfRangeError(f"sequence {index} not in store (n_sequences={len(self)})")
-        return Span(*self._spans[index].tolist())
-
-    def __iter__(self) -> Iterator[Span]:
-        return (Span(*span) for span in self._spans.tolist())
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._spans, dtype=dtype, copy=copy)
-
-    def __repr__(self) -> str:
-        return f"Sequences(n={len(self)})"
-
-    def numpy(self) -> np.ndarray:
-        """Give start, stop and document of each as `[n_sequences, 3]` int64, in the caller's own memory."""
-        return self._spans.copy()
-
-    def tolist(self) -> list[Span]:
-        """Give all of them as a list of spans."""
-        return list(self)
-
-    def find(self, position: int) -> int:
-        """Give the number of the sequence that holds a position that is there."""
-        return int(np.searchsorted(self._spans[:, 0], position, side="right")) - 1
+__all__ = ["Store", "open_store"]
 
 
 class Store:
@@ -244,6 +187,13 @@ class Store:
             f"n_tokens={self.n_tokens}, n_sequences={self.n_sequences}, dtype={self.dtype}, layout={self.layout!r})"
         )
 
+    def to_xarray(self, *, dtype: torch.dtype | str | None = None) -> xarray.Dataset:
+        """Give a lazy dataset, sites read as `dtype` (None: as stored). All about it: `xarray_view.as_dataset`."""
+        from mmcache.xarray_view import as_dataset  # noqa: PLC0415 -- an extra, and slow to import
+
+        views = {site: self[site] for site in self.sites}
+        return as_dataset(self.path, self._manifest, views, lambda: np.asarray(self.sequences)[:, 0], dtype)
+
     def missing(self, site: str) -> int:
         """Count the shards of a site that have not been written yet, from one listing of its folder."""
         if self._manifest.shard_tokens is None:
@@ -272,6 +222,10 @@ class Store:
         """Let go of every map. Reading again brings them back."""
         for view in self._views.values():
             view._forget()  # noqa: SLF001 -- a store and its views are one thing to users
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path, Manifest]]:
+        # As of now: a grown store that is opened elsewhere later may count more.
+        return Store, (self.path, self._manifest)
 
     def __enter__(self) -> Self:
         return self

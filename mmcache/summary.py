@@ -17,8 +17,9 @@ import zarr.storage
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
+from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import list_names, make_folder, publish, read_file, remove_drafts
+from mmcache.files import list_names, make_folder, read_file
 from mmcache.names import STATISTICS_FOLDER
 from mmcache.signed import ROOT, attributes, read_signed, signed
 from mmcache.site_statistics import SiteStatistics

@@ -5,17 +5,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mmcache.export import Exported
     from mmcache.extract import Progress as Done
     from mmcache.survey import Survey
 
-__all__ = ["ProgressBar", "draw_overview", "draw_rows", "draw_show", "draw_statistics", "draw_survey", "size"]
+__all__ = [
+    "BytesBar",
+    "ProgressBar",
+    "draw_exported",
+    "draw_overview",
+    "draw_rows",
+    "draw_show",
+    "draw_statistics",
+    "draw_survey",
+    "size",
+]
 
 
 # A command over a thousand files fills no screen; `--json` has it whole.
@@ -171,6 +190,41 @@ def draw_survey(console: Console, survey: Survey) -> None:
     if survey.seconds is not None and survey.tokens_a_second is not None:
         pairs["time"] = f"about {_time(survey.seconds)}, at {survey.tokens_a_second:,.0f} tokens/s"
     console.print(_pairs("plan", pairs), highlight=False, markup=False)
+
+
+def draw_exported(console: Console, done: Exported) -> None:
+    """Draw what an export made."""
+    pairs = {
+        "files": f"{done.files:,}, listed in index.json",
+        "linked": f"{size(done.linked_bytes)}: the store's own files, not to be edited",
+        "written": size(done.written_bytes),
+    }
+    console.print(_pairs(str(done.path), pairs), highlight=False, markup=False)
+
+
+class BytesBar:
+    """The progress of a job of so many bytes on stderr: a bar on a terminal, a line every tenth everywhere else."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._told = console, 0
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Draw how many bytes of how many are done."""
+        self._bar.update(self._task, completed=done, total=total)
+        tenth = done * 10 // total
+        if tenth > self._told and not self._console.is_terminal:
+            self._told = tenth
+            self._console.print(f"{size(done)} of {size(total)}")
 
 
 class ProgressBar:

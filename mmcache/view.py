@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from mmcache.sites import ResolvedSite
     from mmcache.store import Store
 
-__all__ = ["layer_view", "overview", "row_view", "sites_view", "statistics_view"]
+__all__ = ["json_ready", "layer_view", "overview", "row_view", "sites_view", "statistics_view"]
 
 # A layer's summary reads at most this many rows.
 _ROWS_READ = 1 << 14
@@ -139,3 +140,14 @@ def sites_view(sites: tuple[ResolvedSite, ...], widths: dict[str, int]) -> list[
         }
         for site in sites
     ]
+
+
+def json_ready(data: Any) -> Any:
+    """Write NaN and infinities, which JSON does not have, as zarr does: "NaN", "Infinity", "-Infinity"."""
+    if isinstance(data, dict):
+        return {name: json_ready(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [json_ready(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    return data

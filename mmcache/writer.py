@@ -13,9 +13,9 @@ import torch
 from mmcache.batch import check_batch
 from mmcache.block import Block, PageCachePolicy
 from mmcache.columns import Column
+from mmcache.draft import remove_drafts
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, CorruptError, ReadOnlyError
-from mmcache.files import remove_drafts
 from mmcache.flags import counted, flagged
 from mmcache.format import Layout
 from mmcache.geometry import shard_rows
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mmcache.batch import Activations, Ids, SequenceRows
+    from mmcache.block import Run
     from mmcache.pipeline import Pipeline
     from mmcache.staging import Stager
 
@@ -132,33 +133,46 @@ class Writer(GrownStore):
             self._manifest = self._manifest.with_geometry(self._manifest.shard_tokens or 1, known)
         self._changed = True
         with self._whole("append"):
-            for item in batch:
-                self._append_sequence(item, continues=continues)
+            self._append_batch(batch, continues=continues)
             self._started()[1].settle()
 
-    def _append_sequence(self, item: SequenceRows, *, continues: bool) -> None:
-        flags = item.flags | flagged(item.tokens, self._special, begins=not continues)
-        keep = counted(flags)
-        total, done = len(item.tokens), 0
-        while done < total:
-            block = self._open_block()
-            some = min(total - done, (self._manifest.shard_tokens or 0) - block.rows)
-            span = slice(done, done + some)
-            rows = {site: [layer[span] for layer in layers] for site, layers in item.activations.items()}
-            pipeline, stager = self._started()
-            block.append(stager, rows, keep[span])
-            done += some
-            if block.rows == self._manifest.shard_tokens:
-                block.seal(pipeline, stager)
-                self._block = None
-            self._columns["tokens"].extend(item.tokens[span])
-            self._columns["flags"].extend(flags[span])
-            self._n_tokens += some
-        if continues:
-            self._columns["sequences"].last()[1] = self._n_tokens
-        else:
-            span_row = [self._n_tokens - total, self._n_tokens, self.n_sequences]
-            self._columns["sequences"].extend(np.array([span_row]))
+    def _append_batch(self, batch: list[SequenceRows], *, continues: bool) -> None:
+        runs: list[Run] = []
+        shard_tokens = self._manifest.shard_tokens or 0
+        for item in batch:
+            flags = item.flags | flagged(item.tokens, self._special, begins=not continues)
+            keep = counted(flags)
+            total, done = len(item.tokens), 0
+            while done < total:
+                self._open_block()
+                some = min(total - done, shard_tokens - self._n_tokens % shard_tokens)
+                span = slice(done, done + some)
+                rows = {site: [layer[span] for layer in layers] for site, layers in item.activations.items()}
+                runs.append((rows, keep[span]))
+                done += some
+                self._n_tokens += some
+                if not self._n_tokens % shard_tokens:
+                    self._stage(runs)
+                    runs = []
+            self._columns["tokens"].extend(item.tokens)
+            self._columns["flags"].extend(flags)
+            if continues:
+                self._columns["sequences"].last()[1] = self._n_tokens
+            else:
+                span_row = [self._n_tokens - total, self._n_tokens, self.n_sequences]
+                self._columns["sequences"].extend(np.array([span_row]))
+        self._stage(runs)
+
+    def _stage(self, runs: list[Run]) -> None:
+        """Stage runs that go to the open block, and send it on its way if it is full."""
+        if not runs:
+            return
+        block = self._open_block()
+        pipeline, stager = self._started()
+        block.append(stager, runs)
+        if block.rows == self._manifest.shard_tokens:
+            block.seal(pipeline, stager)
+            self._block = None
 
     def _open_block(self) -> Block:
         """Give the block that the next token goes to; one that was committed in part begins with its rows."""

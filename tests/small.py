@@ -1,5 +1,6 @@
 """Models, tokenizers and texts that are small enough for tests, and what a folder holds."""
 
+import contextlib
 import functools
 import json
 import string
@@ -85,8 +86,10 @@ def identities(folder):
     """What tells whether a file was touched: inode, size and mtime of every file below a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        status = path.stat()
-        found[str(path.relative_to(folder))] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        # A draft may be published, or removed, in between.
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            found[str(path.relative_to(folder))] = (status.st_ino, status.st_size, status.st_mtime_ns)
     return found
 
 

@@ -233,6 +233,35 @@ def file_descriptors():
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
+def maps_below(folder):
+    """Give the lines of this process' maps that are of files below a folder."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f" {folder}/" in line]
+
+
 def numpy_dtype(dtype):
     """Give the numpy dtype of a torch dtype, bfloat16 included."""
     return BY_NAME[str(dtype).removeprefix("torch.")].numpy
+
+
+def at_opcode(at, watched, act):
+    """A trace function that acts at step `at` of the interpreter in some frames, and one that counts the steps.
+
+    `watched` tells of a frame's code whether it is one of them.
+    """
+    steps = 0
+
+    def step(_frame, event, _):
+        nonlocal steps
+        if event == "opcode":
+            steps += 1
+            if steps == at:
+                act()
+        return step
+
+    def enter(frame, _event, _):
+        if not watched(frame.f_code):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return step
+
+    return enter, lambda: steps

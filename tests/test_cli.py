@@ -1,6 +1,7 @@
 """Every command: data on stdout, progress on stderr, exit 0 fine, 1 findings, 2 usage."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from support import at_opcode
 
 import mmcache
+from mmcache import cli
 from mmcache.cli import main
 
 small = pytest.importorskip("small")
@@ -326,3 +329,50 @@ def test_no_number_is_cut_in_two_on_a_common_terminal(acts, monkeypatch):
             # Half a number is another number: 0.5 and 67 in the next line read as 0.5.
             for value in (found.min_norm[layer], found.max_norm[layer], found.std[layer].max()):
                 assert f"{float(value):.3g}" in words
+
+
+class _OutsideError(Exception):
+    """What a signal raises that comes before the command heeds it, or after."""
+
+
+def _outside(*_):
+    raise _OutsideError
+
+
+def _signal_at(at):
+    """A trace function that sends SIGTERM at step `at` of the interpreter in the guard around a job."""
+    return at_opcode(
+        at, lambda code: code.co_name in {"_stoppable", "stop"}, lambda: signal.raise_signal(signal.SIGTERM)
+    )
+
+
+def _end_of_a_job(out, at):
+    """How the guard around an empty job ends if a signal comes at step `at`, and how many steps it took."""
+    enter, steps = _signal_at(at)
+    trace = sys.gettrace()
+    try:
+        sys.settrace(enter)
+        with cli._stoppable(out):
+            pass
+    except SystemExit as stopped:
+        return stopped.code, steps()
+    except _OutsideError:
+        return "outside", steps()
+    finally:
+        sys.settrace(trace)
+    return "done", steps()
+
+
+def test_a_signal_at_the_very_begin_or_end_of_a_job_is_heeded_or_comes_too_late(tmp_path):
+    before, ends = signal.signal(signal.SIGTERM, _outside), []
+    try:
+        _, steps = _end_of_a_job(tmp_path, 0)
+        for at in range(1, steps + 1):
+            ends.append(_end_of_a_job(tmp_path, at)[0])
+            assert signal.signal(signal.SIGTERM, _outside) is _outside
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    # And nothing else: no signal is told as a traceback.
+    assert set(ends) == {"outside", 143, "done"}
+    assert ends.count(143) > 5
+    assert ends[0] == ends[-1] == "outside"

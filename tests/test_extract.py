@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -10,10 +11,10 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import torch
+from support import at_opcode
 from torch import nn
 
 import mmcache
-from mmcache import files
 from mmcache.contexts import Contexts
 from mmcache.errors import (
     ArgumentError,
@@ -49,7 +50,7 @@ def quick(monkeypatch):
     """One thread, because two only wait for each other here; and no syncing, which nothing here could see."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(files.os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     yield
     torch.set_num_threads(before)
 
@@ -662,26 +663,18 @@ def stop_after(tokens):
 WATCHED = {"Draft", "ShardWriter", "Block", "Pipeline"}
 
 
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def _is_watched(code):
+    # What a finaliser raises is lost, so a signal that meets one is not the question here.
+    return code.co_name != "__del__" and code.co_qualname.partition(".")[0] in WATCHED
+
+
 def interrupting(at):
     """A trace function that raises KeyboardInterrupt at step `at` of the interpreter in the watched classes."""
-    steps = 0
-
-    def step(_frame, event, _):
-        nonlocal steps
-        if event == "opcode":
-            steps += 1
-            if steps == at:
-                raise KeyboardInterrupt
-        return step
-
-    def enter(frame, _event, _):
-        # What a finaliser raises is lost, so a signal that meets one is not the question here.
-        if frame.f_code.co_name == "__del__" or frame.f_code.co_qualname.partition(".")[0] not in WATCHED:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return step
-
-    return enter, lambda: steps
+    return at_opcode(at, _is_watched, _interrupt)
 
 
 def test_an_interrupt_between_any_two_steps_leaves_nothing_half_written(tmp_path, request):

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmcache import files
+from mmcache.draft import Draft, publish, remove_drafts
 from mmcache.errors import (
     CorruptError,
     DiskFullError,
@@ -18,13 +19,13 @@ from mmcache.errors import (
     StoreNotFoundError,
     WriteError,
 )
-from mmcache.files import Draft, map_file, publish, read_file, remove_drafts
+from mmcache.files import map_file, read_file
 from mmcache.memory import anonymous
 
 PAGE = 4096
 NUMBERS = r"no room while .*: [0-9]+ bytes needed, [0-9]+ free there"
 RESERVES = pytest.mark.skipif(
-    files._PORTABLE or not hasattr(os, "posix_fallocate"), reason="nothing is reserved on the portable path"
+    files.PORTABLE or not hasattr(os, "posix_fallocate"), reason="nothing is reserved on the portable path"
 )
 
 
@@ -129,13 +130,16 @@ def test_direct_writes_leave_the_same_bytes_as_buffered_ones(tmp_path_factory, p
 
 
 class Writes:
-    """Every `os.pwrite`, as (descriptor, bytes, offset); at most `most` bytes of each are taken."""
+    """Every `os.pwrite` and `os.pwritev`, as (descriptor, bytes, offset); at most `most` bytes of each are taken."""
 
     def __init__(self, monkeypatch, most=1 << 30, direct=None):
         self.calls, self.most, self.real = [], most, os.pwrite
         self.refuse_direct = direct
         self.draft = None
         monkeypatch.setattr(os, "pwrite", self)
+        if hasattr(os, "pwritev"):
+            # With flags, for writes that do not stay in the page cache.
+            monkeypatch.setattr(os, "pwritev", lambda fd, views, offset, _flags=0: self(fd, views[0], offset))
 
     def __call__(self, fd, view, offset):
         if self.refuse_direct and self.draft is not None and fd == self.draft._direct_fd:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mmcache
-from mmcache import dtypes, files, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
+from mmcache import draft, dtypes, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
 from mmcache.flags import BOS, SPECIAL
 from mmcache.format import Layout
 from mmcache.manifest import Manifest, array_json
@@ -113,7 +113,7 @@ def test_the_names_that_the_page_gives():
     assert names.site_name_problem("x" * 200) is None
     assert names.site_name_problem("x" * 201) is not None
     assert (f"{BOS} BOS" in PROSE, f"{SPECIAL} special" in PROSE) == (True, True)
-    assert f"drafts `.*{files._DRAFT}`" in PROSE
+    assert f"drafts `.*{draft._DRAFT}`" in PROSE
 
 
 @pytest.mark.parametrize("layout", ["layer", "token"])

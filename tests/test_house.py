@@ -19,18 +19,20 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 # Each knows only those above it. A new module gets a place here: as high as what it imports allows.
 ORDER = [
-    "errors", "dtypes", "geometry", "format", "memory", "files", "lock", "statistics", "signed", "names", "manifest",
-    "shards", "site_statistics", "summary", "devices", "site_view", "flags", "store",
-    "pipeline", "shard_writer", "staging", "block", "columns", "grown", "batch", "writer", "layer_writer", "cache",
-    "wrappers", "families", "sites", "capture",
-    "corpus", "contexts", "loading", "provenance", "tokenise", "room", "plan", "fill", "survey", "extract",
-    "view", "terminal", "cli", "__main__",
+    "errors", "dtypes", "geometry", "format", "memory", "dlpack", "syscalls", "held", "aio", "direct", "window",
+    "files", "draft", "lock", "sums", "statistics", "signed", "names", "manifest", "shards", "site_statistics",
+    "summary", "devices", "positions", "shard_maps", "site_map", "site_rows", "site_view", "flags", "sequences",
+    "xarray_view", "store", "headers", "selection", "outbox", "export", "permutation", "split", "kept", "order",
+    "shares", "feed_plan", "crew", "read_ahead", "buffers", "conversion", "training_batch", "fetcher", "batch_feed",
+    "feed_options", "dataset", "pipeline", "shard_writer", "staging", "block", "columns", "grown", "batch", "writer",
+    "layer_writer", "cache", "wrappers", "families", "sites", "capture", "corpus", "contexts", "loading", "provenance",
+    "tokenise", "room", "plan", "fill", "survey", "extract", "view", "terminal", "cli", "__main__",
 ]  # fmt: skip
 
 # What is imported only when it is used.
 LATE = {
     "transformers", "tokenizers", "datasets", "rich", "click", "plotly", "starlette", "uvicorn", "ray",
-    "tensorstore", "pandas", "pyarrow", "h5py",
+    "tensorstore", "pandas", "pyarrow", "h5py", "xarray",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def serve():
     """Run commands for `Runner`, each in a fork."""
     import transformers  # noqa: PLC0415 -- in the process that forks only
 
-    from mmcache import cli, files, tokenise  # noqa: PLC0415
+    from mmcache import cli, draft, tokenise  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     tokenise._TOKENS_A_COMMIT = 300  # so that tokenising, too, is killed between two commits
@@ -37,7 +37,7 @@ def serve():
         ready, tell = os.pipe()
         pid = os.fork()
         if not pid:
-            become(asked, cli, files, tell)
+            become(asked, cli, draft, tell)
             cli.main()
         os.close(tell)
         os.read(ready, 1)
@@ -50,14 +50,14 @@ def answer(number):
     sys.stdout.flush()
 
 
-def become(asked, cli, files, tell):
+def become(asked, cli, draft, tell):
     """Be a process of its own: its streams, its arguments, and where it kills itself."""
     sys.argv = ["mmcache", *asked["start"]]
     for stream, path in ((0, os.devnull), (1, os.devnull), (2, asked["errors"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # what comes before or after the job is Python's business, not the job's
-    stoppable, publish, left = cli._stoppable, files.Draft.publish, asked["writes"]
+    stoppable, publish, left = cli._stoppable, draft.Draft.publish, asked["writes"]
 
     @contextlib.contextmanager
     def telling(out):
@@ -74,7 +74,7 @@ def become(asked, cli, files, tell):
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cli._stoppable, files.Draft.publish = telling, counted
+    cli._stoppable, draft.Draft.publish = telling, counted
 
 
 class Runner:

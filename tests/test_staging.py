@@ -1,6 +1,7 @@
 """Staging and the pipeline: what reaches the disk is what `format.encode` writes, and failures reach the caller."""
 
 import errno
+import fcntl
 import itertools
 import os
 import threading
@@ -14,13 +15,17 @@ from hypothesis import strategies as st
 from support import DTYPES, numpy_dtype, random_bits, raw, without_sync
 
 import mmcache
+from mmcache import draft as draft_module
+from mmcache import staging
+from mmcache.draft import Draft
 from mmcache.dtypes import activation_dtype
-from mmcache.files import Draft
+from mmcache.files import O_DIRECT
 from mmcache.format import ShardSpec, encode
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.shard_writer import Seal, ShardWriter
 from mmcache.staging import Stager
 from mmcache.statistics import Moments
+from mmcache.syscalls import LINUX
 
 METADATA = {"format": "mmcache/1", "array": "a", "key": "c.0.0.0"}
 
@@ -136,6 +141,84 @@ def test_pieces_of_a_shard_begin_on_pages(tmp_path, monkeypatch):
     shard.discard()
     assert len(offsets) > 4
     assert [offset % 4096 for offset in offsets] == [0] * len(offsets)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs pwritev2's flags")
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown to the system"])
+def test_without_direct_writes_the_page_cache_keeps_nothing_either(tmp_path, monkeypatch, pipeline, known):
+    monkeypatch.setattr(draft_module, "O_DIRECT", 0)
+    flags, write = [], os.pwritev
+
+    def record(fd, buffers, offset, flag=0):
+        flags.append(flag)
+        if not known:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return write(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", record)
+    spec, values = spec_of(torch.float32, 1000, shard=4096, chunk=512), random_bits(900, 1000, dtype=torch.float32)
+    stager, shard = Stager(pipeline), shard_writer(tmp_path / "c", spec, direct=True)
+    stager.stage(shard, [values])
+    stager.flush()
+    pipeline.submit(Seal([shard], durable=True))
+    pipeline.drain()
+    assert (tmp_path / "c").read_bytes() == encoded(spec, values, None)
+    assert set(flags) == {0x80}
+    assert (len(flags) > 1) == known, "asked again after it was refused"
+
+
+@pytest.mark.parametrize("width", [100, 129, 384])
+def test_all_but_the_pages_at_the_ends_of_a_piece_go_to_the_device(tmp_path, monkeypatch, pipeline, width):
+    # Sequences of any length, in turn to two shards: pieces begin and end anywhere in a page.
+    if not O_DIRECT:
+        pytest.skip("no direct writes here")
+    through, direct = [], []
+
+    def write_all(fd, view, offset, write=Draft._write_all):
+        (direct if fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT else through).append(len(view))
+        write(fd, view, offset)
+
+    monkeypatch.setattr(Draft, "_write_all", staticmethod(write_all))
+    spec = spec_of(torch.bfloat16, width, shard=8192, chunk=512)
+    values = random_bits(4000, width, dtype=torch.bfloat16)
+    stager, made = Stager(pipeline), [shard_writer(tmp_path / name, spec, direct=True) for name in "ab"]
+    for start in range(0, 4000, 777):
+        for shard in made:
+            stager.stage(shard, [values[start : start + 777]])
+    stager.flush()
+    pipeline.submit(Seal(made, durable=True))
+    pipeline.drain()
+    for name in "ab":
+        assert (tmp_path / name).read_bytes() == encoded(spec, values, None)
+    if not direct:
+        pytest.skip("the file system has no direct writes")
+    tail = (tmp_path / "a").stat().st_size - 4000 * width * 2
+    assert sum(direct) > 0.8 * 2 * 4000 * width * 2
+    assert max(through) <= max(4096, tail)
+
+
+def test_slots_wait_for_each_other_only_while_the_ring_has_room(tmp_path, monkeypatch):
+    # The caller's copies come first; but a ring that is full has to be emptied.
+    notes, pipeline = [], Pipeline(1 << 18)
+    copy, submit = staging._copy, pipeline.submit
+    monkeypatch.setattr(staging, "_copy", lambda *given: (notes.append("copy"), copy(*given))[1])
+    monkeypatch.setattr(pipeline, "submit", lambda job: (notes.append("submit"), submit(job)))
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 1024, shard=4096, chunk=512)
+    shard = shard_writer(tmp_path / "c", spec)
+    slot_rows = (1 << 18) // 4096
+    stager.stage(shard, [torch.zeros(2 * slot_rows, 1024)])
+    assert notes == ["copy", "copy", "submit"]  # the second may have room for other rows
+    stager.flush()
+    pipeline.drain()
+    notes.clear()
+    stager.stage(shard, [torch.zeros(40 * slot_rows, 1024)])
+    stager.flush()
+    assert [notes.count("copy"), notes.count("submit")] == [40, 40]
+    assert "submit" in notes[:5]
+    submit(Seal([shard], durable=True))
+    pipeline.drain()
+    pipeline.close()
+    assert (tmp_path / "c").read_bytes() == encoded(spec, torch.zeros(42 * slot_rows, 1024), None)
 
 
 def test_several_shards_share_slots(tmp_path, pipeline):

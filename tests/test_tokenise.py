@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import tracemalloc
 import weakref
 from dataclasses import replace
@@ -10,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmcache import columns, files, manifest, tokenise
+from mmcache import columns, manifest, tokenise
 from mmcache.contexts import Contexts, CorpusDigest
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.flags import BOS, SPECIAL
@@ -67,7 +68,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 150)
     monkeypatch.setattr(manifest, "_RESERVED_SHARD_ROWS", 256)
     # Slow, and nothing that a process which goes on could see.
-    monkeypatch.setattr(files.os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def contexts_of(documents, **options):

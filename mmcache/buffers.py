@@ -1,0 +1,68 @@
+"""Host memory that is lent out and comes back by itself, to be lent again."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING
+
+from mmcache.geometry import PAGE
+from mmcache.memory import anonymous
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+__all__ = ["Buffers"]
+
+
+class Buffers:
+    """Buffers for what is of one size again and again. Safe to use from several threads.
+
+    Fresh memory is written at a fraction of the rate of memory that was written before, and the system has to clear
+    it: so what nobody uses any more is kept for the next one.
+
+    Args:
+        most: buffers that are kept while nobody uses them.
+    """
+
+    def __init__(self, most: int) -> None:
+        # Its methods are atomic, so that a finaliser may call them wherever it comes.
+        self._idle: deque[np.ndarray] = deque(maxlen=most)
+
+    def lend(self, sizes: Sequence[int]) -> list[np.ndarray]:
+        """Lend memory in parts of these numbers of bytes: `[size]` uint8 each, beginning on a page, of any content.
+
+        It is the borrower's own until all of these very arrays are gone; a view of one does not count, but what holds
+        on to one, as the storage of a tensor that was made of it does, and so every view of that tensor.
+        """
+        places, end = [], 0
+        for size in sizes:
+            places.append(end)
+            end += -(-size // PAGE) * PAGE
+        memory = self._take(end)
+        # One for each, but for the last to come back, which finds none.
+        tickets = [None] * (len(sizes) - 1)
+        parts = []
+        for place, size in zip(places, sizes, strict=True):
+            part = memory[place : place + size]
+            weakref.finalize(part, _return, tickets, self._idle, memory).atexit = False
+            parts.append(part)
+        return parts
+
+    def _take(self, size: int) -> np.ndarray:
+        while True:
+            try:
+                memory = self._idle.pop()
+            except IndexError:
+                return anonymous(max(size, 1))
+            if len(memory) >= size:
+                return memory
+
+
+def _return(tickets: list[None], idle: deque[np.ndarray], memory: np.ndarray) -> None:
+    try:
+        tickets.pop()
+    except IndexError:
+        idle.append(memory)

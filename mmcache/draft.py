@@ -1,0 +1,204 @@
+"""Files that are written: whole and durable under their own names, or not there.
+
+A file is written under a temporary name, made durable, renamed to its own name, and its folder made durable:
+a name that can be seen is a file that is whole. Linux is where this is fast; what another system or file
+system refuses (O_DIRECT, RWF_DONTCACHE, preallocation) is probed and done without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmcache.files import O_DIRECT, explained, list_names, sync_folder
+from mmcache.geometry import PAGE
+from mmcache.syscalls import LINUX, PORTABLE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Draft", "publish", "remove_drafts"]
+
+_DRAFT = ".tmp"
+# The sealed file's mode: a zarr writer that touched a shard would re-encode it and lose the header.
+_SEALED = 0o444
+# RWF_DONTCACHE (Linux 6.14): written through the page cache, and dropped from it; Python has no name for it.
+_DONT_CACHE = 0x80
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what writers that died left half-written. A draft that a live writer holds is left alone."""
+    for name in list_names(folder):
+        if not (name.startswith(".") and name.endswith(_DRAFT)):
+            continue
+        path = folder / name
+        # Whatever cannot be locked or removed is only litter, and no reason to stop.
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                # Shared: NFS gives an exclusive lock only to those who may write, and a draft may be sealed.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
+
+
+class Draft:
+    """A file that is being written, and is not yet there under its own name.
+
+    Not for use by several threads at the same time. The draft holds a lock on its temporary file, by which
+    `remove_drafts` tells live writers from dead ones.
+
+    Args:
+        path: the final name.
+        reserve: bytes to allocate at once, so that a full disk is met now; 0 to allocate as it grows.
+        direct: write whole pages past the page cache where the file system lets us; else so that they do not stay in
+            it, where it knows how.
+    """
+
+    _temporary: Path
+    _uncached = False  # whether to try writes that do not stay in the page cache
+    _maker = 0  # the process that may have made the temporary file, which is still there
+
+    def __init__(self, path: Path, *, reserve: int = 0, direct: bool = False) -> None:
+        self.path = path
+        self._direct_fd = self._fd = -1
+        with explained(path, "starting the file", reserve):
+            try:
+                while not self._create():
+                    pass
+                self._reserve(reserve)
+                if direct and O_DIRECT:
+                    with contextlib.suppress(OSError):
+                        self._direct_fd = os.open(self._temporary, os.O_WRONLY | O_DIRECT)
+                self._uncached = direct and LINUX
+            except BaseException:
+                self.discard()
+                raise
+
+    def _create(self) -> bool:
+        """Make the temporary file, and lock it; False if `remove_drafts` took it for a dead one's in between."""
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}{_DRAFT}")
+        # Before it is there: an interrupt may come between the system's making it and our knowing so.
+        self._maker = os.getpid()
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._temporary.exists():
+                return True
+        self.discard()
+        return False
+
+    def _reserve(self, size: int) -> None:
+        if size and hasattr(os, "posix_fallocate") and not PORTABLE:
+            try:
+                os.posix_fallocate(self._fd, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+
+    def write(self, data: np.ndarray, offset: int) -> None:
+        """Write contiguous uint8 `data` at `offset`; returns once the system has taken all of it.
+
+        Whole pages go directly to the device where that was asked for, and where the memory is as far into a page as
+        the offset.
+        """
+        view = data.data
+        head = pages = 0
+        if self._direct_fd >= 0 and offset % PAGE == data.ctypes.data % PAGE:
+            head = min(-offset % PAGE, data.nbytes)
+            pages = (data.nbytes - head) // PAGE * PAGE
+        with explained(self.path, f"writing at offset {offset}", data.nbytes):
+            self._write_all(self._fd, view[:head], offset)
+            if pages and not self._write_directly(view[head : head + pages], offset + head):
+                pages = 0
+            rest = head + pages
+            if self._direct_fd < 0 and self._uncached:
+                rest += self._write_uncached(view[rest:], offset + rest)
+            self._write_all(self._fd, view[rest:], offset + rest)
+
+    def _write_directly(self, view: memoryview, offset: int) -> bool:
+        try:
+            self._write_all(self._direct_fd, view, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Opened, but not written, directly: some file systems want larger sectors.
+            os.close(self._direct_fd)
+            self._direct_fd = -1
+            return False
+        return True
+
+    def _write_uncached(self, view: memoryview, offset: int) -> int:
+        """Write as much as the system takes without keeping it in the page cache; give how many bytes that was."""
+        done = 0
+        try:
+            while done < len(view) and (some := os.pwritev(self._fd, [view[done:]], offset + done, _DONT_CACHE)):
+                done += some
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self._uncached = False
+        return done
+
+    @staticmethod
+    def _write_all(fd: int, view: memoryview, offset: int) -> None:
+        while view:
+            written = os.pwrite(fd, view, offset)
+            if not written:
+                raise OSError(errno.EIO, "the system took no bytes")
+            view, offset = view[written:], offset + written
+
+    def publish(self, size: int, *, durable: bool = True) -> None:
+        """Give the file exactly `size` bytes, make it durable and read-only, and rename it to its own name.
+
+        Blocks until the bytes are on the device (the name becomes durable with `sync_folder`). A failed sync
+        is never tried again on the same file: the system may have dropped the bytes.
+        """
+        with explained(self.path, "making the file durable", size):
+            os.ftruncate(self._fd, size)
+            os.fchmod(self._fd, _SEALED)
+            if durable:
+                os.fsync(self._fd)
+            self._temporary.rename(self.path)
+        self._maker = 0
+        self._close()
+
+    def discard(self) -> None:
+        """Remove the draft; what is under the final name stays as it is. Safe to call twice."""
+        if self._maker:
+            # What cannot be removed is litter; saying so would hide why the draft is given up.
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            self._maker = 0
+        self._close()
+
+    def __del__(self) -> None:
+        # An interrupt may come before the draft is kept anywhere. A forked process only has a copy.
+        if self._maker == os.getpid():
+            self.discard()
+
+    def _close(self) -> None:
+        fds, self._direct_fd, self._fd = (self._direct_fd, self._fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+
+def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put a small file in place, whole or not at all, and make it and its name durable; blocks until then."""
+    draft = Draft(path)
+    try:
+        draft.write(np.frombuffer(data, np.uint8), 0)
+        draft.publish(len(data), durable=durable)
+    except BaseException:
+        draft.discard()
+        raise
+    if durable:
+        sync_folder(path.parent)

@@ -1,0 +1,301 @@
+"""A store, or a part of it, as files that need no mmcache: safetensors or npy, in a folder that appears whole.
+
+Shards are safetensors files already: where a whole one is wanted, the export is a hard link to it, which takes no time
+and no room. FORMAT.md says what is in them; `index.json` says which file holds which site, layers and tokens.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from mmcache.draft import publish
+from mmcache.errors import ArgumentError, DiskFullError
+from mmcache.files import free_bytes, make_folder, open_file, read_page
+from mmcache.format import parse_header
+from mmcache.headers import npy_header, safetensors_header
+from mmcache.outbox import Outbox
+from mmcache.selection import Selection, bytes_of
+from mmcache.store import Store, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+
+    from mmcache.draft import Draft
+    from mmcache.site_view import SiteView
+
+__all__ = ["Exported", "Kind", "export"]
+
+Kind = Literal["safetensors", "npy"]
+_INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made: the folder, its number of files, and bytes that were linked and that were written."""
+
+    path: Path
+    files: int
+    linked_bytes: int
+    written_bytes: int
+
+
+def export(
+    store: Store | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: Kind,
+    sites: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write a store, or some of its sites and layers, as safetensors or npy files. Blocks until they are durable.
+
+    `safetensors`: `<site>/….safetensors`, a file a shard, its rows in the tensor `activations` (`[tokens, d_model]` of
+    one layer, or `[tokens, n_layers, d_model]`, as the store's layout is), and `tokens.safetensors` with `sequences`
+    `[n, 3]`, `tokens` `[n]` and `flags` `[n]`. A shard that is wanted as it is becomes a hard link, or a copy on
+    another file system. **A link is the store's own file**: read-only by mode; to edit it would damage the store.
+
+    `npy`: `<site>.npy`, `[n_layers, n_tokens, d_model]`, and `tokens.npy`, `flags.npy`, `sequences.npy`. numpy has no
+    bfloat16, so such a site is `<site>.bf16.npy`, its bits as uint16: `.view(ml_dtypes.bfloat16)` are the numbers.
+    `dtype="float32"` writes exactly the same numbers, for numpy alone, in twice the room.
+
+    `index.json` lists the files of each site with their layers and tokens, and says where the data came from. A cache
+    has no tokens. The folder appears under its name when everything is in it; what an export that was killed left is
+    removed by the next one to the same place. It takes at most 256 MiB of memory. Checksums of activations are not
+    compared.
+
+    Args:
+        store: an open store, or its path; of a store that is not complete, what is asked for must be.
+        out: the folder to make.
+        to: `"safetensors"` or `"npy"`.
+        sites: which of them; None for all.
+        layers: which of them, by the model's own numbers, in the order wanted; None for all.
+        dtype: what to cast to; None for the storage dtype.
+        progress: called with the bytes of rows that are done, of how many.
+
+    Raises:
+        StoreExistsError: there is something at `out`.
+        ArgumentError, DtypeError: the arguments make no sense.
+        UnknownSiteError, OutOfRangeError: a site or layer is not there.
+        StoreNotFoundError, IncompleteError, CorruptError: as `open`, and rows that were not written yet.
+        WriteError, DiskFullError: the disk refused; nothing is left behind.
+    """
+    kinds: dict[str, type[_Export]] = {"safetensors": _Safetensors, "npy": _Npy}
+    if to not in kinds:
+        raise ArgumentError(f"cannot export to {to!r}: expected one of {', '.join(kinds)}")
+    opened = store if isinstance(store, Store) else open_store(store, partial=True)
+    selection = Selection(opened, sites, layers, dtype)
+    folder = Path(out)
+    if opened.path.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ArgumentError(f"{folder} lies in the store {opened.path}: export to a folder outside of it")
+    with Outbox(folder) as box:
+        job = kinds[to](selection, box, progress)
+        job.check_room()
+        job.run()
+        publish(box.path / _INDEX, (json.dumps(job.index(), ensure_ascii=False) + "\n").encode())
+        box.publish()
+        return Exported(folder, box.files + 1, box.linked_bytes, box.written_bytes)
+
+
+class _Export:
+    """What the kinds of export share: room, progress, the index."""
+
+    kind: Kind
+    axes: tuple[str, ...]
+    token_files: tuple[str, ...]
+
+    def __init__(self, selection: Selection, box: Outbox, progress: Callable[[int, int], None] | None) -> None:
+        self.selection, self.box = selection, box
+        self.files: dict[str, list[dict[str, object]]] = {site: [] for site in selection.views}
+        self._done, self._progress = 0, progress
+
+    def run(self) -> None:
+        """Write everything but the index."""
+        raise NotImplementedError
+
+    def may_link(self) -> bool:
+        """Tell whether shards as they are will be linked to."""
+        return False
+
+    def check_room(self) -> None:
+        """Refuse if the disk has no room for what will be written.
+
+        Raises:
+            DiskFullError: with the bytes needed and free.
+        """
+        chosen = self.selection
+        needed = 5 * chosen.n_tokens + (0 if self.may_link() else chosen.nbytes)
+        free = free_bytes(self.box.path)
+        if needed > free:
+            message = f"the export takes {needed} bytes, and {free} are free there: make room, or select less"
+            raise DiskFullError(errno.ENOSPC, message, str(self.box.target))
+
+    def advance(self, size: int) -> None:
+        """Say that so many bytes of rows more are done."""
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self.selection.nbytes)
+
+    def index(self) -> dict[str, object]:
+        """Say what is in the folder: for `index.json`."""
+        chosen, manifest = self.selection, self.selection.manifest
+        return {
+            "format": "mmcache-export/1",
+            "to": self.kind,
+            "store": manifest.store,
+            "dtype": chosen.dtype.name,
+            "axes": self.axes,
+            "layers": chosen.layers,
+            "n_tokens": chosen.n_tokens,
+            "n_sequences": manifest.n_sequences,
+            "tokens": self.token_files if manifest.has_tokens else (),
+            "sites": {
+                site: {"d_model": view.d_model, "files": self.files[site]} for site, view in chosen.views.items()
+            },
+            "metadata": manifest.metadata,
+            "source": manifest.source,
+        }
+
+
+class _Safetensors(_Export):
+    kind, token_files = "safetensors", ("tokens.safetensors",)
+
+    @property
+    def axes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("token", "layer", "d_model") if self.selection.deep else ("token", "d_model")
+
+    def may_link(self) -> bool:
+        devices = {path.stat().st_dev for path in (self.box.path, self.selection.store.path)}
+        return self.selection.whole and len(devices) == 1
+
+    def run(self) -> None:
+        chosen = self.selection
+        for site, view in chosen.views.items():
+            spec = chosen.manifest.spec(site)
+            make_folder(self.box.path / site)
+            for slot, layers in chosen.groups():
+                for block in range(spec.blocks(chosen.n_tokens)):
+                    start = block * spec.shard_rows
+                    stop = start + spec.rows_in_block(block, chosen.n_tokens)
+                    name = f"{site}/{self._name(layers, start, stop)}"
+                    if not (chosen.whole and self._take(site, slot, block, name)):
+                        self._write(view, layers, (start, stop), name)
+                    self.files[site].append({"file": name, "layers": layers, "tokens": [start, stop]})
+        if chosen.manifest.has_tokens:
+            self._write_tokens()
+
+    def _name(self, layers: list[int], start: int, stop: int) -> str:
+        digits = len(str(self.selection.n_tokens))
+        layer = "" if self.selection.deep else f"layer-{layers[0]:03}."
+        return f"{layer}tokens-{start:0{digits}}-{stop:0{digits}}.safetensors"
+
+    def _take(self, site: str, slot: int, block: int, name: str) -> bool:
+        """Link or copy a shard; False if it has more rows than count, as after a crash of who wrote it."""
+        store, manifest, box = self.selection.store, self.selection.manifest, self.box
+        spec, key = manifest.spec(site), manifest.shard_key(site, block, slot)
+        file = store.path / site / key
+        linked = box.link(file, name)
+        # Behind the link: under the shard's own name there may be a longer one by now.
+        fd, status = open_file(box.path / name if linked else file, what=f"shard {key} of {site}")
+        try:
+            metadata = manifest.shard_metadata(site, block, slot)
+            layout = parse_header(spec, read_page(fd), status.st_size, metadata, where=str(file))
+            if layout.rows != spec.rows_in_block(block, store.n_tokens):
+                if linked:
+                    box.unlink(name)
+                return False
+            if not linked:
+                box.copy(fd, status.st_size, name)
+        finally:
+            os.close(fd)
+        self.advance(layout.rows * spec.row_bytes)
+        return True
+
+    def _write(self, view: SiteView, layers: list[int], span: tuple[int, int], name: str) -> None:
+        chosen = self.selection
+        start, stop = span
+        shape = [stop - start, *([len(layers)] if chosen.deep else []), view.d_model]
+        size = math.prod(shape) * chosen.dtype.size
+        said = {"store": chosen.manifest.store, "array": view.name, "layout": chosen.manifest.layout}
+        said |= {"layers": ",".join(map(str, layers)), "first_token": str(start)}
+        head = safetensors_header({"activations": (chosen.dtype.safetensors, shape, size)}, said)
+        with self.box.draft(name, len(head) + size) as draft:
+            draft.write(head, 0)
+            at = len(head)
+            for _, rows in chosen.pieces(view, layers, start, stop):
+                data = bytes_of(rows.to(chosen.dtype.torch))
+                draft.write(data, at)
+                at += len(data)
+                self.advance(len(data))
+
+    def _write_tokens(self) -> None:
+        chosen = self.selection
+        spans, total = chosen.store.sequences.numpy(), chosen.n_tokens
+        # The widest first, so that each begins at a multiple of its element.
+        tensors = {"sequences": ("I64", list(spans.shape), spans.nbytes)}
+        tensors |= {"tokens": ("I32", [total], total * 4), "flags": ("U8", [total], total)}
+        head = safetensors_header(tensors, {"store": chosen.manifest.store})
+        with self.box.draft(self.token_files[0], len(head) + spans.nbytes + total * 5) as draft:
+            at = 0
+            first = (head, spans.reshape(-1).view(np.uint8))
+            for data in chain(first, chosen.columns("tokens"), chosen.columns("flags")):
+                draft.write(data, at)
+                at += len(data)
+
+
+class _Npy(_Export):
+    kind, axes = "npy", ("layer", "token", "d_model")
+    token_files = ("tokens.npy", "flags.npy", "sequences.npy")
+
+    def run(self) -> None:
+        chosen = self.selection
+        bits = chosen.dtype.name == "bfloat16"
+        code = "<u2" if bits else chosen.dtype.numpy.str
+        for site, view in chosen.views.items():
+            name = f"{site}.bf16.npy" if bits else f"{site}.npy"
+            row = view.d_model * chosen.dtype.size
+            with self._draft(name, code, (len(chosen.layers), chosen.n_tokens, view.d_model)) as (draft, begin):
+                for _, group in chosen.groups():
+                    # A block of tokens at a time: the store is read once, whichever its layout.
+                    for start, rows in chosen.pieces(view, group):
+                        for place, layer in enumerate(group):
+                            data = bytes_of(rows[:, place].to(chosen.dtype.torch).contiguous())
+                            at = chosen.layers.index(layer) * chosen.n_tokens + start
+                            draft.write(data, begin + at * row)
+                            self.advance(len(data))
+            self.files[site].append({"file": name, "layers": chosen.layers, "tokens": [0, chosen.n_tokens]})
+        if chosen.manifest.has_tokens:
+            self._write_tokens()
+
+    @contextmanager
+    def _draft(self, name: str, code: str, shape: tuple[int, ...]) -> Iterator[tuple[Draft, int]]:
+        """Begin a file with numpy's header, and give where the numbers go."""
+        head = npy_header(code, shape)
+        with self.box.draft(name, len(head) + math.prod(shape) * np.dtype(code).itemsize) as draft:
+            draft.write(head, 0)
+            yield draft, len(head)
+
+    def _write_tokens(self) -> None:
+        chosen = self.selection
+        spans = chosen.store.sequences.numpy()
+        with self._draft("sequences.npy", "<i8", spans.shape) as (draft, begin):
+            draft.write(spans.reshape(-1).view(np.uint8), begin)
+        for array, code in (("tokens", "<i4"), ("flags", "|u1")):
+            with self._draft(f"{array}.npy", code, (chosen.n_tokens,)) as (draft, begin):
+                at = begin
+                for data in chosen.columns(array):
+                    draft.write(data, at)
+                    at += len(data)

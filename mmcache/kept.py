@@ -1,0 +1,189 @@
+"""Which tokens of a store take part: those that are left after `drop` and `split`, as runs of positions."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, TypeAlias
+
+import crc32c
+import numpy as np
+import torch
+
+from mmcache.errors import ArgumentError, DtypeError, ShapeError
+from mmcache.flags import BOS, SPECIAL
+from mmcache.held import pieces
+from mmcache.shards import ShardFolder
+from mmcache.split import Split, as_split, members
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mmcache.store import Store
+
+__all__ = ["Drop", "Kept"]
+
+Drop: TypeAlias = "str | int | np.ndarray | torch.Tensor | Sequence[str | int | np.ndarray | torch.Tensor] | None"
+
+_NAMES = {"bos": BOS, "special": SPECIAL}
+# Tokens looked at in one go: one shard of flags.
+_PIECE = 1 << 20
+
+
+class Kept:
+    """The tokens that take part, numbered through in the order of the text: a kept index is 0 to `len - 1`.
+
+    Memory is 16 to 24 bytes a run of consecutive positions, such as a sequence without its first token. Immutable.
+
+    Args:
+        starts, stops: int64 `[runs]` each: the runs, ascending and apart, none of them empty; at least one.
+    """
+
+    def __init__(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        ends = np.cumsum(stops - starts)
+        # What to add to a kept index to get its position.
+        self._offsets = stops - ends
+        # Padded to a power of two by ends that are behind everything.
+        self._padded = np.full(1 << (len(ends) - 1).bit_length(), np.iinfo(np.int64).max)
+        self._padded[: len(ends)] = ends
+
+    @property
+    def _ends(self) -> np.ndarray:
+        """The kept index behind each run."""
+        return self._padded[: len(self._offsets)]
+
+    @classmethod
+    def from_store(cls, store: Store, drop: Drop, split: Split | str | None) -> Kept:
+        """Find the tokens of a store that are left. Reads the flags a million at a time, and the sequences to split.
+
+        Args:
+            store: the store.
+            drop: what to leave out: `"bos"`, `"special"`, bits of the flags (1 to 255), or `[n_tokens]` bool, true
+                for each token to leave out; or several of these. Where the store has no flags, as a cache has none,
+                names and bits leave nothing out, which is said once.
+            split: `None` for everything, or the part.
+
+        Raises:
+            ArgumentError: `drop` or `split` make no sense, or leave nothing.
+            DtypeError, ShapeError: an array to drop is not bool, or not `[n_tokens]`.
+        """
+        bits, arrays = _parsed(drop, store.n_tokens)
+        if bits and not store.has_tokens:
+            _warn_once()
+            bits = 0
+        part = as_split(split)
+        among = None if part is None else members(part, store)
+        if not bits and not arrays and among is None:
+            runs = [np.array([[0, store.n_tokens]], np.int64)] if store.n_tokens else []
+        else:
+            runs = list(_runs(store, bits, arrays, among))
+        if not runs:
+            raise ArgumentError(
+                f"no token of {store.path} is left (n_tokens={store.n_tokens}, drop={_said(drop)}, split={split!r})"
+            )
+        both = np.concatenate(runs)
+        # A run that goes on in the next piece is one run.
+        apart = both[1:, 0] != both[:-1, 1]
+        return cls(both[np.append(True, apart), 0], both[np.append(apart, True), 1])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def digest(self) -> int:
+        """A crc32c by which a resume notices that it has other tokens."""
+        return int(crc32c.crc32c(self._offsets.data, crc32c.crc32c(self._ends.data)))
+
+    def positions(self, indices: np.ndarray) -> np.ndarray:
+        """Say where kept tokens are in the store: `[k]` int64 positions from `[k]` int64 kept indices, 0 to len - 1."""
+        out = np.empty(len(indices), np.int64)
+        for piece in pieces(len(indices), len(indices)):
+            some = indices[piece]
+            np.add(some, self._offsets[self._runs_of(some)], out[piece])
+        return out
+
+    def _runs_of(self, indices: np.ndarray) -> np.ndarray:
+        """Say in which run each kept index is, as `np.searchsorted` does, which always lets go of the lock."""
+        runs = np.zeros(len(indices), np.int64)
+        step = len(self._padded) // 2
+        while step:
+            # As many runs end before it, or more: add them.
+            behind = self._padded[runs + (step - 1)] <= indices
+            runs += behind * step
+            step //= 2
+        return runs
+
+    def stretches(self, start: int, stop: int, gap: int) -> list[tuple[int, int]]:
+        """Say which positions hold the kept indices from `start` to before `stop`, as ascending (start, stop).
+
+        Runs with at most `gap` tokens between them that were left out are one stretch. `start < stop`.
+        """
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
+        offsets = self._offsets[first : last + 1]
+        begins = np.append(start, self._ends[first:last]) + offsets
+        ends = np.append(self._ends[first:last], stop) + offsets
+        apart = begins[1:] - ends[:-1] > gap
+        return list(zip(begins[np.append(True, apart)].tolist(), ends[np.append(apart, True)].tolist(), strict=True))
+
+
+def _parsed(drop: Drop, n_tokens: int) -> tuple[int, list[np.ndarray]]:
+    """Give the bits of the flags that leave a token out, and the arrays that do."""
+    items = [drop] if isinstance(drop, (str, int, np.integer, np.ndarray, torch.Tensor)) else list(drop or ())
+    bits, arrays = 0, []
+    for item in items:
+        if isinstance(item, (np.ndarray, torch.Tensor)):
+            array = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else item
+            if array.dtype != np.bool_:
+                raise DtypeError(f"an array in drop is {array.dtype}: expected bool, true for each token to leave out")
+            if array.shape != (n_tokens,):
+                raise ShapeError(
+                    f"an array in drop has shape {array.shape}: expected ({n_tokens},), one for each token"
+                )
+            arrays.append(array)
+        elif isinstance(item, str) and item in _NAMES:
+            bits |= _NAMES[item]
+        elif isinstance(item, (int, np.integer)) and not isinstance(item, bool) and 1 <= item <= 255:
+            bits |= int(item)
+        else:
+            raise ArgumentError(
+                f"drop has {item!r}: expected 'bos', 'special', bits of the flags (1 to 255) or a bool for each token"
+            )
+    return bits, arrays
+
+
+def _said(drop: Drop) -> str:
+    """Say what was asked to be dropped, in a line."""
+    if isinstance(drop, (np.ndarray, torch.Tensor)):
+        return f"an array of {len(drop)}"
+    if isinstance(drop, (list, tuple)):
+        return f"({', '.join(_said(item) for item in drop)})"
+    return repr(drop)
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "a store without flags, such as a cache, has no BOS and no special tokens marked: drop= leaves nothing out",
+        stacklevel=2,
+    )
+
+
+def _runs(store: Store, bits: int, arrays: list[np.ndarray], among: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Give the runs that are left, `[runs, 2]` int64, piece by piece; a run ends where its piece ends."""
+    # `store.flags` would hold a byte for each token of the store.
+    folder = ShardFolder(store.path, store._manifest, "flags", store.n_tokens) if bits else None  # noqa: SLF001
+    starts = None if among is None else np.asarray(store.sequences)[:, 0].copy()
+    for start in range(0, store.n_tokens, _PIECE):
+        stop = min(start + _PIECE, store.n_tokens)
+        keep = np.ones(stop - start, np.bool_)
+        if folder is not None:
+            keep &= (folder.read(start, stop).numpy() & np.uint8(bits)) == 0
+        for array in arrays:
+            keep &= ~array[start:stop]
+        if starts is not None and among is not None:
+            first, last = np.searchsorted(starts, [start, stop - 1], side="right").tolist()
+            edges = np.concatenate([[start], starts[first:last], [stop]])
+            keep &= np.repeat(among[first - 1 : last], np.diff(edges))
+        edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)) + start
+        if len(edges):
+            yield edges.reshape(-1, 2)

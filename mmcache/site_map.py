@@ -1,0 +1,210 @@
+"""One site in a window: where each of its rows lies, which of them are in memory, and its files for direct reads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from mmcache.direct import Descriptor
+from mmcache.format import HEADER_BYTES
+from mmcache.geometry import PAGE
+from mmcache.held import pieces
+from mmcache.syscalls import Residency, direct_alignment, populate
+from mmcache.window import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from mmcache.shards import ShardFolder
+
+__all__ = ["REFUSALS", "SAMPLES", "Files", "SiteMap", "Table"]
+
+# How a kernel or a file system says that it has no direct or asynchronous reads, or no more of them.
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.EMFILE)
+# How many places are looked at to tell whether all is in memory.
+SAMPLES = 8
+# Page tables are filled for so many shards at a time, which takes 2 to 12 ms each.
+_MOST_POPULATED = 64
+
+
+class Table(NamedTuple):
+    """The site's memory as rows of one kind, `[rows, layers of each, d_model]`.
+
+    And how many of them a shard's place has, and the bytes of each.
+    """
+
+    tensor: torch.Tensor
+    rows_per_file: int
+    row_bytes: int
+
+
+class Files(NamedTuple):
+    """The site's files as rows of one kind: a `direct.Source`."""
+
+    site: SiteMap
+    rows_per_file: int
+
+    @property
+    def data_offset(self) -> int:
+        """Where a file's first row begins."""
+        return HEADER_BYTES
+
+    @property
+    def alignment(self) -> int:
+        """What direct reads must be multiples of."""
+        return self.site.alignment
+
+    def descriptors(self, files: Collection[int]) -> Mapping[int, Descriptor]:
+        """Open files for direct reading."""
+        return self.site.opened(files)
+
+
+class SiteMap:
+    """The files of one site, mapped as they are needed. Safe to use from several threads.
+
+    `rows` and `records` are the same memory, as rows of one layer and as what a file keeps of a token. They may only
+    be read, behind `mapped_for` or as `Window` says, and never reach a user.
+
+    Args:
+        folder: the site's shards.
+        layout: the store's.
+        n_layers: how many layers there are; a slot is a layer's place among them.
+        most_open: descriptors for direct reads that are kept.
+
+    Raises:
+        OSError: there is no address space for it.
+    """
+
+    def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
+        self._folder = folder
+        by_layer, spec = layout == "layer", folder.spec
+        self._blocks = spec.blocks(folder.rows)
+        place_bytes = spec.shard_rows * spec.row_bytes
+        if self._blocks == 1:
+            # Its rows need not fill whole pages, its place does, and whole rows too.
+            both = math.lcm(PAGE, spec.row_bytes)
+            place_bytes = -(-folder.rows * spec.row_bytes // both) * both
+        self.window = Window(place_bytes, self._blocks * (n_layers if by_layer else 1), HEADER_BYTES)
+        flat = torch.from_numpy(self.window.array).view(spec.dtype.torch)
+        row_bytes = spec.row_shape[-1] * spec.dtype.size
+        self.rows = Table(flat.view(-1, 1, spec.row_shape[-1]), place_bytes // row_bytes, row_bytes)
+        records = flat.view(-1, math.prod(spec.row_shape[:-1]), spec.row_shape[-1])
+        self.records = Table(records, place_bytes // spec.row_bytes, spec.row_bytes)
+        # How far apart the rows of two layers, and of two positions, are.
+        self.layer_step = self._blocks * self.rows.rows_per_file if by_layer else 1
+        self.position_step = 1 if by_layer else n_layers
+        self.residency = Residency(spec.row_bytes)
+        # Whether the kernel tells us what is in memory, and what direct reads must be multiples of.
+        self.owned, self.alignment = False, PAGE
+        self.descriptors: dict[int, Descriptor] = {}
+        self.most_open = most_open
+
+    def _bytes_of(self, place: int) -> int:
+        """Give the whole pages that a shard's rows take."""
+        spec = self._folder.spec
+        return -(-spec.rows_in_block(place % self._blocks, self._folder.rows) * spec.row_bytes // PAGE) * PAGE
+
+    def map(self, place: int) -> None:
+        """Map a shard. Raises IncompleteError or CorruptError, as `ShardFolder.open_file`."""
+        fd = self._folder.open_file(*divmod(place, self._blocks))
+        try:
+            self.alignment = direct_alignment(fd)
+            self.owned = os.geteuid() in (0, os.fstat(fd).st_uid)
+            self.window.map(place, fd, self._bytes_of(place))
+        finally:
+            os.close(fd)
+
+    def cached(self, table: Table, rows: np.ndarray) -> float:
+        """Say which part of some rows is in memory."""
+        with self.mapped_for(table, rows):
+            if self.owned:
+                start, size = self.window.address, table.row_bytes
+                return sum(self.residency.whole(start + row * size, size) for row in rows.tolist()) / len(rows)
+        # The kernel tells others than the owner only by reading what it would not have to wait for.
+        return sum(self.is_cached(table, row) for row in rows.tolist()) / len(rows)
+
+    def is_cached(self, table: Table, row: int) -> bool:
+        """Tell whether a row is in memory, without its being mapped."""
+        place, within = divmod(row, table.rows_per_file)
+        fd = self._folder.open_file(*divmod(place, self._blocks))
+        try:
+            room, offset = bytearray(table.row_bytes), HEADER_BYTES + within * table.row_bytes
+            return os.preadv(fd, [room], offset, os.RWF_NOWAIT) == len(room)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            return False
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def mapped_for(self, table: Table, rows: np.ndarray) -> Iterator[None]:
+        """Map the shards of some rows, and keep them mapped until the block ends."""
+        window = self.window
+        while True:
+            if not self._mapped(table, rows):
+                for place in np.unique(rows // table.rows_per_file).tolist():
+                    if not window.flags[place]:
+                        self.map(place)
+            window.enter()
+            try:
+                if self._mapped(table, rows):
+                    yield
+                    return
+            finally:
+                window.leave()
+
+    def _mapped(self, table: Table, rows: np.ndarray) -> bool:
+        mapped = self.window.mapped
+        return 0 not in self.window.flags or all(
+            mapped[rows[some] // table.rows_per_file].all() for some in pieces(len(rows), len(rows))
+        )
+
+    def opened(self, places: Collection[int]) -> Mapping[int, Descriptor]:
+        """Open shards for direct reading, or give those that are open."""
+        found = {place: there for place in places if (there := self.descriptors.get(place))}
+        missing = [place for place in places if place not in found]
+        if missing:
+            # Threads that begin together would else open all of them each.
+            with self.window.opening:
+                for place in missing:
+                    found[place] = self.descriptors.get(place) or self._open(place)
+        return found
+
+    def _open(self, place: int) -> Descriptor:
+        made = Descriptor(self._folder.open_file(*divmod(place, self._blocks), direct=True))
+        self.descriptors[place] = made
+        # Whoever forgets them does not take the lock: each of these steps is whole by itself.
+        for old in list(self.descriptors)[: -self.most_open]:
+            self.descriptors.pop(old, None)
+        return made
+
+    def populate(self) -> None:
+        """Fill the page tables of mapped shards that are in memory all over: that spares each of their rows a fault."""
+        window = self.window
+        for place in np.flatnonzero(window.mapped & ~window.populated)[:_MOST_POPULATED].tolist():
+            address, size = window.address + place * window.place_bytes, self._bytes_of(place)
+            window.enter()
+            try:
+                window.populated[place] = True
+                some = range(0, size, max(PAGE, size // SAMPLES))
+                if window.flags[place] and all(self.residency.whole(address + at, 1) for at in some):
+                    populate(address, size)
+            finally:
+                window.leave()
+
+    def check(self, table: Table, rows: np.ndarray) -> None:
+        """Raise CorruptError or IncompleteError if the shard of one of the rows is no longer what it was."""
+        for place in np.unique(rows // table.rows_per_file).tolist():
+            os.close(self._folder.open_file(*divmod(place, self._blocks)))
+
+    def forget(self) -> None:
+        """Let go of every map and descriptor; they come back as they are needed."""
+        self.window.forget()
+        self.descriptors.clear()

@@ -1,0 +1,251 @@
+"""Rows of one site, the fast way: one tensor over all shards, and past the page cache where that is faster.
+
+What is in memory is copied by one `index_select`, in whose course the interpreter's lock is free. What is not is read
+by asynchronous direct reads, or where those are refused by advice for many rows at once. `shard_maps` is the simple
+way.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mmcache.direct import GAP_BYTES, borrowed, runs_of
+from mmcache.format import HEADER_BYTES
+from mmcache.geometry import PAGE
+from mmcache.held import pieces
+from mmcache.memory import anonymous, available_memory
+from mmcache.site_map import REFUSALS, SAMPLES, Files, SiteMap
+from mmcache.syscalls import AIO, will_need, will_need_all
+
+if TYPE_CHECKING:
+    from mmcache.shards import ShardFolder
+    from mmcache.site_map import Table
+
+__all__ = ["SiteRows"]
+
+# Fewer rows than these are looked at one by one; of more only some, and one more in so many.
+_FEW, _MORE_SAMPLES = 64, 1 << 14
+# Gathers of so many rows fill the page tables first.
+_MANY = 1024
+# For so many reads an answer is believed that was the same as often before.
+_BELIEVED = 16
+# Rows and gathers of a generation, of which two are remembered: what is asked for again comes through the page cache.
+_MOST_ASKED = 1 << 13
+# Rows that are planned together: their indices take a few times 8 MiB.
+_MOST_ROWS = 1 << 20
+# What advice may bring in before it is copied.
+_ADVISED_BYTES = 32 << 20
+
+
+class SiteRows:
+    """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
+
+    Args:
+        folder: the site's shards.
+        layout: the store's.
+        n_layers: how many layers there are; a slot is a layer's place among them.
+        most_open: descriptors for direct reads that are kept.
+
+    Raises:
+        OSError: there is no address space for it.
+    """
+
+    def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
+        self._map = SiteMap(folder, layout, n_layers, most_open)
+        self._every_slot = list(range(n_layers)) if layout == "token" else None
+        spec = folder.spec
+        self._bytes, self._dtype = self._map.window.array.data, spec.dtype.torch
+        self._was_cached, self._alike, self._believed = False, 0, 0
+        self._asked: set[int] = set()
+        self._asked_earlier: set[int] = set()
+        self._direct, self._bytes_past_cache = AIO, 0
+        self._bounce, self._bouncing = anonymous(spec.row_bytes + 2 * PAGE).data, threading.Lock()
+
+    def row(self, slot: int, position: int) -> torch.Tensor:
+        """Copy one row: `[d_model]`. Raises IncompleteError or CorruptError, as `ShardFolder.open_file`."""
+        site = self._map
+        index = slot * site.layer_step + position * site.position_step
+        window, size = site.window, site.rows.row_bytes
+        place, start = index // site.rows.rows_per_file, index * size
+        if self._believed and not self._was_cached and not self._asked_before(index):
+            self._believed -= 1
+            row = self._direct_row(index, place)
+            if row is not None:
+                return row
+        while True:
+            window.enter()
+            try:
+                if window.flags[place]:
+                    address = window.address + start
+                    if self._probably_cached(index, address):
+                        # Without letting go of the interpreter's lock, which another thread may wait for.
+                        return torch.frombuffer(bytearray(self._bytes[start : start + size]), dtype=self._dtype)
+                    # All of it in one read: a fault alone would read a page.
+                    will_need(address & -PAGE, size + address % PAGE)
+                    row = site.rows.tensor[index, 0].clone()
+                    break
+            finally:
+                window.leave()
+            site.map(place)
+        window.tally(1)
+        return row
+
+    def _direct_row(self, index: int, place: int) -> torch.Tensor | None:
+        """Read a row past the page cache; None where that is refused, or not worth the opening of a file."""
+        site = self._map
+        found = site.descriptors.get(place)
+        if found is None and (not self._direct or site.window.count > site.most_open):
+            return None
+        size, align = site.rows.row_bytes, site.alignment
+        offset = HEADER_BYTES + index % site.rows.rows_per_file * size
+        before = offset % align
+        if not self._bouncing.acquire(blocking=False):
+            return None  # another thread's, or was another thread's when this process was forked
+        try:
+            room = self._bounce[: before + size + -(offset + size) % align]
+            # Held in a name until it was read from: another thread may forget it.
+            file = found or site.opened((place,))[place]
+            done = os.preadv(file.fd, (room,), offset - before)
+            if done >= before + size:
+                return torch.frombuffer(bytearray(room[before : before + size]), dtype=self._dtype)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            self._direct = False
+        finally:
+            self._bouncing.release()
+        return None  # refused, or cut short, which the map's way finds out
+
+    def _asked_before(self, key: int) -> bool:
+        """Tell whether a row, or a gather by its hash, was asked for not long ago, and remember it."""
+        asked = self._asked
+        if key in asked or key in self._asked_earlier:
+            return True
+        asked.add(key)
+        if len(asked) >= _MOST_ASKED:
+            self._asked, self._asked_earlier = set(), asked
+        return False
+
+    def _probably_cached(self, index: int, address: int) -> bool:
+        """Say whether a row is in memory.
+
+        Asking takes longer than copying a row: after many answers alike, the last one is believed for a while.
+        """
+        if self._believed:
+            self._believed -= 1
+            return self._was_cached
+        site = self._map
+        size = site.rows.row_bytes
+        cached = site.residency.whole(address, size) if site.owned else site.is_cached(site.rows, index)
+        self._alike = self._alike + 1 if cached == self._was_cached else 0
+        self._was_cached = cached
+        self._believed = _BELIEVED if self._alike >= _BELIEVED else 0
+        return cached
+
+    def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
+        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+
+        Raises:
+            IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
+            OSError: the device failed.
+        """
+        site = self._map
+        if slots == self._every_slot:
+            table, rows = site.records, positions
+        else:
+            table, rows = site.rows, self._rows_of(positions, slots)
+            # Every call of torch lets go of the interpreter's lock.
+            into = into if len(slots) == 1 else into.view(-1, 1, into.shape[-1])
+        if len(rows):
+            self._take(table, rows, into)
+
+    def _rows_of(self, positions: np.ndarray, slots: list[int]) -> np.ndarray:
+        """Give the rows of some positions in some layers, position by position: int64 `[k * len(slots)]`."""
+        count, site = len(positions), self._map
+        rows, steps = np.empty((count, len(slots)), np.int64), np.array(slots, np.int64) * site.layer_step
+        for some in pieces(count, count, width=len(slots)):
+            rows[some] = positions[some, None] * site.position_step + steps
+        return rows.reshape(-1)
+
+    def _take(self, table: Table, rows: np.ndarray, into: torch.Tensor) -> None:
+        """Take rows in pieces that are not too long, and not of more shards than can be mapped."""
+        count, most = len(rows), self._map.window.most_maps
+        if count <= _MOST_ROWS and (
+            self._map.window.count <= most or len(np.unique(rows // table.rows_per_file)) <= most
+        ):
+            self._piece(table, rows, into)
+            return
+        step = min(_MOST_ROWS, -(-count // 2))
+        for start in range(0, count, step):
+            self._take(table, rows[start : start + step], into[start : start + step])
+
+    def _piece(self, table: Table, rows: np.ndarray, into: torch.Tensor) -> None:
+        sample = rows if len(rows) < _FEW else rows[:: len(rows) // (SAMPLES + len(rows) // _MORE_SAMPLES)]
+        cached = self._map.cached(table, sample)
+        past_cache = cached <= 0.5 and len(rows) >= _FEW and not self._worth_caching(table, rows, sample)
+        if not (past_cache and self._read(table, rows, into)):
+            if cached == 1.0 and len(rows) >= _MANY and 0 in self._map.window.filled:
+                self._map.populate()
+            self._copy(table, rows, into, advise=cached < 1.0)
+            self._map.window.tally(len(rows))
+
+    def _worth_caching(self, table: Table, rows: np.ndarray, sample: np.ndarray) -> bool:
+        """Say whether rows that are not in memory should come through the page cache.
+
+        Direct reads are faster, and leave nothing in it. As with skis: rent, until it is clear that buying had been
+        better. Rows that were asked for before are worth keeping. So is all of a site that fits into memory, if it is
+        being read through, or was read past the cache as often as it is large.
+        """
+        if self._asked_before(hash(sample.tobytes())) or not self._direct:
+            return True
+        size = self._map.window.place_bytes * self._map.window.count
+        apart = (abs(int(rows[-1]) - int(rows[0])) / len(rows) - 1) * table.row_bytes
+        return (apart <= GAP_BYTES or self._bytes_past_cache >= size) and size < available_memory() // 2
+
+    def _read(self, table: Table, rows: np.ndarray, into: torch.Tensor) -> bool:
+        """Read rows past the page cache; False where the system refuses that."""
+        try:
+            with borrowed() as reader:
+                self._bytes_past_cache += reader.read(Files(self._map, table.rows_per_file), rows, into)
+        except OSError as error:
+            if error.errno in REFUSALS:
+                self._direct = False
+                return False
+            # A file that was cut short meanwhile is told as that.
+            self._map.check(table, rows)
+            raise
+        return True
+
+    def _copy(self, table: Table, rows: np.ndarray, into: torch.Tensor, *, advise: bool) -> None:
+        """Copy rows from the map; with `advise`, many are asked for at once before the first one is waited for."""
+        indices = torch.from_numpy(rows)
+        with self._map.mapped_for(table, rows):
+            if not advise:
+                torch.index_select(table.tensor, 0, indices, out=into)
+                return
+            step = max(1, _ADVISED_BYTES // table.row_bytes)
+            for start in range(0, len(rows), step):
+                # The next ones are on their way while these are copied.
+                self._advise(table, rows[start + step if start else 0 : start + 2 * step])
+                some = slice(start, start + step)
+                torch.index_select(table.tensor, 0, indices[some], out=into[some])
+
+    def _advise(self, table: Table, rows: np.ndarray) -> None:
+        if not len(rows):
+            return
+        rows = np.sort(rows)
+        edges = runs_of(rows, table.rows_per_file, table.row_bytes)
+        last = rows[np.append(edges[1:], len(rows)) - 1]
+        begin = self._map.window.address + rows[edges] * table.row_bytes
+        end = self._map.window.address + (last + 1) * table.row_bytes
+        begin -= begin % PAGE
+        will_need_all(begin, end - begin)
+
+    def forget(self) -> None:
+        """Let go of every map and descriptor; they come back as they are needed."""
+        self._map.forget()

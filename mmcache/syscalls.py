@@ -1,0 +1,269 @@
+"""The system calls that Python has no names for, through ctypes: address space, advice, residency, asynchronous I/O.
+
+Linux only: `LINUX` tells whether any of this may be called, and everything that uses it has a portable path beside
+it. Calls of microseconds keep the interpreter's lock, since getting it back beside a busy thread costs about 5 ms;
+calls that may wait for the disk let go of it.
+
+Sources: man pages mmap(2), madvise(2), process_madvise(2), mincore(2), statx(2), io_submit(2); the structures are
+those of <linux/aio_abi.h> and <linux/stat.h>.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import sys
+from functools import cache
+
+import numpy as np
+
+from mmcache.geometry import PAGE
+
+__all__ = [
+    "AIO",
+    "EVENT",
+    "IOCB",
+    "LINUX",
+    "PORTABLE",
+    "READ",
+    "WRITE",
+    "Residency",
+    "aio_destroy",
+    "aio_reap",
+    "aio_setup",
+    "aio_submit",
+    "direct_alignment",
+    "dont_need",
+    "map_over",
+    "page_table_bytes",
+    "populate",
+    "release",
+    "reserve",
+    "unmap_over",
+    "will_need",
+    "will_need_all",
+]
+
+# MMCACHE_PORTABLE=1 takes the portable paths everywhere, as on a system that has no others.
+PORTABLE = bool(os.environ.get("MMCACHE_PORTABLE"))
+# Shards' data begin at byte 4096, which is a place to map from only where pages are no larger.
+LINUX = sys.platform == "linux" and sys.maxsize > 2**32 and mmap.PAGESIZE == PAGE and not PORTABLE
+
+READ, WRITE = 0, 1
+IOCB = np.dtype(
+    [("data", "<u8"), ("key", "<u4"), ("flags", "<u4"), ("opcode", "<u2"), ("priority", "<i2"), ("fd", "<u4"),
+     ("address", "<u8"), ("size", "<u8"), ("offset", "<i8"), ("reserved", "<u8"), ("more", "<u4"), ("event_fd", "<u4")]
+)  # fmt: skip
+EVENT = np.dtype([("data", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("more", "<i8")])
+
+_NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
+_SETUP, _DESTROY, _GETEVENTS, _SUBMIT = _NUMBERS.get(platform.machine(), (-1,) * 4)
+_PROCESS_MADVISE, _PIDFD_OPEN = 440, 434
+# Whether this machine's asynchronous I/O calls are known; whether its kernel allows them, `aio_setup` tells.
+AIO = LINUX and _SETUP >= 0
+
+_NONE, _READ = 0, 1
+_SHARED, _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+_RANDOM, _WILLNEED, _DONTNEED, _POPULATE_READ = 1, 3, 4, 22
+_FAILED = ctypes.c_void_p(-1).value
+_MOST_RANGES = 1024
+_EMPTY_PATH, _DIOALIGN = 0x1000, 0x2000
+_HUGE = 2 << 20
+
+_held = ctypes.PyDLL(None, use_errno=True)
+_let_go = ctypes.CDLL(None, use_errno=True)
+if LINUX:
+    _held.mmap.restype = ctypes.c_void_p
+    _held.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    _held.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    _held.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    _held.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    for _library in (_held, _let_go):
+        _library.syscall.restype = ctypes.c_long
+
+
+def _error(doing: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{doing}: {os.strerror(number)}")
+
+
+def _mmap(address: int | None, size: int, access: int, flags: int, fd: int, offset: int) -> int:
+    found = _held.mmap(address, size, access, flags, fd, offset)
+    if found is None or found == _FAILED:
+        raise _error(f"mapping {size} bytes")
+    return int(found)
+
+
+def reserve(size: int, offset: int) -> int:
+    """Take `size` bytes of address space that nothing may touch yet, and give its address: no memory, no commitment.
+
+    The address is as far from a huge page's begin as `offset`, so that what is mapped there from such an offset on can
+    be mapped by huge pages.
+
+    Raises:
+        OSError: there is not as much (RLIMIT_AS, an old machine).
+    """
+    found = _mmap(None, size + _HUGE, _NONE, _PRIVATE | _ANONYMOUS | _NORESERVE, -1, 0)
+    before = (offset - found) % _HUGE
+    if before:
+        release(found, before)
+    if before < _HUGE:
+        release(found + before + size, _HUGE - before)
+    return found + before
+
+
+def release(address: int, size: int) -> None:
+    """Give address space back. Nothing may point into it any more."""
+    _held.munmap(address, size)
+
+
+def map_over(address: int, size: int, fd: int, offset: int) -> None:
+    """Map a file's bytes, for reading, over reserved address space; faults read what they touch and no more.
+
+    Raises:
+        OSError: too many maps (ENOMEM), or a file that cannot be mapped.
+    """
+    _mmap(address, size, _READ, _SHARED | _FIXED, fd, offset)
+    _held.madvise(address, size, _RANDOM)
+
+
+def unmap_over(address: int, size: int) -> None:
+    """Make reserved address space of what was mapped there, page tables included."""
+    _mmap(address, size, _NONE, _PRIVATE | _FIXED | _ANONYMOUS | _NORESERVE, -1, 0)
+
+
+def will_need(address: int, size: int) -> None:
+    """Begin to read mapped pages into the page cache, in one piece: `address` must be a page's."""
+    _held.madvise(address, size, _WILLNEED)
+
+
+def dont_need(address: int, size: int) -> None:
+    """Let this process' view of mapped pages go; they stay in the page cache."""
+    _held.madvise(address, size, _DONTNEED)
+
+
+@cache
+def _own_pidfd(process: int) -> int:
+    return int(_held.syscall(ctypes.c_long(_PIDFD_OPEN), ctypes.c_long(process), ctypes.c_long(0)))
+
+
+def populate(address: int, size: int) -> None:
+    """Fill the page tables for mapped pages, which must all be in memory (Linux 5.14; nothing happens before)."""
+    _let_go.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ)
+
+
+def will_need_all(addresses: np.ndarray, sizes: np.ndarray) -> None:
+    """Begin to read many ranges of mapped pages: int64 `[n]` each, addresses those of pages.
+
+    One call for 1,024 ranges where the kernel knows it (Linux 5.10), one each otherwise.
+    """
+    pidfd = _own_pidfd(os.getpid())
+    vectors = np.stack([addresses, sizes], axis=1).astype(np.uint64)
+    for start in range(0, len(vectors), _MOST_RANGES):
+        some = np.ascontiguousarray(vectors[start : start + _MOST_RANGES])
+        done = -1
+        if pidfd >= 0:
+            done = _let_go.syscall(
+                ctypes.c_long(_PROCESS_MADVISE), ctypes.c_long(pidfd), ctypes.c_void_p(some.ctypes.data),
+                ctypes.c_long(len(some)), ctypes.c_long(_WILLNEED), ctypes.c_long(0),
+            )  # fmt: skip
+        if done < 0:
+            for address, size in some.tolist():
+                _held.madvise(address, size, _WILLNEED)
+
+
+class Residency:
+    """Asks which mapped pages are in memory. The kernel tells only who owns a file, or may write it.
+
+    An answer is a guess, since pages come and go: one object may serve several threads.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._pages = bytearray(most_bytes // PAGE + 2)
+        self._at = ctypes.addressof((ctypes.c_char * len(self._pages)).from_buffer(self._pages))
+
+    def whole(self, address: int, size: int) -> bool:
+        """Tell whether all of `size` mapped bytes at `address` are in memory."""
+        first = address & -PAGE
+        reach = address + size - first
+        _held.mincore(first, reach, self._at)
+        return self._pages.find(0, 0, -(-reach // PAGE)) < 0
+
+
+def direct_alignment(fd: int) -> int:
+    """Say what offsets, sizes and addresses of direct I/O must be multiples of for a file.
+
+    A page where the kernel does not say (before Linux 6.1), and where it says that the file has none, as an encrypted
+    one: opening it for direct I/O is refused there, or its reads go through the page cache and may be of any size.
+    """
+    told = ctypes.create_string_buffer(256)
+    if _held.statx(fd, b"", _EMPTY_PATH, _DIOALIGN, told):
+        return PAGE
+    if not int.from_bytes(told.raw[:4], "little") & _DIOALIGN:
+        return PAGE
+    memory, offset = (int.from_bytes(told.raw[at : at + 4], "little") for at in (152, 156))
+    return max(memory, offset) or PAGE
+
+
+def page_table_bytes() -> int:
+    """Give the bytes that this process' page tables take; 0 where that is not told."""
+    try:
+        with open("/proc/self/status") as lines:  # noqa: PTH123 -- no Path for a pseudo-file
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPTE")), 0)
+    except OSError:
+        return 0
+
+
+def aio_setup(depth: int) -> int:
+    """Make a context for asynchronous I/O of this process, and give its handle.
+
+    Raises:
+        OSError: the kernel has none, or none left (fs.aio-max-nr).
+    """
+    handle = ctypes.c_ulong(0)
+    if _held.syscall(ctypes.c_long(_SETUP), ctypes.c_long(depth), ctypes.byref(handle)):
+        raise _error("setting up asynchronous I/O")
+    return handle.value
+
+
+def aio_destroy(handle: int) -> None:
+    """End a context, after everything in it is done."""
+    _let_go.syscall(ctypes.c_long(_DESTROY), ctypes.c_ulong(handle))
+
+
+def aio_submit(handle: int, pointers: np.ndarray) -> int:
+    """Submit requests: `pointers` `[n]` uint64 to IOCB records; blocks while the device's queue is full.
+
+    Returns how many were taken; 0 where some must be reaped first. The memory they name must stay until `aio_reap`
+    has told of each.
+
+    Raises:
+        OSError: none was taken.
+    """
+    while True:
+        done = _let_go.syscall(
+            ctypes.c_long(_SUBMIT), ctypes.c_ulong(handle), ctypes.c_long(len(pointers)),
+            ctypes.c_void_p(pointers.ctypes.data),
+        )  # fmt: skip
+        if done >= 0:
+            return int(done)
+        if ctypes.get_errno() == errno.EAGAIN:
+            return 0
+        if ctypes.get_errno() != errno.EINTR:
+            raise _error("submitting asynchronous I/O")
+
+
+def aio_reap(handle: int, least: int, into: np.ndarray) -> int:
+    """Wait for at least `least` requests, and give how many of the EVENT records `into` were filled."""
+    while True:
+        done = _let_go.syscall(
+            ctypes.c_long(_GETEVENTS), ctypes.c_ulong(handle), ctypes.c_long(least), ctypes.c_long(len(into)),
+            ctypes.c_void_p(into.ctypes.data), ctypes.c_void_p(None),
+        )  # fmt: skip
+        if done >= 0:
+            return int(done)
+        if ctypes.get_errno() != errno.EINTR:
+            raise _error("waiting for asynchronous I/O")

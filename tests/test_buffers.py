@@ -1,0 +1,106 @@
+"""Memory that comes back when the last that looks at it is gone, and never before."""
+
+import gc
+import threading
+
+import numpy as np
+import torch
+
+from mmcache.buffers import Buffers
+
+
+def tensors(buffers, *sizes):
+    return [torch.frombuffer(part, dtype=torch.uint8) for part in buffers.lend(sizes)]
+
+
+def test_parts_begin_on_pages_and_do_not_overlap():
+    parts = Buffers(2).lend([5000, 1, 4096])
+    addresses = [part.ctypes.data for part in parts]
+    assert [part.shape for part in parts] == [(5000,), (1,), (4096,)]
+    assert all(address % 4096 == 0 for address in addresses)
+    assert np.diff(addresses).tolist() == [8192, 4096]
+    for number, part in enumerate(parts):
+        part[:] = number
+    assert [set(part.tolist()) for part in parts] == [{0}, {1}, {2}]
+
+
+def test_memory_is_used_again_once_all_of_it_is_gone():
+    buffers = Buffers(2)
+    one, two = tensors(buffers, 100, 100)
+    address = one.data_ptr()
+    del one
+    assert tensors(buffers, 100, 100)[0].data_ptr() != address
+    del two
+    assert tensors(buffers, 100, 100)[0].data_ptr() == address
+
+
+def views(tensor):
+    yield tensor[3:5]
+    yield tensor.view(torch.int32)
+    yield tensor.numpy()
+    yield tensor.numpy()[10:]
+    yield tensor.untyped_storage()
+    yield tensor.detach()
+    yield torch.from_dlpack(tensor)
+    yield memoryview(tensor.numpy())
+    yield [tensor[:1]]
+
+
+def test_whatever_looks_at_it_keeps_it():
+    for number in range(len(list(views(torch.zeros(64, dtype=torch.uint8))))):
+        buffers = Buffers(4)
+        (tensor,) = tensors(buffers, 64)
+        tensor.fill_(7)
+        address = tensor.data_ptr()
+        view = list(views(tensor))[number]
+        del tensor
+        gc.collect()
+        (other,) = tensors(buffers, 64)
+        assert other.data_ptr() != address, type(view)
+        other.fill_(1)
+        del view
+        gc.collect()
+        assert tensors(buffers, 64)[0].data_ptr() == address
+
+
+def test_no_more_than_so_many_are_kept_and_none_that_is_too_small():
+    buffers = Buffers(2)
+    lent = [tensors(buffers, 5000) for _ in range(6)]
+    addresses = {one.data_ptr() for (one,) in lent}
+    assert len(addresses) == 6
+    lent.clear()
+    assert len(buffers._idle) == 2
+    (large,) = tensors(buffers, 20_000)
+    assert not buffers._idle
+    assert large.numel() == 20_000
+    del large
+    # One that is too large will do.
+    (small,) = tensors(buffers, 10)
+    assert small.numel() == 10
+    assert not buffers._idle
+
+
+def test_nothing_may_be_lent_too():
+    buffers = Buffers(2)
+    parts = buffers.lend([0, 0])
+    assert [part.shape for part in parts] == [(0,), (0,)]
+
+
+def test_many_threads_never_share_memory():
+    buffers, wrong = Buffers(8), []
+
+    def work(number):
+        for turn in range(300):
+            one, two = tensors(buffers, 5000, 3000)
+            value = (number * 31 + turn) % 251
+            one.fill_(value)
+            two.fill_(value)
+            if not ((one == value).all() and (two == value).all()):
+                wrong.append((number, turn))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong

@@ -1,0 +1,125 @@
+"""Threads that end when nobody needs them, and jobs of which none is left hanging."""
+
+import contextlib
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import CancelledError
+
+import pytest
+from support import python
+
+from mmcache.crew import Crew
+
+
+def threads(name):
+    return [thread for thread in threading.enumerate() if thread.name == f"mmcache-{name}"]
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_jobs_are_done_and_their_errors_kept():
+    crew = Crew(2, "does")
+    assert not threads("does")
+    results = [crew.submit(divmod, number, 3) for number in range(20)]
+    assert [one.result() for one in results] == [divmod(number, 3) for number in range(20)]
+    assert len(threads("does")) == 2
+    failed = crew.submit(divmod, 1, 0)
+    with pytest.raises(ZeroDivisionError):
+        failed.result()
+    assert crew.submit(int, "7").result() == 7
+    crew.close()
+    wait_for(lambda: not threads("does"))
+
+
+def test_one_thread_keeps_the_order():
+    crew, order = Crew(1, "orders"), []
+    for number in range(50):
+        last = crew.submit(order.append, number)
+    last.result()
+    assert order == list(range(50))
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_what_has_not_begun_is_cancelled(how):
+    crew, go, begun = Crew(1, f"cancels-{how}"), threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        go.wait()
+        return 5
+
+    running, waiting = crew.submit(work), [crew.submit(int) for _ in range(10)]
+    begun.wait()
+    if how == "close":
+        crew.close()
+        crew.close()
+        assert crew.submit(int).cancelled()
+    del crew
+    gc.collect()
+    for one in waiting:
+        with pytest.raises(CancelledError):
+            one.result(timeout=10)
+    go.set()
+    assert running.result(timeout=10) == 5
+    wait_for(lambda: not threads(f"cancels-{how}"))
+
+
+def test_an_idle_thread_holds_on_to_nothing():
+    class Thing:
+        pass
+
+    crew = Crew(1, "holds")
+    thing = Thing()
+    found = crew.submit(lambda one: one, thing).result()
+    assert found is thing
+    gone = weakref.ref(thing)
+    del thing, found
+    # The thread puts its job away after it has told of the result.
+    wait_for(lambda: gone() is None)
+    crew.close()
+
+
+def test_jobs_that_come_while_it_is_closed_do_not_hang():
+    for _ in range(200):
+        crew = Crew(2, "races")
+        crew.submit(int).result()
+        closing = threading.Thread(target=crew.close)
+        closing.start()
+        jobs = [crew.submit(int) for _ in range(5)]
+        closing.join()
+        for job in jobs:
+            with contextlib.suppress(CancelledError):
+                assert job.result(timeout=10) == 0
+
+
+@pytest.mark.parametrize("how", ["global", "raise", "exit"])
+def test_the_interpreter_ends_without_doing_what_is_left(how):
+    code = """
+import os, sys, threading, time
+from mmcache.crew import Crew
+crew, begun = Crew(2, "ends"), threading.Event()
+def work(number):
+    begun.set()
+    time.sleep(0.3)
+    os.write(1, f"did {number}\\n".encode())  # whole, which print by two threads is not
+jobs = [crew.submit(work, number) for number in range(500)]
+begun.wait()
+if sys.argv[1] == "raise":
+    raise RuntimeError
+if sys.argv[1] == "exit":
+    sys.exit(3)
+"""
+    start = time.monotonic()
+    done = python(code, how, timeout=60)
+    assert time.monotonic() - start < 40
+    # Those that had begun were waited for.
+    assert sorted(done.stdout.split("\n")) in (["", "did 0"], ["", "did 0", "did 1"])
+    assert done.returncode == {"global": 0, "raise": 1, "exit": 3}[how]
+    assert ("RuntimeError" in done.stderr) == (how == "raise")

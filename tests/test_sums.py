@@ -1,0 +1,142 @@
+"""Sums of a block: the quick way in float32 beside the plain one in float64, and what float32 does not hold."""
+
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcache import sums as module
+from mmcache.sums import SPAN, sum_block
+
+FIELDS = ("count", "first", "second", "norms", "non_finite", "first_non_finite", "zero_rows")
+
+
+def normal(seed, *shape, scale=1.0, mean=0.0):
+    """Draw bfloat16 rows `[n, layers, width]`."""
+    return (np.random.default_rng(seed).standard_normal(shape) * scale + mean).astype(ml_dtypes.bfloat16)
+
+
+def plainly(rows, keep=None):
+    """Sum the same numbers in float64: wider ones, without the shift that those are given."""
+    found = sum_block(rows.astype(np.float64), keep)
+    weight = found.count[:, None] * found.shift
+    found.second = found.second + found.shift * (2 * found.first + weight)
+    found.first = found.first + weight
+    return found
+
+
+def is_narrow(monkeypatch, rows, keep=None):
+    """Tell whether a block is summed in float32, and give its sums."""
+    calls, wide = [], module._sum_wide
+    monkeypatch.setattr(module, "_sum_wide", lambda *args: (calls.append(1), wide(*args)))
+    found = sum_block(rows, keep)
+    monkeypatch.undo()
+    return not calls, found
+
+
+def assert_equal(found, expected, rtol=1e-6):
+    for name in FIELDS:
+        atol = rtol * np.sqrt(expected.second * expected.count[:, None]).max(initial=0) if name == "first" else 0
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=rtol, atol=atol, err_msg=name)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 200), st.integers(1, 4), st.integers(1, 9), st.booleans())
+def test_float32_beside_float64(seed, n, layers, half, masked):
+    rng = np.random.default_rng(seed)
+    rows = normal(seed, n, layers, 2 * half, scale=3)
+    rows[rng.random((n, layers)) < 0.05] = 0
+    rows[..., 0][rng.random((n, layers)) < 0.05] = rng.choice([np.nan, np.inf, -np.inf])
+    keep = rng.random(n) < 0.8 if masked else None
+    assert_equal(sum_block(rows, keep), plainly(rows, keep))
+
+
+def test_activations_are_summed_in_float32(monkeypatch):
+    rows = normal(0, 100, 3, 64, scale=5)
+    rows[..., 3] = 0
+    rows[7] = 0
+    rows[9, 1, 0] = np.nan
+    narrow, found = is_narrow(monkeypatch, rows)
+    assert narrow
+    assert_equal(found, plainly(rows))
+    assert found.first_non_finite.tolist() == [-1, 9, -1]
+
+
+@pytest.mark.parametrize("mean", [257.0, 1e4, -3e4])
+def test_a_span_of_equal_magnitudes_is_exact(monkeypatch, mean):
+    # So that what remains of squares that cancel is the variance and not what was rounded.
+    rows = normal(1, SPAN * 4, 1, 8, scale=abs(mean) / 50, mean=mean)
+    narrow, found = is_narrow(monkeypatch, rows)
+    wide = rows.astype(np.float64)
+    assert narrow
+    assert np.array_equal(found.first[0], wide.sum(axis=0)[0])
+    assert np.array_equal(found.second[0], (wide * wide).sum(axis=0)[0])
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [((5, 1, 2), 1e20), ((5, 1, 2), 3e38), ((slice(None), 1, 2), 1e-20), ((slice(None), 1, 2), 1e-40)],
+)
+def test_what_float32_does_not_hold_is_summed_in_float64(monkeypatch, where, value):
+    rows = normal(2, 70, 2, 6)
+    rows[where] = value
+    narrow, found = is_narrow(monkeypatch, rows)
+    assert not narrow
+    assert_equal(found, plainly(rows), rtol=1e-12)
+
+
+def test_tiny_rows_are_no_zero_rows(monkeypatch):
+    rows = normal(3, 70, 1, 6)
+    rows[4], rows[5] = 1e-30, 0
+    narrow, found = is_narrow(monkeypatch, rows)
+    assert not narrow
+    assert found.zero_rows.tolist() == [1]
+    np.testing.assert_allclose(found.norms[4], np.sqrt(6) * 1e-30, rtol=1e-2)
+
+
+def test_huge_rows_that_do_not_count_do_not_matter(monkeypatch):
+    rows, keep = normal(4, 70, 2, 6), np.ones(70, np.bool_)
+    keep[::9] = False
+    rows[::9] = 1e30
+    narrow, found = is_narrow(monkeypatch, rows, keep)
+    assert narrow
+    assert found.count.tolist() == [keep.sum()] * 2
+    assert np.isnan(found.norms[::9]).all()
+
+
+def test_wide_rows_and_many_layers_are_summed_in_pieces():
+    # Wider than a dot product that BLAS does in one thread, and more layers than are widened at once.
+    rows = normal(5, 33, 5, 20_000)
+    assert_equal(sum_block(rows, None), plainly(rows))
+
+
+def test_memory_in_any_order():
+    rows = normal(6, 40, 2, 8)
+    turned = np.asfortranarray(rows)
+    one, two = sum_block(rows, None), sum_block(turned, None)
+    assert all(np.array_equal(getattr(one, name), getattr(two, name)) for name in FIELDS)
+
+
+_BITS = """
+import hashlib, ml_dtypes, numpy as np
+from mmcache.sums import sum_block
+rows = np.random.default_rng(0).standard_normal((128, 2, 10_240)).astype(ml_dtypes.bfloat16)
+for some in (rows, rows.astype(np.float32)):
+    found = sum_block(some, None)
+    print(hashlib.sha256(found.first.tobytes() + found.second.tobytes() + found.norms.tobytes()).hexdigest())
+"""
+
+
+def test_no_number_of_threads_shows_in_the_last_bit():
+    said = set()
+    for threads in ("1", "2", "7"):
+        given = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        done = subprocess.run(
+            [sys.executable, "-c", _BITS], env={**os.environ, **given}, capture_output=True, text=True, check=True
+        )
+        said.add(done.stdout)
+    assert len(said) == 1
