@@ -1,194 +1,164 @@
-"""Ratios, measured side by side in one run, each beside the physical limit. Prints a table and writes JSON.
+"""Measure mmcache beside the hardware's limits and its peers, in one run. Prints a table; writes JSON and a plot.
 
-Usage: .venv/bin/python scripts/bench.py [--folder DIR] [--repeats N] [--tokens N] [--json FILE]
+Usage: .venv/bin/python scripts/bench.py [--quick] [--only rows,writes] [--size 8G] [--folder DIR] [--json FILE]
 
-Writes are counted to the end of the sync. Repeats are interleaved: a machine that slows down slows both sides.
+Every row is a ratio of two sides that were measured in turn, in one process or in paired ones: the median of the
+repeats' ratios, and their interquartile range. Above 1 mmcache is faster. Writes are counted to the end of the sync.
+Cold means that the page cache was dropped, and that it was looked at afterwards. Peers are run as their users run them,
+and say how; the extra `bench` installs them. What could not be measured says why.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
+import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
+from benchmarks import crowded, device, extraction, feeding, growth, reading, writing
+from benchmarks.floors import check, record
+from benchmarks.machine import describe
+from benchmarks.measure import Plan, Row, Series, Skip
+from benchmarks.plot import draw
 from rich.console import Console
 from rich.table import Table
 
-import mmcache
-from mmcache.capture import capture
-from mmcache.extract import Extraction
-from mmcache.files import Draft, map_file
-from mmcache.fill import Batches, forward
-from mmcache.loading import load_tokenizer
-from mmcache.manifest import read_manifest
-from mmcache.memory import anonymous
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from torch import nn
-
-_RAW_WRITE = 8 << 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison: ours over the limit, in the medians of interleaved repeats."""
-
-    what: str
-    limit: str
-    unit: str
-    ours: float
-    theirs: float
-    ratio: float
-    spread: float
-
-
-def compare(what: str, limit: str, unit: str, ours: list[float], theirs: list[float]) -> Row:
-    """Compare the medians; `spread` is the range of the paired ratios."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    ratio = statistics.median(ours) / statistics.median(theirs)
-    return Row(what, limit, unit, statistics.median(ours), statistics.median(theirs), ratio, max(ratios) - min(ratios))
+Found = Row | Series | Skip
+GROUPS: Mapping[str, tuple[Callable[[Plan], Iterator[Found]], ...]] = {
+    "writes": (writing.writes, writing.staging),
+    "rows": (reading.cold_rows, reading.warm_rows),
+    "gathers": (reading.cold_gathers, reading.warm_gathers),
+    "feed": (feeding.feeds,),
+    "busy": (crowded.crowded,),
+    "shards": (growth.many_shards,),
+    "extract": (extraction.extraction, extraction.against_saelens),
+    "memory": (writing.memory,),
+    "peer-writes": (writing.peer_writes,),
+    "peer-loaders": (feeding.loaders,),
+    "growth": (growth.by_shards, growth.by_length, growth.by_layers),
+    "gpu": (device.on_device,),
+}
+FLOORS = Path(__file__).with_name("bench-floors.json")
 
 
-@contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """Give an empty folder on the disk to be measured, and remove it."""
-    path = Path(tempfile.mkdtemp(prefix="mmcache-bench-", dir=folder))
+def size_of(text: str) -> int:
+    """Read `512M` or `8G` as bytes."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
     try:
-        yield path
-    finally:
-        shutil.rmtree(path)
+        return int(float(number) * (1 << units.get(unit, 0)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of bytes, such as 512M or 8G") from None
 
 
-def raw_write(folder: Path, total: int) -> float:
-    """Write `total` bytes past the page cache in pieces of 8 MiB, one thread, and sync: GB/s."""
-    block = anonymous(_RAW_WRITE)
-    block[:] = np.random.default_rng(0).integers(0, 255, _RAW_WRITE, dtype=np.uint8)
-    began = time.perf_counter()
-    draft = Draft(folder / "raw", reserve=total, direct=True)
-    for offset in range(0, total, _RAW_WRITE):
-        draft.write(block, offset)
-    draft.publish(total)
-    taken = time.perf_counter() - began
-    (folder / "raw").unlink()
-    return total / taken / 1e9
+def groups_of(text: str) -> list[str]:
+    """Read names of groups."""
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(GROUPS)}")
+    return names
 
 
-def bench_push(folder: Path, repeats: int) -> Row:
-    """Compare pushing 32 layers of `[16384, 2048]` bfloat16, to durable, with the raw device."""
-    layer = torch.randn(16384, 2048).bfloat16()
-    ours, theirs = [], []
-    for _ in range(repeats):
-        with scratch(folder) as path:
-            began = time.perf_counter()
-            with mmcache.FullActivationCache.with_capacity(32, path / "cache") as cache:
-                for _layer in range(32):
-                    cache.push(layer)
-            ours.append(32 * layer.nbytes / (time.perf_counter() - began) / 1e9)
-            theirs.append(raw_write(path, 32 * layer.nbytes))
-    return compare("push to durable, 2 GiB bf16", "raw direct write, 8 MiB, 1 thread", "GB/s", ours, theirs)
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure"
+    )
+    parser.add_argument(
+        "--size", type=size_of, help="bytes of the stores that are read; half is written  [8G, quick 512M]"
+    )
+    parser.add_argument("--peer-size", type=size_of, help="bytes that peers' loaders read  [1G, quick 192M]")
+    parser.add_argument("--repeats", type=int, help="[5, quick 3]")
+    parser.add_argument("--tokens", type=int, help="tokens to extract  [12288, quick 2048]")
+    parser.add_argument("--quick", action="store_true", help="less of everything, in under three minutes")
+    parser.add_argument("--gpu", action="store_true", help="measure what needs a GPU too")
+    parser.add_argument("--only", type=groups_of, help=f"groups, by comma: {', '.join(GROUPS)}")
+    parser.add_argument("--saelens-python", help="a Python in whose environment sae-lens is installed")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--plot", type=Path, help="where to draw them, .png or .svg")
+    parser.add_argument("--check", action="store_true", help="fail where a ratio is below its recorded floor")
+    parser.add_argument("--record", action="store_true", help="record the floors that --check compares with")
+    parser.add_argument("--floors", type=Path, default=FLOORS, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
-def bench_rows(folder: Path, repeats: int) -> Row:
-    """Compare a warm `get_position` with cloning a row of a plain mapped tensor."""
-    rows, width, count = 16384, 2048, 5000
-    order = np.random.default_rng(0).integers(0, rows, count).tolist()
-    ours: list[float] = []
-    theirs: list[float] = []
-    with scratch(folder) as path:
-        with mmcache.FullActivationCache.with_capacity(1, path / "cache") as cache:
-            cache.push(torch.randn(rows, width).bfloat16())
-        cache = mmcache.FullActivationCache.open(path / "cache")
-        pages = map_file(path / "cache" / "resid_post" / "c.0.0.0", what="the shard")
-        plain = torch.from_numpy(pages[4096 : 4096 + rows * width * 2]).view(torch.bfloat16).view(rows, width)
-        readers: list[tuple[list[float], Callable[[int], torch.Tensor]]] = [
-            (ours, lambda row: cache.get_position(0, row)),
-            (theirs, lambda row: plain[row].clone()),
-        ]
-        for turn in range(repeats + 1):
-            for taken, read in readers:
-                began = time.perf_counter()
-                for row in order:
-                    read(row)
-                # The first turn faults the pages in.
-                if turn:
-                    taken.append((time.perf_counter() - began) / count * 1e6)
-        cache.close()
-    return compare("warm get_position, 4 KiB row", "clone of a row of a mapped tensor", "us", ours, theirs)
+def table_of(rows: list[Row], machine: Mapping[str, str]) -> Table:
+    """Draw the rows."""
+    table = Table(title=", ".join(f"{name} {said}" for name, said in machine.items()), title_justify="left")
+    for name in ("what", "beside", "unit", "ours", "beside's", "ratio", "spread", "goal"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        goals = [f"{row.goal:.2f}"] if row.goal is not None else []
+        goals += [f"{row.limit:g} {row.unit}"] if row.limit is not None else []
+        met = {None: "", True: " met", False: " MISSED"}[row.met]
+        numbers = [f"{value:.3g}" for value in (row.ours, row.theirs, row.ratio, row.spread)]
+        table.add_row(row.what, row.beside, row.unit, *numbers, " and ".join(goals) + met)
+    return table
 
 
-def gpt2_small() -> nn.Module:
-    """Build a model of GPT-2 small's shape, with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 -- an extra, and slow to import
-
-    torch.manual_seed(0)
-    model: nn.Module = GPT2LMHeadModel(GPT2Config()).eval()
-    return model
-
-
-def bench_extract(folder: Path, repeats: int, tokens: int) -> list[Row]:
-    """Compare `extract` with the forward passes alone: stopped at the same layer, and whole with logits."""
-    model, tokenizer, device = gpt2_small(), load_tokenizer("demo"), torch.device("cpu")
-    length, batch = 512, 4
-    generator = np.random.default_rng(0)
-    texts = [generator.integers(0, 50000, length) for _ in range(-(-tokens // length))]
-    ours: list[float] = []
-    bare: list[float] = []
-    full: list[float] = []
-    for _ in range(repeats):
-        with scratch(folder) as path:
-            job = Extraction(model, tokenizer, path / "acts", context_length=length, batch_size=batch)
-            surveyed: list[float] = []
-            job.run(texts, planned=lambda _survey: surveyed.append(time.perf_counter()))  # noqa: B023 -- called at once
-            ours.append(time.perf_counter() - surveyed[0])
-            batches = Batches(path / "acts", read_manifest(path / "acts"), batch)
-            began = time.perf_counter()
-            with capture(model, ("mlp_in", "mlp_out"), stop=True) as captured:
-                for spans in batches.spans():
-                    forward(model, captured, *batches.ids(spans), device)
-            bare.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            with torch.inference_mode():
-                for spans in batches.spans():
-                    ids, mask = map(torch.from_numpy, batches.ids(spans))
-                    model(ids, attention_mask=mask, use_cache=False)
-            full.append(time.perf_counter() - began)
-    what = f"extract, GPT-2 small's shape, {len(texts) * length} tokens"
-    return [
-        compare(what, "bare forward, stopped at the same layer", "s", ours, bare),
-        compare(what, "full forward with logits", "s", ours, full),
-    ]
+def save(path: Path | None, given: argparse.Namespace, machine: Mapping[str, str], found: list[Found]) -> None:
+    """Write all that was found so far."""
+    if path is None:
+        return
+    kinds = {Row: "rows", Series: "series", Skip: "skipped"}
+    said: dict[str, object] = {"machine": machine, "settings": {"size": given.size, "repeats": given.repeats}}
+    for kind, name in kinds.items():
+        said[name] = [{**asdict(one), "met": one.met} if isinstance(one, Row) else asdict(one)
+                      for one in found if isinstance(one, kind)]  # fmt: skip
+    path.write_text(json.dumps(said, indent=1) + "\n")
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder on that disk")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=12288, help="tokens to extract")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    given = parser.parse_args()
-    rows = [bench_rows(given.folder, given.repeats), bench_push(given.folder, given.repeats)]
-    rows += bench_extract(given.folder, given.repeats, given.tokens)
-    table = Table(title=f"{os.cpu_count()} cores, torch {torch.__version__}, medians of {given.repeats}")
-    for name in ("what", "limit", "unit", "ours", "theirs", "ratio", "spread"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in asdict(row).values()))
-    Console().print(table)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    """Measure, print a table, write JSON, draw; with --check, exit 1 where something became slower."""
+    given = arguments()
+    given.size = given.size or (512 << 20 if given.quick else 8 << 30)
+    given.repeats = given.repeats or (3 if given.quick else 5)
+    tokens = given.tokens or (2048 if given.quick else 12288)
+    peer_size = given.peer_size or (192 << 20 if given.quick else 1 << 30)
+    # A file or a pipe has no width: enough for a row to be a line or two.
+    console = Console() if sys.stdout.isatty() else Console(width=180)
+    progress = Console(stderr=True)
+    began = time.monotonic()
+    machine, found = describe(given.folder), []
+    folder = Path(tempfile.mkdtemp(prefix="mmcache-bench-", dir=given.folder))
+    try:
+        plan = Plan(folder, given.size, given.repeats, given.quick, tokens, peer_size, given.saelens_python)
+        for group in given.only or [name for name in GROUPS if name != "gpu" or given.gpu]:
+            for measure in GROUPS[group]:
+                for one in measure(plan):
+                    found.append(one)
+                    save(given.json, given, machine, found)
+                    said = f"{one.ratio:.3g} (spread {one.spread:.2g})" if isinstance(one, Row) else ""
+                    said = f"skipped: {one.reason}" if isinstance(one, Skip) else said
+                    line = f"{time.monotonic() - began:5.0f} s  {group}: {one.name} {said}"
+                    progress.print(line, highlight=False, markup=False, soft_wrap=True)
+    finally:
+        shutil.rmtree(folder)
+    rows = [one for one in found if isinstance(one, Row)]
+    console.print(table_of(rows, machine), markup=False)
+    for one in found:
+        if isinstance(one, Skip):
+            console.print(f"not measured: {one.name}: {one.reason}", markup=False, soft_wrap=True)
+    if given.plot:
+        draw(given.plot, rows, [one for one in found if isinstance(one, Series)])
+    mode = "quick" if given.quick else "full"
+    if given.record:
+        record(given.floors, mode, rows)
+    if given.check:
+        slower = check(given.floors, mode, rows)
+        for line in slower:
+            console.print(line, markup=False)
+        sys.exit(bool(slower))
 
 
 if __name__ == "__main__":
