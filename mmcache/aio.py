@@ -14,9 +14,10 @@ import numpy as np
 from mmcache.held import pieces
 from mmcache.syscalls import AIO, EVENT, IOCB, aio_destroy, aio_reap, aio_setup, aio_submit
 
-__all__ = ["DEPTH", "Queue"]
+__all__ = ["Queue", "deepest"]
 
-DEPTH = 1024
+# Tried in turn: a system has so many for all its processes together, 65,536 unless told otherwise (fs.aio-max-nr).
+_DEPTHS = (4096, 1024, 256)
 # A request carries its size, below 4 GiB, and its tag above that.
 _TAG = np.uint64(32)
 _SIZE = np.uint64(2**32 - 1)
@@ -32,10 +33,10 @@ class Queue:
         OSError: the kernel has no asynchronous I/O, or none left.
     """
 
-    def __init__(self, depth: int = DEPTH) -> None:
+    def __init__(self, depth: int) -> None:
         if not AIO:
             raise OSError(errno.ENOSYS, "this system's asynchronous I/O is not known")
-        self.depth, self.in_flight = depth, 0
+        self.depth, self.in_flight, self._prepared = depth, 0, 0
         self._process = os.getpid()
         self._events = np.zeros(depth, EVENT)
         # The kernel copies a request when it takes it, and is told of each by its first field.
@@ -43,32 +44,41 @@ class Queue:
         self._pointers = (self._records.ctypes.data + np.arange(depth) * IOCB.itemsize).astype(np.uint64)
         self._handle = aio_setup(depth)
 
-    def submit(
+    @property
+    def free(self) -> int:
+        """How many more requests may be prepared."""
+        return self.depth - self.in_flight - self._prepared
+
+    def prepare(
         self, opcode: int, fds: np.ndarray, addresses: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, tag: int = 0
     ) -> None:
-        """Submit requests, all of the same opcode (READ or WRITE), `[n]` int64 each, `n` at most the free depth.
+        """Put requests down, all of the same opcode (READ or WRITE), `[n]` int64 each, `n` at most what is free."""
+        these = self._records[self._prepared : self._prepared + len(sizes)]
+        self._prepared += len(sizes)
+        for some in pieces(len(sizes), len(sizes)):
+            part = these[some]
+            part["data"] = sizes[some] + (tag << 32)
+            part["opcode"] = opcode
+            part["fd"] = fds[some]
+            part["address"] = addresses[some]
+            part["size"] = sizes[some]
+            part["offset"] = offsets[some]
+
+    def submit(self) -> None:
+        """Submit all that was prepared, in one call of the system.
 
         Blocks while the device's own queue is full. The memory must stay until they are reaped.
 
         Raises:
             OSError: the kernel refused.
         """
-        count, done = len(sizes), 0
-        for some in pieces(count, count):
-            these = self._records[some]
-            these["data"] = sizes[some] + (tag << 32)
-            these["opcode"] = opcode
-            these["fd"] = fds[some]
-            these["address"] = addresses[some]
-            these["size"] = sizes[some]
-            these["offset"] = offsets[some]
-        pointers = self._pointers[:count]
-        while done < count:
-            taken = aio_submit(self._handle, pointers[done:])
+        pointers, self._prepared = self._pointers[: self._prepared], 0
+        while len(pointers):
+            taken = aio_submit(self._handle, pointers)
             if not taken:
                 raise OSError(errno.EAGAIN, "the kernel takes no more asynchronous requests")
             self.in_flight += taken
-            done += taken
+            pointers = pointers[taken:]
 
     def reap(self, least: int) -> list[int]:
         """Wait until at least `least` requests are done, and give the tags of those that are.
@@ -97,6 +107,7 @@ class Queue:
         return not self._handle or self._process != os.getpid()
 
     def __enter__(self) -> Self:
+        self._prepared = 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -108,3 +119,18 @@ class Queue:
         handle, self._handle = self._handle, 0
         if handle and self._process == os.getpid():
             aio_destroy(handle)
+
+
+def deepest() -> Queue:
+    """Make the deepest queue that is to be had.
+
+    Raises:
+        OSError: the kernel has no asynchronous I/O, or none left.
+    """
+    for depth in _DEPTHS[:-1]:
+        try:
+            return Queue(depth)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+    return Queue(_DEPTHS[-1])

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationDataset"]
 
-# Small batches are worth fetching many of; three of any size keep all threads busy.
-_AHEAD_BYTES = 64 << 20
-_LEAST_AHEAD, _MOST_AHEAD = 3, 16
+# Small batches are fetched several together, but not so many that the first of them is long in coming. Three
+# threads have a group each, and a fourth waits for the first that is free.
+_GROUP_BYTES, _MOST_TOGETHER, _GROUPS = 32 << 20, 8, 4
 # What does not take part, and is read all the same where its neighbours on both sides are: as long as a request takes.
 _GAP_BYTES = 256 << 10
 
@@ -136,11 +136,16 @@ class ActivationDataset(IterableDataset[Batch]):
         self._buffers = Buffers(self._ahead + 2), Buffers(self._ahead)
 
     @property
-    def _ahead(self) -> int:
-        """How many batches may be under way."""
+    def _group(self) -> int:
+        """How many batches are fetched together."""
         shapes = self._source.shapes(self._plan.batch_size)
         batch = sum(math.prod(shapes[site]) * made.dtype.itemsize for site, made in self._source.conversions.items())
-        return max(_LEAST_AHEAD, min(_MOST_AHEAD, _AHEAD_BYTES // batch))
+        return max(1, min(_MOST_TOGETHER, _GROUP_BYTES // batch))
+
+    @property
+    def _ahead(self) -> int:
+        """How many batches may be under way."""
+        return self._group * _GROUPS
 
     @property
     def store(self) -> Store:
@@ -214,6 +219,7 @@ class ActivationDataset(IterableDataset[Batch]):
             self._position,
             self._rank,
             worker,
+            self._group,
             self._ahead,
             functools.partial(self._move, turn),
         )

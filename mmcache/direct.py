@@ -3,36 +3,41 @@
 Small rows go through a ring whose memory stays in the processor's cache: measured, that is 1.2 to 1.5 times as fast as
 letting the device write each to where it is wanted. Large ones are written there: as fast, and the lock of Python is
 let go of only twice. Rows are read together where what lies between them costs less to read than another request.
+
+What several batches want of several sites is asked for in one go: each time that the lock is had back takes 5 ms
+beside a busy thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from mmcache.aio import DEPTH, Queue
+from mmcache.aio import deepest
 from mmcache.geometry import PAGE
-from mmcache.held import HELD, pieces
+from mmcache.held import HELD
 from mmcache.memory import anonymous
+from mmcache.runs import RUN_BYTES, Reads, Source, apart, runs_of
 from mmcache.syscalls import READ
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["GAP_BYTES", "Descriptor", "DirectReader", "Source", "borrowed", "runs_of"]
+    from mmcache.descriptor import Descriptor
 
-# To read so much that is not wanted takes about as long as one more request: 14 us at 2.5 GB/s.
-GAP_BYTES = 32 << 10
-# Long enough for the device's full rate, short enough that many are in flight.
-_RUN_BYTES = 1 << 20
-_SLOT_BYTES = 8 << 20
-_SLOTS = 4
-_BATCH = DEPTH // _SLOTS
+__all__ = ["DirectReader", "Wanted", "borrowed"]
+
+_SLOT_BYTES = 4 << 20
+_SLOTS = 8
+# Requests in a slot, so that the first rows are copied while the others come. Where several reads are asked for in
+# one go, other threads see to that, and all that matters is how often the lock is let go of.
+_BATCH = 256
 # From here on a row is read straight to where it is wanted.
 _LARGE_BYTES = 16 << 10
 # Open files that one submission holds, of the 1,024 that a process usually may have.
@@ -40,102 +45,70 @@ _MOST_FILES = 128
 _MOST_IDLE = 4
 
 
-class Descriptor:
-    """An open file that is closed with its last reference, so that nobody's read loses it."""
+class Wanted(NamedTuple):
+    """Rows of one source, int64 `[n]`, at least one, in any order, and where they go: `[n, …]` contiguous memory."""
 
-    # Kept here, since modules are emptied before the last objects go.
-    _close = staticmethod(os.close)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        self._close(self.fd)
-
-
-class Source(Protocol):
-    """Where rows are read from: files of equally many rows, numbered through."""
+    source: Source
+    rows: np.ndarray
+    into: torch.Tensor
 
     @property
-    def rows_per_file(self) -> int:
-        """Rows of a file's place, gaps at its end included."""
+    def row_bytes(self) -> int:
+        """Bytes a row."""
+        return self.into.numel() // len(self.rows) * self.into.element_size()
 
     @property
-    def data_offset(self) -> int:
-        """Where a file's first row begins, in bytes."""
-
-    @property
-    def alignment(self) -> int:
-        """What offsets, sizes and addresses of direct reads must be multiples of, in bytes."""
-
-    def descriptors(self, files: Collection[int]) -> Mapping[int, Descriptor]:
-        """Open files for direct reading."""
+    def straight(self) -> bool:
+        """Whether the device may write each row to where it is wanted, were none to be read together."""
+        whole = not (self.row_bytes | self.into.data_ptr() | self.source.data_offset) % self.source.alignment
+        return whole and self.row_bytes >= _LARGE_BYTES
 
 
-def runs_of(rows: np.ndarray, per_file: int, row_bytes: int) -> np.ndarray:
-    """Say where runs of rows that can be read together begin in `rows`: int64 `[runs]`, the first of them 0.
+class _Chunk(NamedTuple):
+    """What a slot of the ring takes: whose, the requests, and which of the slot's bytes go where behind them."""
 
-    Args:
-        rows: int64 `[n]`, at least one, ascending.
-        per_file: rows a file: no run goes from one into the next.
-        row_bytes: bytes a row.
-    """
-    apart = (np.diff(rows) - 1) * row_bytes > GAP_BYTES
-    apart |= np.diff(rows // per_file) != 0
-    begins = np.concatenate([[True], apart])
-    # One that became too long is cut at even distances from its begin.
-    first = rows[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0))]
-    begins[1:] |= np.diff((rows - first) // max(1, _RUN_BYTES // row_bytes)) != 0
-    return np.flatnonzero(begins)
+    whose: int
+    source: Source
+    reads: Reads
+    begins: np.ndarray
+    target: memoryview
+    places: np.ndarray
+    row_bytes: int
 
+    def copy(self, slot: memoryview) -> None:
+        """Copy the rows from the slot to their places; those that lie one after the other at once.
 
-class _Reads(NamedTuple):
-    """Requests, int64 `[n]` each: which file, from which byte on, how many, how many rows; and where those begin."""
-
-    files: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    counts: np.ndarray
-    wanted: np.ndarray
-
-    @classmethod
-    def of(cls, source: Source, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, row_bytes: int) -> _Reads:
-        """Cover the runs of rows from each start to before each stop, widened to whole units of direct reads."""
-        files = rows[starts] // source.rows_per_file
-        within = rows[starts[0] : stops[-1]] % source.rows_per_file
-        wanted = source.data_offset + within * row_bytes
-        begin = wanted[starts - starts[0]]
-        end = wanted[stops - starts[0] - 1] + row_bytes
-        begin -= begin % source.alignment
-        sizes = -(-(end - begin) // source.alignment) * source.alignment
-        return cls(files, begin, sizes, stops - starts, wanted)
-
-    def up_to(self, size: int) -> _Reads:
-        """Give those of the first ones that fit into so many bytes, and at least one."""
-        most = max(1, int(np.searchsorted(np.cumsum(self.sizes), size, side="right")))
-        rows = int(self.counts[:most].sum())
-        files, offsets, sizes, counts = (part[:most] for part in self[:-1])
-        return _Reads(files, offsets, sizes, counts, self.wanted[:rows])
+        Not by torch, whose threads spin for a while after each call, which took a third of the device's rate away;
+        and without letting go of the interpreter's lock.
+        """
+        size, target = self.row_bytes, self.target
+        edges = np.flatnonzero((np.diff(self.begins) != size) | (np.diff(self.places) != size)) + 1
+        first = np.append(0, edges)
+        lengths = (np.diff(np.append(first, len(self.begins))) * size).tolist()
+        begins, places = self.begins[first].tolist(), self.places[first].tolist()
+        for begin, place, length in zip(begins, places, lengths, strict=True):
+            target[place : place + length] = slot[begin : begin + length]
 
 
-def _apart(rows: np.ndarray, row_bytes: int) -> bool:
-    """Say whether nothing would be gained from sorting rows, in that hardly any two of them could be read together."""
-    step = -(-len(rows) // HELD)
-    some = np.array(sorted(rows[::step].tolist()))
-    return bool(np.mean((np.diff(some) - 1) * row_bytes <= GAP_BYTES * step) < 0.2) if len(some) > 1 else True
-
-
-def _copy(source: memoryview, begins: np.ndarray, target: memoryview, places: np.ndarray, size: int) -> None:
-    """Copy pieces of `size` bytes from where each begins to its place, int64 `[n]` each; one after the other at once.
-
-    Not by torch, whose threads spin for a while after each call, which took a third of the device's rate away; and
-    without letting go of the interpreter's lock.
-    """
-    edges = np.flatnonzero((np.diff(begins) != size) | (np.diff(places) != size)) + 1
-    first = np.append(0, edges)
-    lengths = np.diff(np.append(first, len(begins))) * size
-    for begin, place, length in zip(begins[first].tolist(), places[first].tolist(), lengths.tolist(), strict=True):
-        target[place : place + length] = source[begin : begin + length]
+def _chunks(wanted: Wanted, whose: int, *, together: bool, slot_bytes: int, most: int) -> Iterator[_Chunk]:
+    """Cut what is wanted into what slots take, at most so many requests each."""
+    source, rows, size = wanted.source, wanted.rows, wanted.row_bytes
+    # In the order asked where nothing is read together: a row is copied only once then.
+    order, edges = None, np.arange(len(rows))
+    if together:
+        order = np.argsort(rows, kind="stable")
+        rows = rows[order]
+        edges = runs_of(rows, source.rows_per_file, size)
+    stops = np.append(edges[1:], len(rows))
+    target, start = wanted.into.view(-1).view(torch.uint8).numpy().data, 0
+    while start < len(edges):
+        span = slice(start, start + most)
+        reads = Reads.of(source, rows, edges[span], stops[span], size).up_to(slot_bytes)
+        begins = np.repeat(np.cumsum(reads.sizes) - reads.sizes - reads.offsets, reads.counts) + reads.wanted
+        some = slice(edges[start], edges[start] + len(begins))
+        places = np.arange(some.start, some.stop) if order is None else order[some]
+        start += len(reads.files)
+        yield _Chunk(whose, source, reads, begins, target, places * size, size)
 
 
 class DirectReader:
@@ -146,106 +119,112 @@ class DirectReader:
     """
 
     def __init__(self) -> None:
-        self.queue = Queue()
+        self.queue = deepest()
         self._ring = np.empty(0, np.uint8)
+        # Held until the kernel has its own reference to each file.
+        self._opened: dict[tuple[Source, int], Descriptor] = {}
 
-    def read(self, source: Source, rows: np.ndarray, into: torch.Tensor) -> int:
-        """Read `rows` int64 `[n]`, at least one, in any order, into `into` `[n, …]`, contiguous host memory.
-
-        Gives the bytes that were read; blocks until all are there.
+    def read(self, wanted: Sequence[Wanted]) -> list[int]:
+        """Read rows to where they are wanted, and give the bytes that each took; blocks until all are there.
 
         Raises:
-            OSError: the device, or the file system, refused; `into` holds then whatever came.
+            OSError: the device, or the file system, refused; the memory holds then whatever came.
         """
-        row_bytes = into.numel() // len(rows) * into.element_size()
-        with self.queue:
-            if not _apart(rows, row_bytes):
-                order = np.argsort(rows, kind="stable")
-                rows = rows[order]
-                return self._read_over(source, rows, runs_of(rows, source.rows_per_file, row_bytes), order, into)
-            if row_bytes >= _LARGE_BYTES and not (row_bytes | into.data_ptr() | source.data_offset) % source.alignment:
-                return self._read_straight(source, rows, into.data_ptr(), row_bytes)
-            # In the order asked, a row is copied only once.
-            return self._read_over(source, rows, np.arange(len(rows)), None, into)
+        taken, straight, chunks = [0] * len(wanted), [], []
+        slot_bytes = max(_SLOT_BYTES, *(max(one.row_bytes, RUN_BYTES) + 2 * one.source.alignment for one in wanted))
+        slot_bytes = -(-slot_bytes // PAGE) * PAGE
+        most = min(_BATCH if len(wanted) == 1 else HELD, self.queue.depth // _SLOTS)
+        for whose, one in enumerate(wanted):
+            together = not apart(one.rows, one.row_bytes)
+            if one.straight and not together:
+                straight.append(one)
+                taken[whose] = len(one.rows) * one.row_bytes
+            else:
+                chunks.append(_chunks(one, whose, together=together, slot_bytes=slot_bytes, most=most))
+        try:
+            with self.queue:
+                self._read_straight(straight)
+                self._read_over(itertools.chain.from_iterable(chunks), slot_bytes, taken)
+        finally:
+            self._opened.clear()
+        return taken
 
-    def _submit(
+    def _prepare(
         self, source: Source, files: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, addresses: np.ndarray, tag: int
     ) -> None:
-        """Submit reads, `[n]` integers each."""
+        """Prepare reads of some files, `[n]` integers each, and submit what can no longer wait."""
         names = files.tolist()
-        if len(set(names)) > _MOST_FILES:
+        several = set(names)
+        if len(several) > _MOST_FILES:
             half = len(names) // 2
             for part in (slice(half), slice(half, None)):
-                self._submit(source, files[part], offsets[part], sizes[part], addresses[part], tag)
+                self._prepare(source, files[part], offsets[part], sizes[part], addresses[part], tag)
             return
-        # Held until the kernel has its own reference to each file.
-        opened = source.descriptors(set(names))
-        fds = np.array([opened[file].fd for file in names])
-        self.queue.submit(READ, fds, addresses, sizes, offsets, tag)
+        if len(self._opened) + len(several) > _MOST_FILES:
+            self._submit()
+        missing = [file for file in several if (source, file) not in self._opened]
+        self._opened |= {(source, file): made for file, made in source.descriptors(missing).items()}
+        fds = np.array([self._opened[source, name].fd for name in names])
+        self.queue.prepare(READ, fds, addresses, sizes, offsets, tag)
 
-    def _read_straight(self, source: Source, rows: np.ndarray, address: int, row_bytes: int) -> int:
-        """Let the device write each row to where it is wanted: at `address`, one after the other."""
-        count, queue, start = len(rows), self.queue, 0
-        files, offsets, addresses, sizes = np.empty((4, count), np.int64)
-        for some in pieces(count, count):
-            np.divmod(rows[some], source.rows_per_file, files[some], offsets[some])
-            offsets[some] *= row_bytes
-            offsets[some] += source.data_offset
-            addresses[some] = range(address + some.start * row_bytes, address + some.stop * row_bytes, row_bytes)
-            sizes[some] = row_bytes
-        while start < count or queue.in_flight:
-            free = queue.depth - queue.in_flight
-            if start < count and free >= min(_BATCH, count - start):
-                some = slice(start, min(start + free, count))
-                self._submit(source, files[some], offsets[some], sizes[some], addresses[some], 0)
-                start = some.stop
-            else:
-                queue.reap(_BATCH - free if start < count else queue.in_flight)
-        return count * row_bytes
+    def _submit(self) -> None:
+        self.queue.submit()
+        self._opened.clear()
 
-    def _read_over(
-        self, source: Source, rows: np.ndarray, edges: np.ndarray, order: np.ndarray | None, into: torch.Tensor
-    ) -> int:
-        """Read runs into the ring, and copy the rows out of it while the next ones come.
+    def _read_straight(self, wanted: Sequence[Wanted]) -> None:
+        """Let the device write each row to where it is wanted."""
+        queue = self.queue
+        step = min(HELD, queue.depth // 2)
+        for one in wanted:
+            source, size, address = one.source, one.row_bytes, one.into.data_ptr()
+            for start in range(0, len(one.rows), step):
+                rows = one.rows[start : start + step]
+                if queue.free < len(rows):
+                    self._submit()
+                    queue.reap(min(queue.in_flight, max(_BATCH, len(rows) - queue.free)))
+                files, within = np.divmod(rows, source.rows_per_file)
+                addresses = address + np.arange(start, start + len(rows)) * size
+                sizes = np.full(len(rows), size)
+                self._prepare(source, files, source.data_offset + within * size, sizes, addresses, 0)
+        self._submit()
+        while queue.in_flight:
+            queue.reap(queue.in_flight)
+
+    def _read_over(self, chunks: Iterator[_Chunk], slot_bytes: int, taken: list[int]) -> None:
+        """Read chunks into the ring, and copy the rows out of it while the next ones come.
 
         Args:
-            source: the files.
-            rows: int64 `[n]`, in the order in which they are read.
-            edges: where runs begin in them.
-            order: where each row is wanted, int64 `[n]`; None for where it stands.
-            into: as in `read`.
+            chunks: of at most `slot_bytes` each.
+            slot_bytes: what a slot has.
+            taken: where the bytes that each of the wanted takes are added up.
         """
-        row_bytes, align = into.numel() // len(rows) * into.element_size(), source.alignment
-        slot_bytes = max(_SLOT_BYTES, -(-(max(row_bytes, _RUN_BYTES) + 2 * align) // PAGE) * PAGE)
-        ring, target = self._room(slot_bytes * _SLOTS), into.view(-1).view(torch.uint8).numpy()
-        stops = np.append(edges[1:], len(rows))
-        waiting: deque[tuple[int, np.ndarray, slice]] = deque()
+        waiting: deque[tuple[int, _Chunk]] = deque()
         left: dict[int, int] = {}
-        start = tag = total = 0
-        while start < len(edges) or waiting:
-            if start < len(edges) and len(waiting) < _SLOTS:
-                span = slice(start, start + _BATCH)
-                reads = _Reads.of(source, rows, edges[span], stops[span], row_bytes).up_to(slot_bytes)
-                at = tag % _SLOTS * slot_bytes + np.cumsum(reads.sizes) - reads.sizes
-                self._submit(source, reads.files, reads.offsets, reads.sizes, ring.ctypes.data + at, tag)
-                begins = np.repeat(at - reads.offsets, reads.counts) + reads.wanted
-                some = slice(edges[start], edges[start] + len(begins))
-                waiting.append((tag, begins, some))
-                left[tag] = len(at)
-                start, tag, total = start + len(at), tag + 1, total + int(reads.sizes.sum())
-                continue
-            number, begins, some = waiting.popleft()
-            while left[number]:
-                for done in self.queue.reap(left[number]):
+        tags = itertools.count()
+        while True:
+            # Every slot that is free, in one submission.
+            for chunk, tag in zip(itertools.islice(chunks, _SLOTS - len(waiting)), tags, strict=False):
+                files, offsets, sizes = chunk.reads[:3]
+                at = self._slot(tag, slot_bytes).ctypes.data + np.cumsum(sizes) - sizes
+                self._prepare(chunk.source, files, offsets, sizes, at, tag)
+                waiting.append((tag, chunk))
+                left[tag] = len(files)
+                taken[chunk.whose] += int(sizes.sum())
+            self._submit()
+            if not waiting:
+                return
+            while left[waiting[0][0]]:
+                for done in self.queue.reap(left[waiting[0][0]]):
                     left[done] -= 1
-            places = np.arange(some.start, some.stop) if order is None else order[some]
-            _copy(ring.data, begins, target.data, places * row_bytes, row_bytes)
-        return total
+            while waiting and not left[waiting[0][0]]:
+                tag, chunk = waiting.popleft()
+                chunk.copy(self._slot(tag, slot_bytes).data)
 
-    def _room(self, size: int) -> np.ndarray:
-        if len(self._ring) < size:
-            self._ring = anonymous(size)
-        return self._ring
+    def _slot(self, tag: int, size: int) -> np.ndarray:
+        if len(self._ring) < size * _SLOTS:
+            self._ring = anonymous(size * _SLOTS)
+        start = tag % _SLOTS * size
+        return self._ring[start : start + size]
 
 
 _IDLE: deque[DirectReader] = deque()

@@ -212,13 +212,13 @@ class _Safetensors(_Export):
         fd, status = open_file(box.path / name if linked else file, what=f"shard {key} of {site}")
         try:
             metadata = manifest.shard_metadata(site, block, slot)
-            layout = parse_header(spec, read_page(fd), status.st_size, metadata, where=str(file))
+            layout = parse_header(spec, read_page(fd), status.size, metadata, where=str(file))
             if layout.rows != spec.rows_in_block(block, store.n_tokens):
                 if linked:
                     box.unlink(name)
                 return False
             if not linked:
-                box.copy(fd, status.st_size, name)
+                box.copy(fd, status.size, name)
         finally:
             os.close(fd)
         self.advance(layout.rows * spec.row_bytes)

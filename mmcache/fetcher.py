@@ -1,10 +1,10 @@
-"""Fetches the tokens of a batch: every site, in the order of the epoch, converted, on the device."""
+"""Fetches the tokens of some batches: every site, in the order of the epoch, converted, on the device."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from mmcache.devices import is_cpu
 from mmcache.dlpack import tensor_over
 from mmcache.held import pieces
 from mmcache.store import Store, open_store
+from mmcache.together import Gather, gather_together
 from mmcache.training_batch import Batch
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from mmcache.read_ahead import ReadAhead
     from mmcache.site_view import SiteView
 
-__all__ = ["Fetched", "Fetcher", "Source"]
+__all__ = ["Fetched", "Fetcher", "Source", "Span"]
+
+# A batch: from which place of the epoch to before which, and the state behind it.
+Span: TypeAlias = "tuple[int, int, State]"
+# The sites of a batch, and what those on a CUDA device have to be waited for with.
+_Rows: TypeAlias = "tuple[dict[str, torch.Tensor], torch.cuda.Event | None]"
 
 
 @dataclass(frozen=True)
@@ -113,24 +119,22 @@ class Fetcher:
         if source.device.type == "cuda":
             self._stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
 
-    def fetch(self, start: int, stop: int, state: State) -> Fetched:
-        """Fetch the tokens at the places from `start` to before `stop` of the epoch; blocks until they are there.
+    def fetch(self, spans: Sequence[Span]) -> list[Fetched]:
+        """Fetch batches; blocks until their tokens are there.
 
-        On CUDA, until the copy is queued. Errors as `SiteView.gather`.
+        On CUDA, until the copies are queued. Errors as `SiteView.gather`: then none of them is given.
         """
-        source = self._source
-        positions = source.kept.positions(self._order.indices(start, stop))
-        if self._read_ahead is not None:
-            self._read_ahead.need(start, stop)
-        done = None
-        if self._stream is not None:
-            rows, done = self._on_cuda(positions, self._stream)
-        else:
-            rows = self._on_host(positions)
-            if not is_cpu(source.device):
-                rows = {site: found.to(source.device) for site, found in rows.items()}
-        batch = Batch.of(rows, torch.from_numpy(positions), torch.from_numpy(self._tokens_at(positions)), state)
-        return Fetched(batch, done)
+        positions = []
+        for start, stop, _ in spans:
+            positions.append(self._source.kept.positions(self._order.indices(start, stop)))
+            if self._read_ahead is not None:
+                self._read_ahead.need(start, stop)
+        fetched = self._on_host(positions) if self._stream is None else self._on_cuda(positions, self._stream)
+        batches = []
+        for (_, _, state), where, (rows, done) in zip(spans, positions, fetched, strict=True):
+            tokens = torch.from_numpy(self._tokens_at(where))
+            batches.append(Fetched(Batch.of(rows, torch.from_numpy(where), tokens, state), done))
+        return batches
 
     def close(self) -> None:
         """Read nothing more ahead. Does not block."""
@@ -146,17 +150,23 @@ class Fetcher:
             found[piece] = self._tokens[positions[piece]]
         return found
 
-    def _on_host(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        shapes = self._source.shapes(len(positions))
-        conversions = self._source.conversions
-        out = self._lend(self._buffers, {site: (shapes[site], made.dtype) for site, made in conversions.items()})
-        stored = {site: (shapes[site], made.stored) for site, made in conversions.items() if made.staged}
-        staged = self._lend(self._staging, stored)
-        for site, conversion in conversions.items():
-            rows = staged.get(site, out[site])
-            self._source.store[site].gather(positions, layers=self._source.layers, out=rows)
-            conversion.apply(rows, out[site])
-        return out
+    def _on_host(self, positions: Sequence[np.ndarray]) -> list[_Rows]:
+        source, conversions, device = self._source, self._source.conversions, self._source.device
+        wanted, found = [], []
+        for where in positions:
+            shapes = source.shapes(len(where))
+            out = self._lend(self._buffers, {site: (shapes[site], made.dtype) for site, made in conversions.items()})
+            kept = {site: (shapes[site], made.stored) for site, made in conversions.items() if made.staged}
+            staged = self._lend(self._staging, kept)
+            found.append((out, {site: staged.get(site, rows) for site, rows in out.items()}))
+            wanted += [Gather(source.store[site], where, source.layers, rows) for site, rows in found[-1][1].items()]
+        gather_together(wanted)
+        for out, stored in found:
+            for site, conversion in conversions.items():
+                conversion.apply(stored[site], out[site])
+        if is_cpu(device):
+            return [(out, None) for out, _ in found]
+        return [({site: rows.to(device) for site, rows in out.items()}, None) for out, _ in found]
 
     @staticmethod
     def _lend(
@@ -171,22 +181,34 @@ class Fetcher:
             for (site, (shape, dtype)), part in zip(wanted.items(), memory, strict=True)
         }
 
-    def _on_cuda(
-        self, positions: np.ndarray, stream: torch.cuda.Stream
-    ) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
+    def _on_cuda(self, positions: Sequence[np.ndarray], stream: torch.cuda.Stream) -> list[_Rows]:
         """Queue the copies, and the conversions behind them, on the side stream, from torch's own pinned memory.
 
         That is not given to anyone else before the copies from it are done.
         """
-        out = {}
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._source.device), torch.cuda.stream(stream):
-            for site, shape in self._source.shapes(len(positions)).items():
-                conversion = self._source.conversions[site]
-                pinned = torch.empty(shape, dtype=conversion.stored, pin_memory=True)
-                self._source.store[site].gather(positions, layers=self._source.layers, out=pinned)
-                rows = torch.empty(shape, dtype=conversion.stored, device=self._source.device)
-                rows.copy_(pinned, non_blocking=True)
-                out[site] = conversion.on_device(rows)
-            done.record(stream)
-        return out, done
+        source = self._source
+        found: list[_Rows] = []
+        pinned = [
+            {
+                site: torch.empty(shape, dtype=source.conversions[site].stored, pin_memory=True)
+                for site, shape in source.shapes(len(where)).items()
+            }
+            for where in positions
+        ]
+        gather_together(
+            [
+                Gather(source.store[site], where, source.layers, rows)
+                for where, sites in zip(positions, pinned, strict=True)
+                for site, rows in sites.items()
+            ]
+        )
+        with torch.cuda.device(source.device), torch.cuda.stream(stream):
+            for sites in pinned:
+                out, done = {}, torch.cuda.Event()  # type: ignore[no-untyped-call]
+                for site, stored in sites.items():
+                    rows = torch.empty_like(stored, device=source.device)
+                    rows.copy_(stored, non_blocking=True)
+                    out[site] = source.conversions[site].on_device(rows)
+                done.record(stream)
+                found.append((out, done))
+        return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmcache.descriptor import FileStatus, close_read, file_status, open_known
 from mmcache.errors import CorruptError, DiskFullError, IncompleteError, StoreNotFoundError, WriteError
 from mmcache.geometry import PAGE
 from mmcache.memory import anonymous
@@ -132,31 +133,33 @@ def read_file(path: Path, limit: int) -> bytes:
     return data
 
 
-def open_file(path: Path, *, what: str, direct: bool = False) -> tuple[int, os.stat_result]:
+def open_file(path: Path, *, what: str, direct: bool = False, known: bool = False) -> tuple[int, FileStatus]:
     """Open a plain file for reading: its descriptor, which is the caller's to close, and its status.
 
     Args:
         path: the file.
         what: what it is, for the error.
         direct: past the page cache.
+        known: it was open not long ago, so that the system need not wait for the disk.
 
     Raises:
         IncompleteError: there is no such file.
         CorruptError: the file is empty, or no plain file.
         OSError: the file system has no direct reads.
     """
+    # Non-blocking, so that a pipe put there by a stranger cannot hang the reader.
+    flags = os.O_RDONLY | os.O_NONBLOCK | (O_DIRECT if direct else 0)
     try:
-        # Non-blocking, so that a pipe put there by a stranger cannot hang the reader.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (O_DIRECT if direct else 0))
+        fd = open_known(str(path), flags) if known else os.open(path, flags)
     except FileNotFoundError as error:
         raise IncompleteError(f"{what} is not there: no file {path}") from error
     try:
-        status = os.fstat(fd)
+        status = file_status(fd)
     except BaseException:
-        os.close(fd)
+        close_read(fd)
         raise
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
-        os.close(fd)
+    if not stat.S_ISREG(status.mode) or not status.size:
+        close_read(fd)
         raise CorruptError(f"{path} is empty, or no plain file: set it aside and make it again")
     return fd, status
 
@@ -189,7 +192,7 @@ def map_file(path: Path, *, what: str) -> np.ndarray:
         CorruptError: the file is empty, or no plain file.
     """
     fd, status = open_file(path, what=what)
-    size = status.st_size
+    size = status.size
     try:
         mapped = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
     finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
+import time
 
 import numpy as np
 
@@ -14,7 +16,15 @@ _HUGE_PAGE = 2 << 20
 
 
 def available_memory() -> int:
-    """Give the bytes of memory that could be had without swapping; half of all where that is not told."""
+    """Give the bytes of memory that could be had without swapping; half of all where that is not told.
+
+    As it was a second ago, or later: asking lets go of the interpreter's lock four times.
+    """
+    return _available(int(time.monotonic()))
+
+
+@functools.lru_cache(maxsize=1)
+def _available(_second: int) -> int:
     with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as lines:  # noqa: PTH123 -- no Path for a pseudo-file
         for line in lines:
             if line.startswith("MemAvailable:"):

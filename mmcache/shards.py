@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import crc32c
 import numpy as np
 import torch
 
+from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
 from mmcache.files import list_names, map_file, open_file, read_page, read_through
 from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
 
 __all__ = ["ShardFolder", "count_present", "missing_shards"]
@@ -90,8 +91,10 @@ class ShardFolder:
             raise CorruptError(f"{file} has {layout.rows} rows, the store counts {expected}: set it aside")
         return layout
 
-    def open_file(self, slot: int, block: int, *, direct: bool = False) -> int:
-        """Open one shard's file, checked, and give its descriptor, which is the caller's to close.
+    def open_file(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, FileStatus]:
+        """Open one shard's file, checked, and give its descriptor, which is the caller's to close, and its status.
+
+        Beside a busy thread the first time takes two turns of the interpreter's lock, and each later one none.
 
         Raises:
             IncompleteError: the shard is not there.
@@ -101,16 +104,17 @@ class ShardFolder:
         if self._wait is not None:
             self._wait(slot, block)
         file, what = self._file(slot, block)
-        fd, status = open_file(file, what=what, direct=direct)
+        met = self._met.get((slot, block))
+        fd, status = open_file(file, what=what, direct=direct, known=met is not None)
         try:
-            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if self._met.get((slot, block)) != identity:
-                self._check(slot, block, read_page(fd), status.st_size)
+            identity = (status.inode, status.size, status.modified)
+            if met != identity:
+                self._check(slot, block, read_page(fd), status.size)
                 self._met[slot, block] = identity
         except BaseException:
-            os.close(fd)
+            close_read(fd)
             raise
-        return fd
+        return fd, status
 
     def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
         """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
@@ -183,11 +187,11 @@ class ShardFolder:
         spec = self.spec
         for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):
             first, last = (min(max(row - block * spec.shard_rows, 0), spec.shard_rows) for row in (start, stop))
-            fd = self.open_file(slot, block)
+            fd, _ = self.open_file(slot, block)
             try:
                 read_through(fd, HEADER_BYTES + first * spec.row_bytes, HEADER_BYTES + last * spec.row_bytes)
             finally:
-                os.close(fd)
+                close_read(fd)
 
     def overflow(self, slot: int, block: int) -> np.ndarray:
         """Count, per layer, the values that became infinite in the cast, among the rows that count.

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmcache.direct import Descriptor
+from mmcache.descriptor import Descriptor, close_read
 from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
 from mmcache.held import pieces
-from mmcache.syscalls import Residency, direct_alignment, populate
+from mmcache.syscalls import Residency, populate
 from mmcache.window import Window
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Table(NamedTuple):
 
 
 class Files(NamedTuple):
-    """The site's files as rows of one kind: a `direct.Source`."""
+    """The site's files as rows of one kind: a `runs.Source`."""
 
     site: SiteMap
     rows_per_file: int
@@ -112,13 +112,13 @@ class SiteMap:
 
     def map(self, place: int) -> None:
         """Map a shard. Raises IncompleteError or CorruptError, as `ShardFolder.open_file`."""
-        fd = self._folder.open_file(*divmod(place, self._blocks))
+        fd, status = self._folder.open_file(*divmod(place, self._blocks))
         try:
-            self.alignment = direct_alignment(fd)
-            self.owned = os.geteuid() in (0, os.fstat(fd).st_uid)
+            self.alignment = status.alignment
+            self.owned = os.geteuid() in (0, status.owner)
             self.window.map(place, fd, self._bytes_of(place))
         finally:
-            os.close(fd)
+            close_read(fd)
 
     def cached(self, table: Table, rows: np.ndarray) -> float:
         """Say which part of some rows is in memory."""
@@ -132,7 +132,7 @@ class SiteMap:
     def is_cached(self, table: Table, row: int) -> bool:
         """Tell whether a row is in memory, without its being mapped."""
         place, within = divmod(row, table.rows_per_file)
-        fd = self._folder.open_file(*divmod(place, self._blocks))
+        fd, _ = self._folder.open_file(*divmod(place, self._blocks))
         try:
             room, offset = bytearray(table.row_bytes), HEADER_BYTES + within * table.row_bytes
             return os.preadv(fd, [room], offset, os.RWF_NOWAIT) == len(room)
@@ -141,7 +141,7 @@ class SiteMap:
                 raise
             return False
         finally:
-            os.close(fd)
+            close_read(fd)
 
     @contextlib.contextmanager
     def mapped_for(self, table: Table, rows: np.ndarray) -> Iterator[None]:
@@ -178,7 +178,8 @@ class SiteMap:
         return found
 
     def _open(self, place: int) -> Descriptor:
-        made = Descriptor(self._folder.open_file(*divmod(place, self._blocks), direct=True))
+        fd, status = self._folder.open_file(*divmod(place, self._blocks), direct=True)
+        made, self.alignment = Descriptor(fd), status.alignment
         self.descriptors[place] = made
         # Whoever forgets them does not take the lock: each of these steps is whole by itself.
         for old in list(self.descriptors)[: -self.most_open]:
@@ -202,7 +203,7 @@ class SiteMap:
     def check(self, table: Table, rows: np.ndarray) -> None:
         """Raise CorruptError or IncompleteError if the shard of one of the rows is no longer what it was."""
         for place in np.unique(rows // table.rows_per_file).tolist():
-            os.close(self._folder.open_file(*divmod(place, self._blocks)))
+            close_read(self._folder.open_file(*divmod(place, self._blocks))[0])
 
     def forget(self) -> None:
         """Let go of every map and descriptor; they come back as they are needed."""

@@ -7,6 +7,7 @@ way.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -14,19 +15,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.direct import GAP_BYTES, borrowed, runs_of
+from mmcache.direct import Wanted
 from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
-from mmcache.held import pieces
+from mmcache.held import HELD, pieces
 from mmcache.memory import anonymous, available_memory
+from mmcache.row_pieces import Piece, Way, take_pieces
+from mmcache.runs import GAP_BYTES, apart, runs_of
+from mmcache.shard_maps import ShardMaps
 from mmcache.site_map import REFUSALS, SAMPLES, Files, SiteMap
-from mmcache.syscalls import AIO, will_need, will_need_all
+from mmcache.syscalls import AIO, LINUX, will_need, will_need_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mmcache.shards import ShardFolder
     from mmcache.site_map import Table
+    from mmcache.syscalls import Ranges
 
-__all__ = ["SiteRows"]
+__all__ = ["SiteRows", "best_reader"]
 
 # Fewer rows than these are looked at one by one; of more only some, and one more in so many.
 _FEW, _MORE_SAMPLES = 64, 1 << 14
@@ -154,45 +161,65 @@ class SiteRows:
             IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
             OSError: the device failed.
         """
-        site = self._map
-        if slots == self._every_slot:
-            table, rows = site.records, positions
-        else:
-            table, rows = site.rows, self._rows_of(positions, slots)
-            # Every call of torch lets go of the interpreter's lock.
-            into = into if len(slots) == 1 else into.view(-1, 1, into.shape[-1])
-        if len(rows):
-            self._take(table, rows, into)
+        for piece in self.pieces(positions, slots, into):
+            take_pieces([(self, piece)])
 
-    def _rows_of(self, positions: np.ndarray, slots: list[int]) -> np.ndarray:
-        """Give the rows of some positions in some layers, position by position: int64 `[k * len(slots)]`."""
+    def pieces(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> Iterator[Piece]:
+        """Cut what `take` is asked for into pieces that are not too long, and not of more shards than can be mapped."""
+        yield from self._cut(Piece(*self._rows_of(positions, slots, into)))
+
+    def _rows_of(
+        self, positions: np.ndarray, slots: list[int], into: torch.Tensor
+    ) -> tuple[Table, np.ndarray, torch.Tensor]:
+        """Give the rows of some positions in some layers, int64 `[n]`, position by position, and their places."""
+        if slots == self._every_slot:
+            return self._map.records, positions, into
         count, site = len(positions), self._map
         rows, steps = np.empty((count, len(slots)), np.int64), np.array(slots, np.int64) * site.layer_step
         for some in pieces(count, count, width=len(slots)):
             rows[some] = positions[some, None] * site.position_step + steps
-        return rows.reshape(-1)
+        # Every call of torch lets go of the interpreter's lock.
+        return site.rows, rows.reshape(-1), into if len(slots) == 1 else into.view(-1, 1, into.shape[-1])
 
-    def _take(self, table: Table, rows: np.ndarray, into: torch.Tensor) -> None:
-        """Take rows in pieces that are not too long, and not of more shards than can be mapped."""
+    def _cut(self, piece: Piece) -> Iterator[Piece]:
+        table, rows, into = piece
         count, most = len(rows), self._map.window.most_maps
         if count <= _MOST_ROWS and (
             self._map.window.count <= most or len(np.unique(rows // table.rows_per_file)) <= most
         ):
-            self._piece(table, rows, into)
+            if count:
+                yield piece
             return
         step = min(_MOST_ROWS, -(-count // 2))
         for start in range(0, count, step):
-            self._take(table, rows[start : start + step], into[start : start + step])
+            yield from self._cut(Piece(table, rows[start : start + step], into[start : start + step]))
 
-    def _piece(self, table: Table, rows: np.ndarray, into: torch.Tensor) -> None:
+    def way(self, piece: Piece) -> Way:
+        """Choose how a piece is best taken."""
+        table, rows, _ = piece
         sample = rows if len(rows) < _FEW else rows[:: len(rows) // (SAMPLES + len(rows) // _MORE_SAMPLES)]
         cached = self._map.cached(table, sample)
-        past_cache = cached <= 0.5 and len(rows) >= _FEW and not self._worth_caching(table, rows, sample)
-        if not (past_cache and self._read(table, rows, into)):
-            if cached == 1.0 and len(rows) >= _MANY and 0 in self._map.window.filled:
-                self._map.populate()
-            self._copy(table, rows, into, advise=cached < 1.0)
-            self._map.window.tally(len(rows))
+        if cached <= 0.5 and len(rows) >= _FEW and not self._worth_caching(table, rows, sample):
+            return Way.DIRECT
+        if cached == 1.0 and len(rows) >= _MANY and 0 in self._map.window.filled:
+            self._map.populate()
+        return Way.ADVISED if cached < 1.0 else Way.MAPPED
+
+    def wanted(self, piece: Piece) -> Wanted:
+        """Say what to read past the page cache for a piece."""
+        return Wanted(Files(self._map, piece.table.rows_per_file), piece.rows, piece.into)
+
+    def was_read(self, size: int) -> None:
+        """Note that so many bytes were read past the page cache."""
+        self._bytes_past_cache += size
+
+    def was_refused(self) -> None:
+        """Note that the system has no direct reads."""
+        self._direct = False
+
+    def check(self, piece: Piece) -> None:
+        """Raise CorruptError or IncompleteError if a shard of the piece is no longer what it was."""
+        self._map.check(piece.table, piece.rows)
 
     def _worth_caching(self, table: Table, rows: np.ndarray, sample: np.ndarray) -> bool:
         """Say whether rows that are not in memory should come through the page cache.
@@ -204,48 +231,56 @@ class SiteRows:
         if self._asked_before(hash(sample.tobytes())) or not self._direct:
             return True
         size = self._map.window.place_bytes * self._map.window.count
-        apart = (abs(int(rows[-1]) - int(rows[0])) / len(rows) - 1) * table.row_bytes
-        return (apart <= GAP_BYTES or self._bytes_past_cache >= size) and size < available_memory() // 2
+        between = (abs(int(rows[-1]) - int(rows[0])) / len(rows) - 1) * table.row_bytes
+        return (between <= GAP_BYTES or self._bytes_past_cache >= size) and size < available_memory() // 2
 
-    def _read(self, table: Table, rows: np.ndarray, into: torch.Tensor) -> bool:
-        """Read rows past the page cache; False where the system refuses that."""
-        try:
-            with borrowed() as reader:
-                self._bytes_past_cache += reader.read(Files(self._map, table.rows_per_file), rows, into)
-        except OSError as error:
-            if error.errno in REFUSALS:
-                self._direct = False
-                return False
-            # A file that was cut short meanwhile is told as that.
-            self._map.check(table, rows)
-            raise
-        return True
+    def advice(self, piece: Piece) -> list[Ranges]:
+        """Give the ranges of memory of as many of a piece's rows as may come in before the first is copied."""
+        with self._map.mapped_for(piece.table, piece.rows):
+            return self._ranges(piece.table, piece.rows[: 2 * self._step(piece)])
 
-    def _copy(self, table: Table, rows: np.ndarray, into: torch.Tensor, *, advise: bool) -> None:
-        """Copy rows from the map; with `advise`, many are asked for at once before the first one is waited for."""
+    def copy(self, piece: Piece, *, advised: bool = False) -> None:
+        """Copy rows from the map; with `advised`, behind `advice`, the rest is asked for meanwhile."""
+        table, rows, into = piece
         indices = torch.from_numpy(rows)
         with self._map.mapped_for(table, rows):
-            if not advise:
+            step = self._step(piece) if advised else len(rows)
+            if step >= len(rows):
                 torch.index_select(table.tensor, 0, indices, out=into)
-                return
-            step = max(1, _ADVISED_BYTES // table.row_bytes)
-            for start in range(0, len(rows), step):
-                # The next ones are on their way while these are copied.
-                self._advise(table, rows[start + step if start else 0 : start + 2 * step])
-                some = slice(start, start + step)
-                torch.index_select(table.tensor, 0, indices[some], out=into[some])
+            else:
+                for start in range(0, len(rows), step):
+                    if start:
+                        will_need_all(self._ranges(table, rows[start + step : start + 2 * step]))
+                    some = slice(start, start + step)
+                    torch.index_select(table.tensor, 0, indices[some], out=into[some])
+        self._map.window.tally(len(rows))
 
-    def _advise(self, table: Table, rows: np.ndarray) -> None:
-        if not len(rows):
-            return
-        rows = np.sort(rows)
-        edges = runs_of(rows, table.rows_per_file, table.row_bytes)
-        last = rows[np.append(edges[1:], len(rows)) - 1]
-        begin = self._map.window.address + rows[edges] * table.row_bytes
-        end = self._map.window.address + (last + 1) * table.row_bytes
-        begin -= begin % PAGE
-        will_need_all(begin, end - begin)
+    @staticmethod
+    def _step(piece: Piece) -> int:
+        return max(1, _ADVISED_BYTES // piece.table.row_bytes)
+
+    def _ranges(self, table: Table, rows: np.ndarray) -> list[Ranges]:
+        """Give the pages of some rows, those of rows that lie close together as one range."""
+        size, address = table.row_bytes, self._map.window.address
+        if len(rows) and not apart(rows, size):
+            rows = np.sort(rows)
+            edges = runs_of(rows, table.rows_per_file, size)
+            last = rows[np.append(edges[1:], len(rows)) - 1]
+            begin = address + rows[edges] * size
+            begin -= begin % PAGE
+            return [(begin, address + (last + 1) * size - begin)]
+        begins = (address + rows[start : start + HELD] * size for start in range(0, len(rows), HELD))
+        return [(begin - begin % PAGE, begin % PAGE + size) for begin in begins]
 
     def forget(self) -> None:
         """Let go of every map and descriptor; they come back as they are needed."""
         self._map.forget()
+
+
+def best_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> SiteRows | ShardMaps:
+    """Give the fast way to the rows of a site, or where it is not to be had, the simple one; arguments as theirs."""
+    if LINUX:
+        # Refused where address space is limited.
+        with contextlib.suppress(OSError):
+            return SiteRows(folder, layout, n_layers, most_open)
+    return ShardMaps(folder, layout, n_layers, most_open)

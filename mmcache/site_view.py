@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from operator import index as whole
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -12,15 +11,15 @@ import torch
 from mmcache.devices import fill_device, is_cpu, own_copy
 from mmcache.errors import ArgumentError, DtypeError, OutOfRangeError, ShapeError
 from mmcache.positions import Positions, whole_positions
-from mmcache.shard_maps import ShardMaps
-from mmcache.site_rows import SiteRows
+from mmcache.site_rows import best_reader
 from mmcache.site_statistics import merge_site
-from mmcache.syscalls import LINUX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mmcache.shard_maps import ShardMaps
     from mmcache.shards import ShardFolder
+    from mmcache.site_rows import SiteRows
     from mmcache.site_statistics import SiteStatistics
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]
@@ -101,17 +100,16 @@ class SiteView:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def rows_of(self, layers: Sequence[int] | None) -> tuple[SiteRows | ShardMaps, list[int]]:
+        """Give what reads the rows, and the slots of some layers (None: all), or raise OutOfRangeError."""
+        slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
+        return self._reader or self._read_by(), slots
+
     def _read_by(self) -> SiteRows | ShardMaps:
         """Give what reads the rows: made when it is first needed, since it takes address space."""
-        if self._reader is None:
-            given = (self._folder, self._layout, len(self._slots), self._max_maps)
-            made: SiteRows | ShardMaps | None = None
-            if LINUX:
-                # Refused where address space is limited.
-                with contextlib.suppress(OSError):
-                    made = SiteRows(*given)
-            # Two threads may make one each: no lock, which a fork might inherit locked.
-            self._reader = self._reader or made or ShardMaps(*given)
+        # Two threads may make one each: no lock, which a fork might inherit locked.
+        made = best_reader(self._folder, self._layout, len(self._slots), self._max_maps)
+        self._reader = self._reader or made
         return self._reader
 
     def _forget(self) -> None:
@@ -280,7 +278,7 @@ class SiteView:
             IncompleteError, CorruptError: as `get_position`.
             OSError: the device failed.
         """
-        slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
+        _, slots = self.rows_of(layers)
         wanted = whole_positions(positions, self._n_tokens, self._bad_position)
         shape = (len(wanted), len(slots), self.d_model)
         if out is not None and (tuple(out.shape) != shape or out.dtype != self.dtype):

@@ -17,25 +17,30 @@ import os
 import platform
 import sys
 from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from mmcache.geometry import PAGE
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = [
     "AIO",
     "EVENT",
     "IOCB",
+    "LIBC",
     "LINUX",
     "PORTABLE",
     "READ",
     "WRITE",
+    "Ranges",
     "Residency",
     "aio_destroy",
     "aio_reap",
     "aio_setup",
     "aio_submit",
-    "direct_alignment",
     "dont_need",
     "map_over",
     "page_table_bytes",
@@ -70,10 +75,13 @@ _SHARED, _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x40
 _RANDOM, _WILLNEED, _DONTNEED, _POPULATE_READ = 1, 3, 4, 22
 _FAILED = ctypes.c_void_p(-1).value
 _MOST_RANGES = 1024
-_EMPTY_PATH, _DIOALIGN = 0x1000, 0x2000
 _HUGE = 2 << 20
 
-_held = ctypes.PyDLL(None, use_errno=True)
+# Where ranges of memory begin, on pages, and how long they are: int64 `[n]` each.
+Ranges: TypeAlias = "tuple[np.ndarray, np.ndarray]"
+
+# The C library, called without letting go of the lock.
+LIBC = _held = ctypes.PyDLL(None, use_errno=True)
 _let_go = ctypes.CDLL(None, use_errno=True)
 if LINUX:
     _held.mmap.restype = ctypes.c_void_p
@@ -155,15 +163,20 @@ def populate(address: int, size: int) -> None:
     _let_go.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ)
 
 
-def will_need_all(addresses: np.ndarray, sizes: np.ndarray) -> None:
-    """Begin to read many ranges of mapped pages: int64 `[n]` each, addresses those of pages.
+def will_need_all(ranges: Sequence[Ranges]) -> None:
+    """Begin to read many ranges of mapped pages, all of them in one go.
 
     One call for 1,024 ranges where the kernel knows it (Linux 5.10), one each otherwise.
     """
     pidfd = _own_pidfd(os.getpid())
-    vectors = np.stack([addresses, sizes], axis=1).astype(np.uint64)
+    vectors = np.empty((sum(len(addresses) for addresses, _ in ranges), 2), np.uint64)
+    start = 0
+    for addresses, sizes in ranges:
+        some = vectors[start : start + len(addresses)]
+        some[:, 0], some[:, 1] = addresses, sizes
+        start += len(addresses)
     for start in range(0, len(vectors), _MOST_RANGES):
-        some = np.ascontiguousarray(vectors[start : start + _MOST_RANGES])
+        some = vectors[start : start + _MOST_RANGES]
         done = -1
         if pidfd >= 0:
             done = _let_go.syscall(
@@ -191,21 +204,6 @@ class Residency:
         reach = address + size - first
         _held.mincore(first, reach, self._at)
         return self._pages.find(0, 0, -(-reach // PAGE)) < 0
-
-
-def direct_alignment(fd: int) -> int:
-    """Say what offsets, sizes and addresses of direct I/O must be multiples of for a file.
-
-    A page where the kernel does not say (before Linux 6.1), and where it says that the file has none, as an encrypted
-    one: opening it for direct I/O is refused there, or its reads go through the page cache and may be of any size.
-    """
-    told = ctypes.create_string_buffer(256)
-    if _held.statx(fd, b"", _EMPTY_PATH, _DIOALIGN, told):
-        return PAGE
-    if not int.from_bytes(told.raw[:4], "little") & _DIOALIGN:
-        return PAGE
-    memory, offset = (int.from_bytes(told.raw[at : at + 4], "little") for at in (152, 156))
-    return max(memory, offset) or PAGE
 
 
 def page_table_bytes() -> int:

@@ -1,11 +1,13 @@
 """Asynchronous requests: what is asked for comes, failures are told, nothing is in flight afterwards."""
 
+import errno
 import os
 
 import numpy as np
 import pytest
 
-from mmcache.aio import Queue
+from mmcache import aio
+from mmcache.aio import Queue, deepest
 from mmcache.memory import anonymous
 from mmcache.syscalls import AIO, READ, WRITE
 
@@ -32,7 +34,8 @@ def submit(queue, opcode, fd, room, pieces, tag=0):
     count = len(pieces)
     addresses = room.ctypes.data + np.arange(count) * PIECE
     fds, sizes = np.full(count, fd), np.full(count, PIECE)
-    queue.submit(opcode, fds, addresses, sizes, np.asarray(pieces) * PIECE, tag)
+    queue.prepare(opcode, fds, addresses, sizes, np.asarray(pieces) * PIECE, tag)
+    queue.submit()
 
 
 def read_one(queue, fd, room, piece):
@@ -54,7 +57,7 @@ def test_reads_come_from_where_they_were_asked(queue, file):
         with queue:
             submit(queue, READ, fd, room, pieces[:10], tag=1)
             submit(queue, READ, fd, room[10 * PIECE :], pieces[10:], tag=2)
-            assert queue.in_flight == 16
+            assert (queue.in_flight, queue.free) == (16, 0)
             tags = []
             while queue.in_flight:
                 tags += queue.reap(1)
@@ -105,3 +108,64 @@ def test_a_queue_can_be_closed_twice(queue):
     queue.close()
     queue.close()
     assert queue.closed
+
+
+def test_what_was_prepared_is_submitted_in_one_go(queue, file, monkeypatch):
+    fd, room, calls = os.open(file, os.O_RDONLY), anonymous(16 * PIECE), []
+    real = aio.aio_submit
+    monkeypatch.setattr(aio, "aio_submit", lambda *given: calls.append(1) or real(*given))
+    with queue:
+        for piece in range(16):
+            place = room.ctypes.data + np.array([piece * PIECE])
+            queue.prepare(READ, np.array([fd]), place, np.array([PIECE]), np.array([(63 - piece) * PIECE]), piece)
+            assert queue.free == 15 - piece
+        queue.submit()
+        tags = []
+        while queue.in_flight:
+            tags += queue.reap(1)
+    assert sorted(tags) == list(range(16))
+    assert calls == [1]
+    data = file.read_bytes()
+    assert room.tobytes() == b"".join(data[(63 - piece) * PIECE : (64 - piece) * PIECE] for piece in range(16))
+    os.close(fd)
+
+
+def test_what_was_prepared_and_never_submitted_is_forgotten(queue):
+    with queue:
+        queue.prepare(READ, *(np.zeros(5, np.int64) for _ in range(4)))
+        assert queue.free == 11
+    with queue:
+        assert queue.free == 16
+
+
+def test_where_few_requests_are_left_the_queue_is_shallower(monkeypatch):
+    left, real = [1024], aio.aio_setup
+
+    def setup(depth):
+        if depth > left[0]:
+            raise OSError(errno.EAGAIN, "none left")
+        return real(depth)
+
+    monkeypatch.setattr(aio, "aio_setup", setup)
+    depths = []
+    for left[0] in (5000, 1024, 300):
+        queue = deepest()
+        depths.append(queue.depth)
+        queue.close()
+    assert depths == [4096, 1024, 256]
+    left[0] = 100
+    with pytest.raises(BlockingIOError, match="none left"):
+        deepest()
+
+
+def test_another_refusal_is_told_at_once(monkeypatch):
+    calls = []
+
+    def setup(depth):
+        calls.append(depth)
+        raise OSError(errno.ENOSYS, "no such call")
+
+    monkeypatch.setattr(aio, "aio_setup", setup)
+    with pytest.raises(OSError, match="no such call"):
+        deepest()
+    assert len(calls) == 1

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import DTYPES, FORKS, forked, python, same, without_sync
 
 import mmcache
-from mmcache import batch_feed
+from mmcache import fetcher
 from mmcache.batch_feed import BatchFeed
 from mmcache.feed_plan import Position
 from mmcache.site_view import SiteView
@@ -242,40 +242,66 @@ if sys.argv[2] == "cycle":
     assert done.stderr == "" or (how == "raise" and done.stderr.endswith("RuntimeError: mine\n"))
 
 
-def test_errors_in_the_background_are_raised_as_they_are(store, monkeypatch):
-    gather, calls = SiteView.gather, itertools.count()
+def grouped(monkeypatch, most):
+    """Let at most so many batches be fetched together."""
+    monkeypatch.setattr("mmcache.dataset._MOST_TOGETHER", most)
 
-    def fail(self, *args, **options):
-        if next(calls) == 7:
-            raise mmcache.CorruptError("this one")
-        return gather(self, *args, **options)
 
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_a_token_that_cannot_be_read_ends_the_epoch_behind_the_batches_before_it(store, monkeypatch, most):
+    grouped(monkeypatch, most)
+    gather = fetcher.gather_together
     data = dataset(store, sites=["wide"], batch_size=50)
-    monkeypatch.setattr(SiteView, "gather", fail)
-    batches, found = iter(data), []
-    with pytest.raises(mmcache.CorruptError, match="this one"):
-        found.extend(batches)
-    assert list(batches) == []
-    # The one that failed is the eighth to begin: those of the other threads may come before it.
-    assert len(found) <= 7 + batch_feed._THREADS - 1
-    assert data.state_dict()["step"] == len(found)
-    assert_quiet()
-    # It goes on from the last good one.
-    monkeypatch.setattr(SiteView, "gather", gather)
-    data.load_state_dict(data.state_dict())
-    assert positions(found) + positions(data) == positions(dataset(store, sites=["wide"], batch_size=50))
+    expected = positions(dataset(store, sites=["wide"], batch_size=50))
+    for bad in (0, 7, 13):
+        token = expected[bad * 50 + 20]
+
+        def fail(wanted, token=token):
+            gather(wanted)
+            if any(token in one.positions for one in wanted):
+                raise mmcache.CorruptError("this one")
+
+        data.set_epoch(1)
+        data.set_epoch(0)
+        monkeypatch.setattr(fetcher, "gather_together", fail)
+        batches, found = iter(data), []
+        with pytest.raises(mmcache.CorruptError, match="this one"):
+            found.extend(batches)
+        assert list(batches) == []
+        assert positions(found) == expected[: bad * 50]
+        assert data.state_dict()["step"] == len(found)
+        assert_quiet()
+        # It goes on from the last good one.
+        monkeypatch.setattr(fetcher, "gather_together", gather)
+        data.load_state_dict(data.state_dict())
+        assert positions(found) + positions(data) == expected
+
+
+def test_what_fails_once_when_batches_are_fetched_together_comes_one_by_one(store, monkeypatch):
+    grouped(monkeypatch, 4)
+    gather, calls = fetcher.gather_together, itertools.count()
+
+    def fail(wanted):
+        if next(calls) % 5 == 2:
+            raise OSError("not now")
+        gather(wanted)
+
+    monkeypatch.setattr(fetcher, "gather_together", lambda wanted: fail(wanted) if len(wanted) > 1 else gather(wanted))
+    options = {"sites": ["wide"], "batch_size": 20}
+    assert positions(dataset(store, **options)) == positions(dataset(store, **options, rank=0, world_size=1))
+    assert next(calls) > 3
 
 
 def test_no_more_than_so_many_are_fetched_ahead(store, monkeypatch):
-    gather, done = SiteView.gather, []
+    gather, done = fetcher.gather_together, []
 
-    def record(self, *args, **options):
-        done.append(1)
-        return gather(self, *args, **options)
+    def record(wanted):
+        done.extend(wanted)
+        return gather(wanted)
 
     data = dataset(store, sites=["wide"], batch_size=5)
-    monkeypatch.setattr(SiteView, "gather", record)
-    assert data._ahead == 16
+    monkeypatch.setattr(fetcher, "gather_together", record)
+    assert (data._group, data._ahead) == (8, 32)
     for number, _ in enumerate(data):
         if number % 20 == 0:
             time.sleep(0.02)
@@ -283,11 +309,20 @@ def test_no_more_than_so_many_are_fetched_ahead(store, monkeypatch):
     assert len(done) == len(data)
 
 
-def test_large_batches_are_fetched_three_ahead(store, monkeypatch):
-    monkeypatch.setattr("mmcache.dataset._AHEAD_BYTES", 1)
+def test_large_batches_are_fetched_each_by_itself(store, monkeypatch):
+    monkeypatch.setattr("mmcache.dataset._GROUP_BYTES", 1)
     data = dataset(store)
-    assert data._ahead == 3
+    assert (data._group, data._ahead) == (1, 4)
     assert len(list(data)) == len(data)
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_batches_are_the_same_however_many_are_fetched_together(store, monkeypatch, most):
+    grouped(monkeypatch, most)
+    data = dataset(store, batch_size=48)
+    found = [fingerprint(batch) for batch in data]
+    grouped(monkeypatch, 2)
+    assert found == [fingerprint(batch) for batch in dataset(store, batch_size=48)]
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)

@@ -6,45 +6,18 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mmcache import direct
-from mmcache.direct import GAP_BYTES, Descriptor, DirectReader, borrowed, runs_of
+from mmcache import aio, direct
+from mmcache.descriptor import Descriptor
+from mmcache.direct import DirectReader, Wanted, borrowed
+from mmcache.runs import GAP_BYTES
 from mmcache.syscalls import AIO
 
 needs_aio = pytest.mark.skipif(not AIO, reason="no asynchronous I/O here, or the fast paths are switched off")
 
 
-@given(
-    rows=st.lists(st.integers(0, 5000), min_size=1, max_size=200).map(sorted),
-    per_file=st.integers(1, 700),
-    row_bytes=st.integers(1, 1 << 20),
-)
-def test_runs_cover_every_row_within_a_file_and_the_allowed_gaps(rows, per_file, row_bytes):
-    rows = np.array(rows, np.int64)
-    edges = runs_of(rows, per_file, row_bytes)
-    assert edges[0] == 0
-    assert (np.diff(edges) > 0).all()
-    for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
-        run = rows[start:stop]
-        assert len(set((run // per_file).tolist())) == 1
-        assert ((np.diff(run) - 1) * row_bytes <= GAP_BYTES).all()
-        assert (run[-1] - run[0] + 1) * row_bytes <= max(row_bytes, 1 << 20)
-    # And no two that could have been one: each begins where a rule says so.
-    for edge in edges[1:]:
-        before, here = rows[edge - 1], rows[edge]
-        first = rows[edges[edges < edge][-1]]
-        assert (
-            before // per_file != here // per_file
-            or (here - before - 1) * row_bytes > GAP_BYTES
-            or (here - first + 1) * row_bytes > (1 << 20) - 2 * row_bytes
-            or (here - first) // max(1, (1 << 20) // row_bytes) > 0
-        )
-
-
 class Files:
-    """Rows in files whose data begin at byte 4096, as `direct.Source` wants them."""
+    """Rows in files whose data begin at byte 4096, as `runs.Source` wants them."""
 
     data_offset = 4096
 
@@ -67,7 +40,7 @@ def read(files, rows, shift=0):
     room = torch.zeros(len(rows) * width + shift, dtype=torch.int16)
     into = room[shift:].view(len(rows), width)
     with borrowed() as reader:
-        taken = reader.read(files, np.asarray(rows, np.int64), into)
+        (taken,) = reader.read([Wanted(files, np.asarray(rows, np.int64), into)])
     return into.numpy().view(np.uint16), taken
 
 
@@ -103,6 +76,35 @@ def test_more_than_the_ring_and_the_queue_hold(tmp_path):
     rows = np.random.default_rng(2).permutation(20_000)[:15_000] // 40 * 40 % 20_000
     found, _ = read(files, rows)
     assert (found == files.rows[rows]).all()
+
+
+@needs_aio
+@pytest.mark.parametrize("depth", [4096, 256])
+def test_what_several_want_is_read_in_one_go(tmp_path, monkeypatch, depth):
+    monkeypatch.setattr(aio, "_DEPTHS", (depth,))
+    direct._IDLE.clear()
+    generator, sources = np.random.default_rng(4), []
+    for number, (width, alignment) in enumerate([(9216, 512), (256, 512), (77, 4096), (4096, 512)]):
+        (tmp_path / str(number)).mkdir()
+        sources.append(Files(tmp_path / str(number), 100, width, 3, alignment))
+    wanted = [
+        Wanted(files, rows, torch.zeros(len(rows), files.rows.shape[1], dtype=torch.int16))
+        for turn in range(3)
+        for files in sources
+        for rows in [generator.permutation(300)[: [300, 5, 120][turn]]]
+    ]
+    submitted, real = [], aio.aio_submit
+    monkeypatch.setattr(aio, "aio_submit", lambda *given: submitted.append(1) or real(*given))
+    with borrowed() as reader:
+        taken = reader.read(wanted)
+        assert not reader._opened
+    for (files, rows, into), size in zip(wanted, taken, strict=True):
+        assert (into.numpy().view(np.uint16) == files.rows[rows]).all()
+        assert 0 < size <= len(rows) * (files.rows.shape[1] * 2 + 2 * files.alignment + GAP_BYTES)
+    # Once for what goes straight to its place, once or twice for the ring.
+    assert len(submitted) <= (5 if depth == 4096 else 60)
+    direct._IDLE.clear()
+    reader.queue.close()
 
 
 @needs_aio

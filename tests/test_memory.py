@@ -1,4 +1,4 @@
-from mmcache.memory import anonymous, available_memory
+from mmcache.memory import _available, anonymous, available_memory
 
 
 def test_memory_of_our_own_begins_on_a_page_and_is_zeros():
@@ -17,4 +17,6 @@ def test_available_memory_is_guessed_where_the_system_does_not_tell(monkeypatch)
         raise FileNotFoundError
 
     monkeypatch.setattr("builtins.open", refuse)
+    _available.cache_clear()
     assert 1 << 20 < available_memory() < 1 << 50
+    _available.cache_clear()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import FORKS, forked, maps_below, same, shards, without_sync
 
 import mmcache
-from mmcache import site_map, site_rows
+from mmcache import row_pieces, site_map, site_rows
 from mmcache.shard_maps import ShardMaps
 from mmcache.site_rows import SiteRows
 from mmcache.syscalls import AIO, LINUX
@@ -120,7 +120,7 @@ def refuse_queue(monkeypatch):
     def refuse():
         raise OSError(errno.EAGAIN, "no more asynchronous I/O")
 
-    monkeypatch.setattr(site_rows, "borrowed", refuse)
+    monkeypatch.setattr(row_pieces, "borrowed", refuse)
 
 
 def refuse_direct(monkeypatch):
@@ -148,21 +148,17 @@ def test_where_direct_reads_are_refused_advice_does(made, view, monkeypatch, ref
 
 
 @pytest.mark.skipif(not AIO, reason="no asynchronous I/O here")
-def test_what_is_asked_for_again_comes_through_the_page_cache(made, view):
+def test_what_is_asked_for_again_comes_through_the_page_cache(made, view, monkeypatch):
     fast, _ = ways(view)
     read, copied = [], []
-    real_read, real_copy = fast._read, fast._copy
-    fast._read = lambda *given: read.append(1) or real_read(*given)
-    fast._copy = lambda *given, **named: copied.append(named["advise"]) or real_copy(*given, **named)
-    monster = site_rows.available_memory
-    site_rows.available_memory = lambda: 0  # as if the site did not fit
-    try:
-        drop(made[0])
-        positions = np.random.default_rng(0).permutation(TOKENS)[:100]
-        for _ in range(3):
-            take(fast, positions, [1], view.d_model)
-    finally:
-        site_rows.available_memory = monster
+    real_read, real_copy = row_pieces._read, fast.copy
+    monkeypatch.setattr(row_pieces, "_read", lambda wanted: read.append(1) or real_read(wanted))
+    fast.copy = lambda *given, advised=False: copied.append(advised) or real_copy(*given, advised=advised)
+    monkeypatch.setattr(site_rows, "available_memory", lambda: 0)  # as if the site did not fit
+    drop(made[0])
+    positions = np.random.default_rng(0).permutation(TOKENS)[:100]
+    for _ in range(3):
+        take(fast, positions, [1], view.d_model)
     if len(read) == 1:
         # First past it, then into it, then from it.
         assert copied == [True, False]

@@ -3,15 +3,13 @@
 import os
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support import FORKS, forked, maps_below
 
-from mmcache import syscalls
 from mmcache import window as module
-from mmcache.syscalls import LINUX, Residency, direct_alignment, populate, reserve, will_need_all
+from mmcache.syscalls import LINUX, Residency, populate, reserve, will_need_all
 from mmcache.window import Window
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")
@@ -169,31 +167,9 @@ def test_advice_brings_rows_into_memory(window, tmp_path):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
     addresses = window.address + np.arange(4) * PLACE
-    will_need_all(addresses, np.full(4, PLACE))
+    will_need_all([(addresses[:1], np.full(1, PLACE)), (addresses[1:], np.full(3, PLACE))])
     residency, deadline = Residency(PLACE), time.monotonic() + 10
     while not all(residency.whole(int(address), PLACE) for address in addresses):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     populate(window.address, PLACE)
-
-
-@pytest.mark.usefixtures("files")
-def test_the_alignment_of_direct_reads_is_a_power_of_two(tmp_path):
-    fd = os.open(tmp_path / "0", os.O_RDONLY)
-    alignment = direct_alignment(fd)
-    os.close(fd)
-    assert alignment & (alignment - 1) == 0
-    assert alignment <= 4096
-
-
-def test_where_a_file_has_no_direct_reads_they_would_be_of_pages(tmp_path, monkeypatch):
-    def statx(_fd, _path, _flags, _mask, told):
-        # As of an encrypted file: the kernel knows the answer, and it is zero.
-        told.raw = syscalls._DIOALIGN.to_bytes(4, "little").ljust(256, b"\0")
-        return 0
-
-    monkeypatch.setattr(syscalls, "_held", SimpleNamespace(statx=statx))
-    (tmp_path / "file").write_bytes(bytes(4096))
-    fd = os.open(tmp_path / "file", os.O_RDONLY)
-    assert direct_alignment(fd) == 4096
-    os.close(fd)

@@ -124,7 +124,8 @@ def _random_reads(files: Sequence[Path], size: int, count: int, depth: int) -> f
                     slot = free.pop()
                     some = slice(at, at + 1)
                     fd = np.array([fds[chosen[at]]])
-                    queue.submit(READ, fd, places[slot : slot + 1], np.array([step]), offsets[some], slot)
+                    queue.prepare(READ, fd, places[slot : slot + 1], np.array([step]), offsets[some], slot)
+                    queue.submit()
                     at += 1
                 else:
                     free += queue.reap(1)
