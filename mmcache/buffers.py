@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING
@@ -16,12 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Buffers"]
 
+# What is kept for the next ones to need memory, when those that took it are gone; of less, fresh memory costs nothing.
+_SPARE_BYTES, _WORTH_SPARING = 256 << 20, 2 << 20
+_spare: deque[np.ndarray] = deque()
+
 
 class Buffers:
     """Buffers for what is of one size again and again. Safe to use from several threads.
 
-    Fresh memory is written at a fraction of the rate of memory that was written before, and the system has to clear
-    it: so what nobody uses any more is kept for the next one.
+    Fresh memory is written at a fraction of the rate of memory that was written before: the system has to clear it, and
+    a virtual machine to get it first. So what nobody uses any more is kept for the next one, and at the end up to 256
+    MiB for whatever else of the process takes such memory.
 
     Args:
         most: buffers that are kept while nobody uses them.
@@ -30,6 +36,7 @@ class Buffers:
     def __init__(self, most: int) -> None:
         # Its methods are atomic, so that a finaliser may call them wherever it comes.
         self._idle: deque[np.ndarray] = deque(maxlen=most)
+        weakref.finalize(self, _spare_all, self._idle).atexit = False
 
     def lend(self, sizes: Sequence[int]) -> list[np.ndarray]:
         """Lend memory in parts of these numbers of bytes: `[size]` uint8 each, beginning on a page, of any content.
@@ -56,9 +63,27 @@ class Buffers:
             try:
                 memory = self._idle.pop()
             except IndexError:
-                return anonymous(max(size, 1))
+                return _from_spare(size)
             if len(memory) >= size:
                 return memory
+
+
+def _from_spare(size: int) -> np.ndarray:
+    """Take memory that others left, if some is large enough and not much larger, or fresh memory."""
+    with contextlib.suppress(IndexError):
+        for _ in range(len(_spare)):
+            memory = _spare.pop()
+            if size <= len(memory) <= 2 * size:
+                return memory
+            _spare.appendleft(memory)
+    return anonymous(max(size, 1))
+
+
+def _spare_all(idle: deque[np.ndarray]) -> None:
+    _spare.extend(memory for memory in idle if len(memory) >= _WORTH_SPARING)
+    with contextlib.suppress(IndexError):  # another thread takes them meanwhile
+        while sum(map(len, _spare.copy())) > _SPARE_BYTES:
+            _spare.popleft()
 
 
 def _return(tickets: list[None], idle: deque[np.ndarray], memory: np.ndarray) -> None:

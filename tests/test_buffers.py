@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import torch
 
+from mmcache import buffers as buffers_module
 from mmcache.buffers import Buffers
 
 
@@ -78,6 +79,41 @@ def test_no_more_than_so_many_are_kept_and_none_that_is_too_small():
     (small,) = tensors(buffers, 10)
     assert small.numel() == 10
     assert not buffers._idle
+
+
+def addresses_of(lent):
+    return sorted(one.ctypes.data for (one,) in lent)
+
+
+def test_the_next_ones_get_what_the_last_ones_leave():
+    buffers_module._spare.clear()
+    buffers = Buffers(4)
+    lent = [buffers.lend([4 << 20]) for _ in range(3)]
+    addresses, out = addresses_of(lent), lent.pop()
+    kept = out[0].ctypes.data
+    lent.clear()
+    del buffers
+    gc.collect()
+    # Neither too small, nor much too large; what is still in use is nobody else's.
+    assert addresses_of([Buffers(1).lend([4097 << 10])])[0] not in addresses
+    assert addresses_of([Buffers(1).lend([1 << 20])])[0] not in addresses
+    other = Buffers(4)
+    again = [other.lend([size << 20]) for size in (4, 3, 4)]
+    assert addresses_of(again[:2]) == [address for address in addresses if address != kept]
+    assert addresses_of(again[2:])[0] not in addresses
+    del out
+
+
+def test_only_so_much_is_left_for_others():
+    buffers_module._spare.clear()
+    buffers = Buffers(20)
+    lent = [buffers.lend([40 << 20]) for _ in range(10)] + [buffers.lend([1 << 20])]
+    lent.clear()
+    assert len(buffers._idle) == 11
+    del buffers
+    gc.collect()
+    assert [len(memory) >> 20 for memory in buffers_module._spare] == [40] * 6
+    buffers_module._spare.clear()
 
 
 def test_nothing_may_be_lent_too():
