@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--size", type=size_of, help="bytes of the stores that are read; half is written  [8G, quick 512M]"
     )
-    parser.add_argument("--peer-size", type=size_of, help="bytes that peers' loaders read  [1G, quick 192M]")
+    parser.add_argument("--peer-size", type=size_of, help="bytes that peers' loaders read  [all, quick 192M]")
     parser.add_argument("--repeats", type=int, help="[5, quick 3]")
     parser.add_argument("--tokens", type=int, help="tokens to extract  [12288, quick 2048]")
     parser.add_argument("--quick", action="store_true", help="less of everything, in under three minutes")
@@ -124,7 +124,7 @@ def main() -> None:
     given.size = given.size or (512 << 20 if given.quick else 8 << 30)
     given.repeats = given.repeats or (3 if given.quick else 5)
     tokens = given.tokens or (2048 if given.quick else 12288)
-    peer_size = given.peer_size or (192 << 20 if given.quick else 1 << 30)
+    peer_size = given.peer_size or (192 << 20 if given.quick else given.size)
     # A file or a pipe has no width: enough for a row to be a line or two.
     console = Console() if sys.stdout.isatty() else Console(width=180)
     progress = Console(stderr=True)

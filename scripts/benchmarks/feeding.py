@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 import mmcache
 from benchmarks.cold import files_of, make_cold, make_durable, make_warm
@@ -17,6 +20,7 @@ from benchmarks.samples import CLT_LAYERS, CLT_WIDTH, clt_store, data_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mmcache.store import Store
 
@@ -97,7 +101,6 @@ def feeds(plan: Plan) -> Iterator[Row]:
 def loaders(plan: Plan) -> Iterator[Row | Skip]:
     """Peers' loaders of the same tokens, all layers of both sites, in a global shuffle."""
     store = clt_store(plan, min(plan.size, plan.peer_size))
-    values = {site: store[site].gather(range(store.n_tokens)) for site in store.sites}
     seeds = iter(range(10_000))
     for peer in LOADERS:
         if not has(peer.package):
@@ -105,7 +108,7 @@ def loaders(plan: Plan) -> Iterator[Row | Skip]:
             continue
         folder = plan.folder / f"loader-{peer.package}"
         folder.mkdir()
-        peer.write(folder, values)
+        peer.write(folder, _mapped(store, plan.folder))
         make_durable(folder)
         for cold in (True, False):
             word = "cold" if cold else "warm"
@@ -129,6 +132,22 @@ def loaders(plan: Plan) -> Iterator[Row | Skip]:
         for path in files_of(folder):
             path.unlink()
     store.close()
+
+
+def _mapped(store: Store, folder: Path) -> dict[str, torch.Tensor]:
+    """Give every site's rows `[n_tokens, n_layers, d_model]` as files that are mapped and have no names any more."""
+    found = {}
+    for site in store.sites:
+        path = folder / f"{site}.rows"
+        with path.open("wb") as file:
+            for start in range(0, store.n_tokens, _BATCH):
+                rows = store[site].gather(range(start, min(start + _BATCH, store.n_tokens)))
+                rows.view(torch.int16).numpy().tofile(file)
+        shape = (store.n_tokens, store.n_layers, store[site].d_model)
+        rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=store[site].dtype)
+        found[site] = rows.view(shape)
+        path.unlink()
+    return found
 
 
 def _tokens_a_second(plan: Plan, store: Store, seeds: Iterator[int], *, cold: bool) -> float:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["LOADERS", "Loader", "batches_of"]
 
 
+_WORKERS = 2
+
+
 @dataclass(frozen=True)
 class Loader:
     """One peer: how it keeps `{site: [n, n_layers, d_model]}` in a folder, and reads a list of tokens from there."""
@@ -44,21 +47,28 @@ class _Tokens(Dataset[Any]):
     def __getitem__(self, tokens: list[int]) -> Any:
         if self._opened is None:
             self._opened = self._loader.open(self._folder)
-        return self._loader.read(self._opened, tokens)
+        return self._loader.read(self._opened, tokens) if tokens else ()
 
 
 def batches_of(loader: Loader, folder: Path, tokens: int, batch: int, most: float) -> float:
-    """Load random batches with two workers for `most` seconds at most: tokens/s, from the first batch's arrival on."""
-    sampler = BatchSampler(RandomSampler(range(tokens)), batch, drop_last=True)
+    """Load random batches with two workers for `most` seconds at most: tokens/s, from when the workers are ready."""
+    # With nothing to read, each starts up, imports and opens. A first batch would be far too much to leave out: what
+    # reads ahead has a small file in memory behind it.
+    sampler: list[list[int]] = [[]] * _WORKERS + list(BatchSampler(RandomSampler(range(tokens)), batch, drop_last=True))
     # Not forked from this process: some formats' threads do not survive that. The server has what takes long to import.
     multiprocessing.set_forkserver_preload(["torch.utils.data", "mmcache", "mmcache.cli"])
     feed = DataLoader(
-        _Tokens(loader, folder), sampler=sampler, batch_size=None, num_workers=2, multiprocessing_context="forkserver"
+        _Tokens(loader, folder),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=_WORKERS,
+        multiprocessing_context="forkserver",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about forks beside threads, and formats' own
         batches = iter(feed)
-        next(batches)
+        for _ in range(_WORKERS):
+            next(batches)
         began, done = time.perf_counter(), 0
         while time.perf_counter() - began < most:
             if next(batches, None) is None:
