@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmcache.files import make_folder
-from mmcache.memory import available_memory
 from mmcache.shard_writer import Seal, ShardWriter
 
 if TYPE_CHECKING:
@@ -17,31 +16,15 @@ if TYPE_CHECKING:
     import torch
 
     from mmcache.manifest import Manifest
+    from mmcache.page_cache import PageCachePolicy
     from mmcache.pipeline import Pipeline
     from mmcache.shards import ShardFolder
     from mmcache.staging import Stager
 
-__all__ = ["Block", "PageCachePolicy", "Run"]
+__all__ = ["Block", "Run"]
 
 # Tokens in a row: of each site a `[n, d_model]` tensor a layer, and `keep` as in `Stager.stage`.
 Run: TypeAlias = "tuple[Mapping[str, Sequence[torch.Tensor]], np.ndarray | None]"
-
-
-class PageCachePolicy:
-    """Decides when writes go past the page cache.
-
-    What is small will be read at once, and may stay in it. Anything larger only drives other data out, and
-    filling the page cache costs more processor time than the write itself: once a sixty-fourth of the memory
-    that was free at the start has been written, or is known to come, writes are direct.
-    """
-
-    def __init__(self, expected_bytes: int = 0) -> None:
-        self._left = available_memory() // 64 - expected_bytes
-
-    def direct(self, shard_bytes: int) -> bool:
-        """Tell whether the next shard, of about so many bytes, is written past the page cache."""
-        self._left -= shard_bytes
-        return self._left < 0
 
 
 class Block:
@@ -51,6 +34,7 @@ class Block:
         path: the store.
         manifest: its geometry.
         number: which block.
+        policy: what goes past the page cache.
         rows: tokens the block will have, where that is known.
         inspect: called with site, slot and statistics of each shard before it is published, in a thread of the
             pipeline; raising there keeps it from being published.
@@ -86,7 +70,7 @@ class Block:
                         manifest.shard_metadata(site, number, slot),
                         first,
                         rows=rows,
-                        direct=policy.direct((rows or spec.shard_rows) * spec.row_bytes),
+                        policy=policy,
                         durable=durable,
                         inspect=None if inspect is None else partial(inspect, site, slot),
                     )

@@ -58,26 +58,21 @@ class Draft:
     Args:
         path: the final name.
         reserve: bytes to allocate at once, so that a full disk is met now; 0 to allocate as it grows.
-        direct: write whole pages past the page cache where the file system lets us; else so that they do not stay in
-            it, where it knows how.
     """
 
     _temporary: Path
-    _uncached = False  # whether to try writes that do not stay in the page cache
     _maker = 0  # the process that may have made the temporary file, which is still there
 
-    def __init__(self, path: Path, *, reserve: int = 0, direct: bool = False) -> None:
+    def __init__(self, path: Path, *, reserve: int = 0) -> None:
         self.path = path
         self._direct_fd = self._fd = -1
+        # Whether to try writes past the page cache; else, whether to try such as do not stay in it.
+        self._direct, self._uncached = bool(O_DIRECT), LINUX
         with explained(path, "starting the file", reserve):
             try:
                 while not self._create():
                     pass
                 self._reserve(reserve)
-                if direct and O_DIRECT:
-                    with contextlib.suppress(OSError):
-                        self._direct_fd = os.open(self._temporary, os.O_WRONLY | O_DIRECT)
-                self._uncached = direct and LINUX
             except BaseException:
                 self.discard()
                 raise
@@ -103,15 +98,18 @@ class Draft:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
 
-    def write(self, data: np.ndarray, offset: int) -> None:
+    def write(self, data: np.ndarray, offset: int, *, direct: bool = False) -> None:
         """Write contiguous uint8 `data` at `offset`; returns once the system has taken all of it.
 
-        Whole pages go directly to the device where that was asked for, and where the memory is as far into a page as
-        the offset.
+        Args:
+            data: what to write.
+            offset: where to.
+            direct: past the page cache where the file system lets us, in whole pages, if the memory is as far into a
+                page as the offset; else so that it does not stay there, where the system knows how.
         """
         view = data.data
         head = pages = 0
-        if self._direct_fd >= 0 and offset % PAGE == data.ctypes.data % PAGE:
+        if direct and offset % PAGE == data.ctypes.data % PAGE:
             head = min(-offset % PAGE, data.nbytes)
             pages = (data.nbytes - head) // PAGE * PAGE
         with explained(self.path, f"writing at offset {offset}", data.nbytes):
@@ -119,27 +117,36 @@ class Draft:
             if pages and not self._write_directly(view[head : head + pages], offset + head):
                 pages = 0
             rest = head + pages
-            if self._direct_fd < 0 and self._uncached:
+            if direct and not self._direct:
                 rest += self._write_uncached(view[rest:], offset + rest)
             self._write_all(self._fd, view[rest:], offset + rest)
 
     def _write_directly(self, view: memoryview, offset: int) -> bool:
-        try:
-            self._write_all(self._direct_fd, view, offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # Opened, but not written, directly: some file systems want larger sectors.
-            os.close(self._direct_fd)
-            self._direct_fd = -1
-            return False
-        return True
+        """Write whole pages past the page cache; False where that is refused."""
+        if self._direct and self._direct_fd < 0:
+            try:
+                self._direct_fd = os.open(self._temporary, os.O_WRONLY | O_DIRECT)
+            except OSError:
+                self._direct = False
+        if self._direct:
+            try:
+                self._write_all(self._direct_fd, view, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Opened, but not written, directly: some file systems want larger sectors.
+                os.close(self._direct_fd)
+                self._direct, self._direct_fd = False, -1
+        return self._direct
 
     def _write_uncached(self, view: memoryview, offset: int) -> int:
         """Write as much as the system takes without keeping it in the page cache; give how many bytes that was."""
         done = 0
         try:
-            while done < len(view) and (some := os.pwritev(self._fd, [view[done:]], offset + done, _DONT_CACHE)):
+            while self._uncached and done < len(view):
+                some = os.pwritev(self._fd, [view[done:]], offset + done, _DONT_CACHE)
+                if not some:
+                    break  # which the ordinary way finds out too
                 done += some
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
@@ -181,7 +188,7 @@ class Draft:
 
     def __del__(self) -> None:
         # An interrupt may come before the draft is kept anywhere. A forked process only has a copy.
-        if self._maker == os.getpid():
+        if self._maker and self._maker == os.getpid():
             self.discard()
 
     def _close(self) -> None:

@@ -237,7 +237,7 @@ class _Safetensors(_Export):
             at = len(head)
             for _, rows in chosen.pieces(view, layers, start, stop):
                 data = bytes_of(rows.to(chosen.dtype.torch))
-                draft.write(data, at)
+                draft.write(data, at, direct=True)
                 at += len(data)
                 self.advance(len(data))
 
@@ -252,7 +252,7 @@ class _Safetensors(_Export):
             at = 0
             first = (head, spans.reshape(-1).view(np.uint8))
             for data in chain(first, chosen.columns("tokens"), chosen.columns("flags")):
-                draft.write(data, at)
+                draft.write(data, at, direct=True)
                 at += len(data)
 
 
@@ -274,7 +274,7 @@ class _Npy(_Export):
                         for place, layer in enumerate(group):
                             data = bytes_of(rows[:, place].to(chosen.dtype.torch).contiguous())
                             at = chosen.layers.index(layer) * chosen.n_tokens + start
-                            draft.write(data, begin + at * row)
+                            draft.write(data, begin + at * row, direct=True)
                             self.advance(len(data))
             self.files[site].append({"file": name, "layers": chosen.layers, "tokens": [0, chosen.n_tokens]})
         if chosen.manifest.has_tokens:
@@ -297,5 +297,5 @@ class _Npy(_Export):
             with self._draft(f"{array}.npy", code, (chosen.n_tokens,)) as (draft, begin):
                 at = begin
                 for data in chosen.columns(array):
-                    draft.write(data, at)
+                    draft.write(data, at, direct=True)
                     at += len(data)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmcache.block import Block, PageCachePolicy
+from mmcache.block import Block
 from mmcache.draft import remove_drafts
 from mmcache.errors import NonFiniteError
 from mmcache.flags import counted
 from mmcache.geometry import PAGE
+from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
 from mmcache.shards import ShardFolder

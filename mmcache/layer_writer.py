@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.block import PageCachePolicy
 from mmcache.devices import check_dense
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ClosedError, DtypeError, ShapeError
 from mmcache.files import make_folder
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
+from mmcache.page_cache import PageCachePolicy
 from mmcache.shard_writer import Seal, ShardWriter
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class LayerWriter(GrownStore):
                     manifest.shard_metadata(self._site, block, slot),
                     first,
                     rows=rows,
-                    direct=self._policy.direct(rows * spec.row_bytes),
+                    policy=self._policy,
                     durable=self._durable,
                 )
                 stager.stage(shard, [tensor.detach()[first : first + rows]])

@@ -121,13 +121,13 @@ class Outbox:
                     count = os.preadv(fd, [piece[: size - done].data], done)
                     if not count:
                         raise OSError(errno.EIO, "the file ends before its size")
-                draft.write(piece[:count], done)
+                draft.write(piece[:count], done, direct=True)
                 done += count
 
     @contextlib.contextmanager
     def draft(self, name: str, size: int) -> Iterator[Draft]:
         """Write a file of `size` bytes, durable and sealed when the block ends."""
-        draft = Draft(self.path / name, reserve=size, direct=True)
+        draft = Draft(self.path / name, reserve=size)
         try:
             yield draft
             draft.publish(size)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format import ShardSpec
+    from mmcache.page_cache import PageCachePolicy
 
 __all__ = ["Seal", "ShardWriter"]
 
@@ -34,7 +35,7 @@ class ShardWriter:
         metadata: the header's strings.
         first_token: the position of the shard's first row in the store.
         rows: rows it will have, where that is known: their space is reserved at once.
-        direct: write past the page cache.
+        policy: what goes past the page cache.
         durable: sync before the rename.
         inspect: called, in the digest thread, with the finished statistics; raising there keeps the shard from
             being published.
@@ -48,7 +49,7 @@ class ShardWriter:
         first_token: int,
         *,
         rows: int | None,
-        direct: bool,
+        policy: PageCachePolicy,
         durable: bool,
         inspect: Callable[[Mapping[str, np.ndarray]], None] | None = None,
     ) -> None:
@@ -66,7 +67,8 @@ class ShardWriter:
         self._moments = Moments(spec.stat_layers, width, spec.chunk_rows) if spec.stat_layers else None
         self._tail = b""
         reserve = Layout(spec, rows).size if rows else 0
-        self._draft = Draft(path, reserve=reserve, direct=direct)
+        self._policy, self._direct = policy, False
+        self._draft = Draft(path, reserve=reserve)
 
     def carry(self, overflow: np.ndarray) -> None:
         """Go on counting from the overflow of the shard that this one replaces. Before anything is staged."""
@@ -98,7 +100,8 @@ class ShardWriter:
 
     def write(self, data: np.ndarray) -> None:
         """Write the next rows, as `[bytes]` uint8."""
-        self._draft.write(data, HEADER_BYTES + self._written)
+        self._direct = self._policy.past_it(len(data))
+        self._draft.write(data, HEADER_BYTES + self._written, direct=self._direct)
         self._written += len(data)
 
     def finish_digest(self) -> None:
@@ -116,8 +119,8 @@ class ShardWriter:
     def finish_write(self) -> None:
         """Write what stands behind the rows, and the header."""
         header = Layout(self.spec, self._digested).header(self._metadata)
-        self._draft.write(np.frombuffer(self._tail, np.uint8), HEADER_BYTES + self._written)
-        self._draft.write(np.frombuffer(header, np.uint8), 0)
+        for part, offset in ((self._tail, HEADER_BYTES + self._written), (header, 0)):
+            self._draft.write(np.frombuffer(part, np.uint8), offset, direct=self._direct)
         self._tail = b""
 
     def publish(self) -> None:
@@ -136,7 +139,8 @@ class Seal:
     """
 
     def __init__(self, shards: Sequence[ShardWriter], *, durable: bool) -> None:
-        self._shards, self._durable = shards, durable
+        self._shards: Sequence[ShardWriter] = shards
+        self._durable = durable
         self.files = len(shards)
         self.done = threading.Event()
 
@@ -157,10 +161,13 @@ class Seal:
         if self._durable:
             for folder in {shard.folder for shard in self._shards}:
                 sync_folder(folder)
+        # Whoever waits for it keeps nothing but that.
+        self._shards = ()
         self.done.set()
 
     def abandon(self) -> None:
         """Remove the drafts."""
         for shard in self._shards:
             shard.discard()
+        self._shards = ()
         self.done.set()

@@ -71,7 +71,8 @@ class Moments:
         while done < len(rows):
             some = min(self._block - self._n_held, len(rows) - done)
             here = slice(done, done + some)
-            kept = None if keep is None else keep[here]
+            # Most blocks have no row that is left out, and then less is to be done.
+            kept = None if keep is None or keep[here].all() else keep[here]
             if some == self._block:
                 self._fold(sum_block(rows[here], kept))
             else:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcache.batch import check_batch
-from mmcache.block import Block, PageCachePolicy
+from mmcache.block import Block
 from mmcache.columns import Column
 from mmcache.draft import remove_drafts
 from mmcache.dtypes import activation_dtype
@@ -22,6 +22,7 @@ from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
 from mmcache.manifest import Manifest, check_user_metadata, read_manifest
 from mmcache.names import RESERVED, check_site_name
+from mmcache.page_cache import PageCachePolicy
 from mmcache.shards import ShardFolder
 from mmcache.store import open_store
 

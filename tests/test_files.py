@@ -74,8 +74,8 @@ def test_what_was_reserved_and_not_written_is_zeros(tmp_path):
 def test_a_discarded_draft_leaves_nothing_and_touches_nothing(tmp_path):
     path = tmp_path / "c.0"
     publish(path, b"before")
-    draft = Draft(path, reserve=1 << 20, direct=True)
-    draft.write(some_bytes(2 * PAGE), 0)
+    draft = Draft(path, reserve=1 << 20)
+    draft.write(some_bytes(2 * PAGE), 0, direct=True)
     draft.discard()
     draft.discard()
     assert names(tmp_path) == ["c.0"]
@@ -120,10 +120,10 @@ PIECES = st.lists(
 def test_direct_writes_leave_the_same_bytes_as_buffered_ones(tmp_path_factory, pieces, start, shift):
     folder = tmp_path_factory.mktemp("direct")
     for direct in (True, False):
-        draft = Draft(folder / f"direct={direct}", reserve=PAGE, direct=direct)
+        draft = Draft(folder / f"direct={direct}", reserve=PAGE)
         at = start * 512
         for number, size in enumerate(pieces):
-            draft.write(some_bytes(size, number, shift), at)
+            draft.write(some_bytes(size, number, shift), at, direct=direct and number != 1)
             at += size
         draft.publish(at)
     assert (folder / "direct=True").read_bytes() == (folder / "direct=False").read_bytes()
@@ -149,7 +149,8 @@ class Writes:
 
 
 def direct_draft(path):
-    draft = Draft(path, direct=True)
+    draft = Draft(path, reserve=16 * PAGE)
+    draft.write(some_bytes(PAGE), 15 * PAGE, direct=True)
     if draft._direct_fd < 0:
         draft.discard()
         pytest.skip("direct writes are off, or refused by this file system")
@@ -160,9 +161,9 @@ def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path, mo
     draft = direct_draft(tmp_path / "file")
     fds = {draft._direct_fd: "direct", draft._fd: "buffered"}
     writes = Writes(monkeypatch)
-    draft.write(some_bytes(3 * PAGE + 5), PAGE)
-    draft.write(some_bytes(PAGE, shift=1), 5 * PAGE)
-    draft.write(some_bytes(PAGE), 6 * PAGE + 512)
+    draft.write(some_bytes(3 * PAGE + 5), PAGE, direct=True)
+    draft.write(some_bytes(PAGE, shift=1), 5 * PAGE, direct=True)
+    draft.write(some_bytes(PAGE), 6 * PAGE + 512, direct=True)
     found = [(fds[fd], size, offset) for fd, size, offset in writes.calls]
     assert found == [
         ("direct", 3 * PAGE, PAGE),
@@ -177,9 +178,9 @@ def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path, mo
 @pytest.mark.parametrize("direct", [False, True])
 def test_short_writes_are_gone_on_with(most, direct, tmp_path, monkeypatch):
     data = some_bytes(3 * PAGE + 17 if most > 1 else 99)
-    draft = Draft(tmp_path / "file", direct=direct)
+    draft = Draft(tmp_path / "file")
     writes = Writes(monkeypatch, most)
-    draft.write(data, 0)
+    draft.write(data, 0, direct=direct)
     draft.publish(len(data))
     assert (tmp_path / "file").read_bytes() == data.tobytes()
     assert len(writes.calls) > 1
@@ -200,11 +201,11 @@ def test_a_file_system_that_refuses_a_direct_write_is_written_through_the_page_c
     direct = draft._direct_fd
     writes = Writes(monkeypatch, direct=errno.EINVAL)
     writes.draft = draft
-    draft.write(data[: 2 * PAGE], 0)
+    draft.write(data[: 2 * PAGE], 0, direct=True)
     assert draft._direct_fd == -1
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(direct)
-    draft.write(data[2 * PAGE :], 2 * PAGE)
+    draft.write(data[2 * PAGE :], 2 * PAGE, direct=True)
     draft.publish(len(data))
     assert (tmp_path / "file").read_bytes() == data.tobytes()
 
@@ -214,7 +215,7 @@ def test_a_failed_direct_write_is_not_tried_in_another_way(tmp_path, monkeypatch
     writes = Writes(monkeypatch, direct=errno.EIO)
     writes.draft = draft
     with pytest.raises(WriteError, match="failed while writing at offset 0"):
-        draft.write(some_bytes(PAGE), 0)
+        draft.write(some_bytes(PAGE), 0, direct=True)
     assert writes.calls == []
     draft.discard()
 
@@ -230,8 +231,8 @@ def test_a_file_system_without_direct_writes_or_preallocation_is_done_without(tm
     monkeypatch.setattr(os, "open", without_direct)
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EOPNOTSUPP), raising=False)
     data = some_bytes(2 * PAGE)
-    draft = Draft(tmp_path / "file", reserve=2 * PAGE, direct=True)
-    draft.write(data, 0)
+    draft = Draft(tmp_path / "file", reserve=2 * PAGE)
+    draft.write(data, 0, direct=True)
     draft.publish(len(data))
     assert (tmp_path / "file").read_bytes() == data.tobytes()
 

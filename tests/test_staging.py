@@ -21,6 +21,7 @@ from mmcache.draft import Draft
 from mmcache.dtypes import activation_dtype
 from mmcache.files import O_DIRECT
 from mmcache.format import ShardSpec, encode
+from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.shard_writer import Seal, ShardWriter
 from mmcache.staging import Stager
@@ -49,7 +50,8 @@ def spec_of(dtype, width, *, layers=0, shard=64, chunk=16):
 
 
 def shard_writer(path, spec, *, first_token=0, rows=None, direct=False):
-    return ShardWriter(path, spec, METADATA, first_token, rows=rows, direct=direct, durable=True)
+    policy = PageCachePolicy(1 << 60 if direct else 0)
+    return ShardWriter(path, spec, METADATA, first_token, rows=rows, policy=policy, durable=True)
 
 
 def parts_of(spec, rows):
@@ -126,9 +128,9 @@ def test_pieces_of_a_shard_begin_on_pages(tmp_path, monkeypatch):
     # Otherwise all but the first would go through the page cache, however large they are.
     offsets, write = [], Draft.write
 
-    def record(draft, data, offset):
+    def record(draft, data, offset, **options):
         offsets.append(offset)
-        write(draft, data, offset)
+        write(draft, data, offset, **options)
 
     monkeypatch.setattr(Draft, "write", record)
     pipeline = Pipeline(1 << 20)

@@ -1,0 +1,30 @@
+"""What of a writer's bytes stays in the page cache."""
+
+from __future__ import annotations
+
+from mmcache.memory import available_memory
+
+__all__ = ["PageCachePolicy"]
+
+# A part of the memory that is free at the start.
+_SMALL = 256
+
+
+class PageCachePolicy:
+    """Decides when writes go past the page cache. Asked by one thread.
+
+    What is small will be read at once, and may stay in it. Anything larger only drives other data out, and filling the
+    page cache costs more processor time than the write itself: once as much as a 256th of the memory that was free at
+    the start has been written, or is known to come, writes are direct.
+
+    Args:
+        expected_bytes: what is known to come.
+    """
+
+    def __init__(self, expected_bytes: int = 0) -> None:
+        self._left = available_memory() // _SMALL - expected_bytes
+
+    def past_it(self, size: int) -> bool:
+        """Tell whether the next `size` bytes are written past the page cache."""
+        self._left -= size
+        return self._left < 0
