@@ -40,11 +40,14 @@ from mmcache.errors import (
 from mmcache.export import Exported, export
 from mmcache.extract import Progress, extract
 from mmcache.fill import NonFiniteWarning
+from mmcache.findings import Finding, Report
+from mmcache.repair import Loss, Repaired, repair
 from mmcache.site_view import SiteView
 from mmcache.split import Split
 from mmcache.store import Store
 from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
 from mmcache.training_batch import Batch
+from mmcache.verify import verify
 from mmcache.writer import Writer, append, create
 
 register_bfloat16()
@@ -62,9 +65,11 @@ __all__ = [
     "DtypeError",
     "EmptyCacheError",
     "Exported",
+    "Finding",
     "FullActivationCache",
     "IncompleteError",
     "LockedError",
+    "Loss",
     "MmcacheError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -72,6 +77,8 @@ __all__ = [
     "PlanMismatchError",
     "Progress",
     "ReadOnlyError",
+    "Repaired",
+    "Report",
     "ShapeError",
     "SiteView",
     "Split",
@@ -90,4 +97,6 @@ __all__ = [
     "extract",
     "open",
     "read_texts",
+    "repair",
+    "verify",
 ]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
-import signal
 import sys
-import time
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +20,8 @@ from mmcache.export import export as export_store
 from mmcache.extract import Extraction
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.manifest import is_store, read_manifest
+from mmcache.repair import repair as repair_store
+from mmcache.signals import stoppable
 from mmcache.sites import describe, resolve
 from mmcache.store import open_store
 from mmcache.terminal import (
@@ -30,29 +29,30 @@ from mmcache.terminal import (
     ProgressBar,
     draw_exported,
     draw_overview,
+    draw_repaired,
+    draw_report,
     draw_rows,
     draw_show,
     draw_statistics,
     draw_survey,
 )
+from mmcache.verify import verify as verify_store
 from mmcache.view import json_ready, layer_view, overview, row_view, sites_view, statistics_view
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from mmcache.findings import Level
 
 __all__ = ["main"]
 
 _DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
-# Seconds that tidying up after a signal may take.
-_TIDYING = 5.0
 _GOES_ON = "What is finished is in {}; the same command goes on from there"
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _PATH = click.argument("path", type=click.Path(path_type=Path))
+_LEVEL = click.option(
+    "--level", type=click.Choice(["full", "quick"]), default="full", show_default=True,
+    help="Every byte, or presence, sizes, headers and metadata.",
+)  # fmt: skip
 _SITE = click.option("--site", help="Which site; needed where the store has several.")
-
-
-class _Terminated(BaseException):
-    """SIGTERM: a job that is pre-empted stops as one that is interrupted does."""
 
 
 class _Group(click.Group):
@@ -135,7 +135,7 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
     CORPUS is text, .jsonl, .parquet or .npy files, dataset folders, or the name of a dataset on the hub. The
     same command goes on after an interruption.
     """
-    with _stoppable(out):
+    with stoppable(_GOES_ON.format(out)):
         _extract(model, corpus, out, options, as_json=as_json)
 
 
@@ -187,35 +187,6 @@ def _plan_threads(out: Path) -> None:
         threads = read_manifest(out).source.get("numerics", {}).get("threads")
         if isinstance(threads, int) and threads > 0:
             torch.set_num_threads(threads)
-
-
-@contextmanager
-def _stoppable(out: Path, left: str | None = None) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a job tidily: drafts go, finished shards stay, and how to go on is said."""
-    told = -math.inf
-
-    def stop(number: int, _frame: object) -> None:
-        # A second signal must not interrupt the tidying up. One that comes long after the first is heeded: the
-        # first may have met code that lets no exception out, such as a finaliser.
-        nonlocal told
-        if time.monotonic() - told > _TIDYING:
-            told = time.monotonic()
-            raise _Terminated(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        try:
-            for number in before:
-                signal.signal(number, stop)
-            yield
-        finally:
-            told = math.inf  # nothing is left that could be stopped
-    except _Terminated as stopped:
-        click.echo(f"mmcache: stopped. {left or _GOES_ON.format(out)}", err=True)
-        sys.exit(128 + stopped.args[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @main.command()
@@ -303,9 +274,44 @@ def export(path: Path, to: Any, out: Path, sites: str | None, layers: str | None
     Whole shards become hard links: such a file is the store's own, and editing it would damage the store.
     """
     names, numbers = _names(sites) if sites else None, _layers(layers)
-    with _stoppable(out, "Nothing was exported"), BytesBar(Console(stderr=True)) as bar:
+    with stoppable("Nothing was exported"), BytesBar(Console(stderr=True)) as bar:
         done = export_store(path, out, to=to, sites=names, layers=numbers, dtype=dtype, progress=bar.update)
     if as_json:
         _print_json({**vars(done), "path": str(done.path)})
     else:
         draw_exported(Console(), done)
+
+
+@main.command()
+@_PATH
+@_LEVEL
+@_JSON
+def verify(path: Path, level: Level, as_json: bool) -> None:
+    """Look for everything that is wrong with the store at PATH: exit 1 if anything is."""
+    with stoppable("Nothing was changed"), BytesBar(Console(stderr=True)) as bar:
+        report = verify_store(path, level, progress=bar.update)
+    if as_json:
+        _print_json({**asdict(report), "ok": report.ok})
+    else:
+        draw_report(Console(), report)
+    if not report.ok:
+        sys.exit(1)
+
+
+@main.command()
+@_PATH
+@_LEVEL
+@_JSON
+def repair(path: Path, level: Level, as_json: bool) -> None:
+    """Set aside what is bad of the store at PATH, so that the rest can be read and `extract` makes it again.
+
+    Nothing is deleted: bad files are moved into PATH/.set-aside. Exit 1 if anything is lost, or could not be helped.
+    """
+    with stoppable(f"The same command goes on with {path}"), BytesBar(Console(stderr=True)) as bar:
+        done = repair_store(path, level, progress=bar.update)
+    if as_json:
+        _print_json(asdict(done))
+    else:
+        draw_repaired(Console(), done)
+    if done.lost or done.left:
+        sys.exit(1)

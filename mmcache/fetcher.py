@@ -56,10 +56,10 @@ class Source:
 
     def reopened(self) -> Source:
         """Give the same with a store of its own, opened again; it may be partial by now."""
-        return replace(self, store=open_store(self.store.path, partial=True))
+        return replace(self, store=open_store(self.store.path, partial=True, check=self.store.check))
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[object, ...]]:
-        return _opened, (self.store.path, self.kept, self.conversions, self.layers, self.device)
+        return _opened, (self.store.path, self.store.check, self.kept, self.conversions, self.layers, self.device)
 
     def views(self) -> list[SiteView]:
         """Give the sites that are wanted."""
@@ -77,8 +77,8 @@ class Source:
         return {site: (tokens, deep, self.store[site].d_model) for site in self.conversions}
 
 
-def _opened(path: Path, *rest: Any) -> Source:
-    return Source(open_store(path, partial=True), *rest)
+def _opened(path: Path, check: bool, *rest: Any) -> Source:
+    return Source(open_store(path, partial=True, check=check), *rest)
 
 
 @dataclass(frozen=True)

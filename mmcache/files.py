@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "O_DIRECT",
+    "check_folder",
     "explained",
     "free_bytes",
     "list_names",
@@ -34,12 +35,17 @@ __all__ = [
     "read_file",
     "read_page",
     "read_through",
+    "read_whole",
     "remove_file",
     "remove_tree",
+    "set_aside",
     "sync_folder",
 ]
 
 O_DIRECT: int = 0 if PORTABLE else getattr(os, "O_DIRECT", 0)
+# Non-blocking, so that a pipe put there by a stranger cannot hang the reader; and a store's files are no links, which
+# might lead out of it.
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
 _PIECE = 8 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -107,6 +113,25 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _refuse_link(error: OSError, path: Path) -> None:
+    if error.errno in (errno.ELOOP, errno.EMLINK):
+        raise CorruptError(
+            f"{path} is a symbolic link, and a store's files are plain files: move the file itself there"
+        ) from error
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder of a store that is a symbolic link, and may lead out of it; one that is not there is fine.
+
+    Raises:
+        CorruptError: it is one.
+    """
+    if path.is_symlink():
+        raise CorruptError(
+            f"{path} is a symbolic link, and a store's folders are its own: link the whole store, or mount a disk there"
+        )
+
+
 def read_file(path: Path, limit: int) -> bytes:
     """Read a whole file of at most `limit` bytes.
 
@@ -115,12 +140,14 @@ def read_file(path: Path, limit: int) -> bytes:
         CorruptError: it is larger, or no plain file.
     """
     try:
-        # Non-blocking, so that a pipe put there by a stranger cannot hang the reader.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = os.open(path, _READ)
     except FileNotFoundError as error:
         raise StoreNotFoundError(errno.ENOENT, "there is no such file", str(path)) from error
     except NotADirectoryError as error:
         raise StoreNotFoundError(errno.ENOTDIR, "a part of the path is no folder", str(path)) from error
+    except OSError as error:
+        _refuse_link(error, path)
+        raise
     try:
         file = os.fdopen(fd, "rb")
     except IsADirectoryError as error:
@@ -147,12 +174,14 @@ def open_file(path: Path, *, what: str, direct: bool = False, known: bool = Fals
         CorruptError: the file is empty, or no plain file.
         OSError: the file system has no direct reads.
     """
-    # Non-blocking, so that a pipe put there by a stranger cannot hang the reader.
-    flags = os.O_RDONLY | os.O_NONBLOCK | (O_DIRECT if direct else 0)
+    flags = _READ | (O_DIRECT if direct else 0)
     try:
         fd = open_known(str(path), flags) if known else os.open(path, flags)
     except FileNotFoundError as error:
         raise IncompleteError(f"{what} is not there: no file {path}") from error
+    except OSError as error:
+        _refuse_link(error, path)
+        raise
     try:
         status = file_status(fd)
     except BaseException:
@@ -168,6 +197,36 @@ def read_page(fd: int) -> bytes:
     """Read the first page of a file, or less if there is less; on descriptors for direct reading too."""
     page = anonymous(PAGE)
     return page[: os.preadv(fd, [page.data], 0)].tobytes()
+
+
+def read_whole(fd: int, into: memoryview, offset: int) -> bool:
+    """Fill `into` from `offset` on; False if the file ends before. Blocks until it is there."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
+
+
+def set_aside(path: Path, into: Path) -> Path:
+    """Move a file or folder into a folder, under a name that is free there, durably; give where it is now.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    make_folder(into)
+    taken, number = set(list_names(into)), 1
+    while f"{path.name}.{number}" in taken:
+        number += 1
+    there = into / f"{path.name}.{number}"
+    with explained(path, "setting it aside"):
+        path.rename(there)
+    # Where it is before where it is no longer: a crash may leave both names, never none.
+    sync_folder(into)
+    sync_folder(path.parent)
+    return there
 
 
 def read_through(fd: int, start: int, stop: int) -> None:

@@ -11,17 +11,17 @@ import torch
 
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
-from mmcache.files import list_names, map_file, open_file, read_page, read_through
+from mmcache.files import check_folder, list_names, map_file, open_file, read_page, read_through, read_whole
 from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
 
-__all__ = ["ShardFolder", "count_present", "missing_shards"]
+__all__ = ["ShardFolder", "count_present", "missing_shards", "unexpected_shards"]
 
 # No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
 _SHARD_KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
@@ -47,6 +47,21 @@ def count_present(path: Path, manifest: Manifest, site: str) -> int:
     return sum(int(key[1]) < slots and int(key[2]) < blocks for key in found if key)
 
 
+def unexpected_shards(path: Path, manifest: Manifest, site: str) -> list[str]:
+    """List the names of shards of a site that it should not have."""
+    slots, blocks = len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0)
+    keys = sorted(name for name in list_names(path / site) if _SHARD_KEY.fullmatch(name))
+    found = ((name, name.split(".")) for name in keys)
+    return [name for name, (_, slot, block, _) in found if int(slot) >= slots or int(block) >= blocks]
+
+
+def _bad_chunk(file: Path, number: int) -> CorruptError:
+    return CorruptError(
+        f"{file}: inner chunk {number} does not match its checksum; set the file aside, as `mmcache repair` does, "
+        f"and make it again"
+    )
+
+
 class ShardFolder:
     """The shards of one array. It keeps no map: each lives as long as the tensor that is handed out.
 
@@ -57,6 +72,9 @@ class ShardFolder:
         rows: rows (tokens, or sequences) that count.
         wait: called with (slot, block) before a shard is opened; a cache that is being written blocks there
             until the shard is in place.
+
+    Raises:
+        CorruptError: the array's folder is a symbolic link.
     """
 
     def __init__(
@@ -67,6 +85,7 @@ class ShardFolder:
         rows: int,
         wait: Callable[[int, int], None] | None = None,
     ) -> None:
+        check_folder(path / array)
         self.spec = manifest.spec(array)
         self.rows = rows
         self._path, self._manifest, self._array, self._wait = path, manifest, array, wait
@@ -116,6 +135,49 @@ class ShardFolder:
             raise
         return fd, status
 
+    def open_layout(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, Layout]:
+        """Open one shard's file as `open_file` does, and say where everything is in it; its header is read each time.
+
+        Raises:
+            IncompleteError, CorruptError, OSError: as `open_file`.
+        """
+        file, what = self._file(slot, block)
+        fd, status = open_file(file, what=what, direct=direct)
+        try:
+            return fd, self._check(slot, block, read_page(fd), status.size)
+        except BaseException:
+            close_read(fd)
+            raise
+
+    def chunks(self, slot: int, block: int, numbers: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Read inner chunks of one shard, each as its number and `[bytes]` uint8, once its checksum was compared.
+
+        Nothing is mapped: a file that is cut short meanwhile is an error, and does not end the process.
+
+        Raises:
+            IncompleteError, CorruptError: as `open_file`; a checksum differs, or the file ends before it should.
+        """
+        file, _ = self._file(slot, block)
+        if self._wait is not None:
+            self._wait(slot, block)
+        fd, layout = self.open_layout(slot, block)
+        try:
+            _, _, start, _ = layout.tensors["crc32c"]
+            step = self.spec.chunk_bytes
+            for number in numbers:
+                chunk, wanted = np.empty(step, np.uint8), bytearray(4)
+                for into, offset in (
+                    (chunk.data, HEADER_BYTES + number * step),
+                    (memoryview(wanted), start + number * 4),
+                ):
+                    if not read_whole(fd, into, offset):
+                        raise CorruptError(f"{file} was cut short while it was read; set it aside and make it again")
+                if crc32c.crc32c(chunk.data) != int.from_bytes(wanted, "little"):
+                    raise _bad_chunk(file, number)
+                yield number, chunk
+        finally:
+            close_read(fd)
+
     def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
         """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
         if self._wait is not None:
@@ -150,10 +212,7 @@ class ShardFolder:
         for number, wanted in enumerate(pages[start:stop].view("<u4")):
             at = HEADER_BYTES + number * step
             if crc32c.crc32c(pages[at : at + step].data) != wanted:
-                raise CorruptError(
-                    f"{self._file(slot, block)[0]}: inner chunk {number} does not match its checksum; "
-                    f"set the file aside and make it again"
-                )
+                raise _bad_chunk(self._file(slot, block)[0], number)
         return self._rows(pages, block)
 
     def statistics(self, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
@@ -211,11 +270,15 @@ class ShardFolder:
 
         For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
         """
-        out = torch.empty((stop - start, *self.spec.row_shape), dtype=self.spec.dtype.torch)
-        done = 0
-        while done < stop - start:
-            block, row = divmod(start + done, self.spec.shard_rows)
-            part = self.checked(0, block)[row : row + stop - start - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-        return out
+        spec = self.spec
+        out = np.empty((stop - start) * spec.row_bytes, np.uint8)
+        for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):
+            first = block * spec.shard_rows
+            low, high = max(start, first) - first, min(stop, first + spec.shard_rows) - first
+            for number, chunk in self.chunks(0, block, range(low // spec.chunk_rows, -(-high // spec.chunk_rows))):
+                begin = number * spec.chunk_rows
+                a, b = max(low, begin), min(high, begin + spec.chunk_rows)
+                at = (first + a - start) * spec.row_bytes
+                rows = chunk[(a - begin) * spec.row_bytes : (b - begin) * spec.row_bytes]
+                out[at : at + len(rows)] = rows
+        return torch.from_numpy(out).view(spec.dtype.torch).view(stop - start, *spec.row_shape)

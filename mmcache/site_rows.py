@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
+from mmcache.checked_rows import CheckedRows
 from mmcache.direct import Wanted
 from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from mmcache.site_map import Table
     from mmcache.syscalls import Ranges
 
-__all__ = ["SiteRows", "best_reader"]
+__all__ = ["Reader", "SiteRows", "best_reader"]
 
 # Fewer rows than these are looked at one by one; of more only some, and one more in so many.
 _FEW, _MORE_SAMPLES = 64, 1 << 14
@@ -277,8 +278,16 @@ class SiteRows:
         self._map.forget()
 
 
-def best_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> SiteRows | ShardMaps:
-    """Give the fast way to the rows of a site, or where it is not to be had, the simple one; arguments as theirs."""
+Reader: TypeAlias = SiteRows | ShardMaps | CheckedRows
+
+
+def best_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int, *, check: bool = False) -> Reader:
+    """Give the fast way to the rows of a site, or where it is not to be had, the simple one; arguments as theirs.
+
+    With `check`, the careful one.
+    """
+    if check:
+        return CheckedRows(folder, layout)
     if LINUX:
         # Refused where address space is limited.
         with contextlib.suppress(OSError):

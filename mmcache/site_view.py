@@ -17,9 +17,8 @@ from mmcache.site_statistics import merge_site
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mmcache.shard_maps import ShardMaps
     from mmcache.shards import ShardFolder
-    from mmcache.site_rows import SiteRows
+    from mmcache.site_rows import Reader
     from mmcache.site_statistics import SiteStatistics
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]
@@ -49,15 +48,16 @@ class SiteView:
         *,
         length: str = "n_tokens",
         max_maps: int = MAX_MAPS,
+        check: bool = False,
         summary: Callable[[], SiteStatistics | None] = lambda: None,
     ) -> None:
         self.name = name
         self._folder, self._layout, self._span, self._keep = folder, layout, span, keep
-        self._length, self._max_maps, self._summary = length, max_maps, summary
+        self._length, self._max_maps, self._check, self._summary = length, max_maps, check, summary
         self._statistics: SiteStatistics | None = None
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._n_tokens, self._shard_rows = folder.rows, folder.spec.shard_rows
-        self._reader: SiteRows | ShardMaps | None = None
+        self._reader: Reader | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -100,15 +100,15 @@ class SiteView:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def rows_of(self, layers: Sequence[int] | None) -> tuple[SiteRows | ShardMaps, list[int]]:
+    def rows_of(self, layers: Sequence[int] | None) -> tuple[Reader, list[int]]:
         """Give what reads the rows, and the slots of some layers (None: all), or raise OutOfRangeError."""
         slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
         return self._reader or self._read_by(), slots
 
-    def _read_by(self) -> SiteRows | ShardMaps:
+    def _read_by(self) -> Reader:
         """Give what reads the rows: made when it is first needed, since it takes address space."""
         # Two threads may make one each: no lock, which a fork might inherit locked.
-        made = best_reader(self._folder, self._layout, len(self._slots), self._max_maps)
+        made = best_reader(self._folder, self._layout, len(self._slots), self._max_maps, check=self._check)
         self._reader = self._reader or made
         return self._reader
 

@@ -20,7 +20,7 @@ from mmcache.summary import load_summary
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import xarray
 
@@ -34,13 +34,18 @@ class Store:
     ask; writing to them never reaches the file. Everything else that is returned is the caller's own.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, path: Path, manifest: Manifest, *, check: bool = False) -> None:
+        self.path, self._check = path, check
         self._manifest = manifest
         self._views: dict[str, SiteView] = {}
         self._tokens: torch.Tensor | None = None
         self._flags: torch.Tensor | None = None
         self._sequences: Sequences | None = None
+
+    @property
+    def check(self) -> bool:
+        """Whether rows are read without maps, and their checksums compared."""
+        return self._check
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -166,6 +171,7 @@ class Store:
                 self._counted,
                 length="n_tokens" if self.has_tokens else "seq_len",
                 max_maps=max(1, MAX_MAPS // len(self.sites)),
+                check=self._check,
                 summary=lambda: load_summary(self.path, self._manifest, site),
             )
             self._views[site] = view
@@ -223,9 +229,9 @@ class Store:
         for view in self._views.values():
             view._forget()  # noqa: SLF001 -- a store and its views are one thing to users
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path, Manifest]]:
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Path, Manifest, bool]]:
         # As of now: a grown store that is opened elsewhere later may count more.
-        return Store, (self.path, self._manifest)
+        return _again, (self.path, self._manifest, self._check)
 
     def __enter__(self) -> Self:
         return self
@@ -234,32 +240,43 @@ class Store:
         self.close()
 
 
-def open_store(path: str | os.PathLike[str], *, partial: bool = False) -> Store:
+def _again(path: Path, manifest: Manifest, check: bool) -> Store:
+    return Store(path, manifest, check=check)
+
+
+def open_store(path: str | os.PathLike[str], *, partial: bool = False, check: bool = False) -> Store:
     """Open a store for reading, from its metadata and one listing a site alone.
 
     Args:
         path: the store's folder.
-        partial: open a planned store that is not complete; reading rows that are not there then raises
+        partial: open a store of which shards are missing; reading rows that are not there then raises
             `IncompleteError`.
+        check: read rows without mapping them, and compare the checksum of every inner chunk (of up to 4 MiB) that
+            they lie in. Far slower where rows are scattered. Without it, a file that is cut short in the course of a
+            read ends the process (SIGBUS), and checksums of rows are for `verify` to compare.
 
     Raises:
         StoreNotFoundError: there is no store.
         IncompleteError: shards are missing, and `partial` is false.
-        CorruptError: the metadata is damaged, or shards that were committed are gone.
+        CorruptError: the metadata is damaged, or shards that were committed are gone and `partial` is false.
         VersionError: a format version that this library does not read.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    store = Store(folder, manifest)
+    store = Store(folder, manifest, check=check)
     if manifest.kind == "planned" and manifest.n_tokens is None:
         raise IncompleteError(f"{folder} is still being planned: run the same `mmcache extract` again")
     for site in store.sites:
         gone, all_of_them = store.missing(site), store.n_shards(site)
-        if gone and manifest.kind == "grown":
-            raise CorruptError(f"{folder}: {gone} of {all_of_them} shards of {site} are gone; restore them")
-        if gone and not partial:
-            raise IncompleteError(
-                f"{folder} is not complete: {gone} of {all_of_them} shards of {site} are missing. Run the same "
-                f"`mmcache extract` again to go on, or open it with partial=True"
+        if partial or not gone:
+            continue
+        if manifest.kind == "grown":
+            raise CorruptError(
+                f"{folder}: {gone} of {all_of_them} shards of {site} are gone. Restore them, or open it with "
+                f"partial=True to read the others; `mmcache verify` lists them"
             )
+        raise IncompleteError(
+            f"{folder} is not complete: {gone} of {all_of_them} shards of {site} are missing. Run the same "
+            f"`mmcache extract` again to go on, or open it with partial=True"
+        )
     return store

@@ -19,7 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import list_names, make_folder, read_file
+from mmcache.files import check_folder, list_names, make_folder, read_file
 from mmcache.names import STATISTICS_FOLDER
 from mmcache.signed import ROOT, attributes, read_signed, signed
 from mmcache.site_statistics import SiteStatistics
@@ -90,6 +90,8 @@ def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | 
     folder = path / STATISTICS_FOLDER / site
     if ROOT not in list_names(folder):
         return None
+    for part in (folder.parent, folder):
+        check_folder(part)
     try:
         said, text = read_signed(folder / ROOT, _LIMIT)
         if said | _of(manifest) != said:

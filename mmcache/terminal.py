@@ -18,10 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from mmcache.export import Exported
     from mmcache.extract import Progress as Done
+    from mmcache.findings import Finding, Report
+    from mmcache.repair import Repaired
     from mmcache.survey import Survey
 
 __all__ = [
@@ -29,6 +33,8 @@ __all__ = [
     "ProgressBar",
     "draw_exported",
     "draw_overview",
+    "draw_repaired",
+    "draw_report",
     "draw_rows",
     "draw_show",
     "draw_statistics",
@@ -39,6 +45,8 @@ __all__ = [
 
 # A command over a thousand files fills no screen; `--json` has it whole.
 _COMMAND = 200
+# Nor do ten thousand bad shards.
+_MOST_LINES = 40
 
 
 def size(count: float) -> str:
@@ -200,6 +208,47 @@ def draw_exported(console: Console, done: Exported) -> None:
         "written": size(done.written_bytes),
     }
     console.print(_pairs(str(done.path), pairs), highlight=False, markup=False)
+
+
+def draw_report(console: Console, report: Report) -> None:
+    """Draw what `verify` found."""
+    pairs = {
+        "looked at": f"{report.shards:,} shards, {size(report.bytes)} of them read ({report.level})",
+        "findings": f"{len(report.findings):,}" if report.findings else "none",
+    }
+    console.print(_pairs(report.path, pairs), highlight=False, markup=False)
+    _draw_findings(console, report.findings)
+
+
+def _draw_findings(console: Console, findings: Sequence[Finding]) -> None:
+    for finding in findings[:_MOST_LINES]:
+        console.print(f"{finding.kind}: {finding.file}: {finding.what}", highlight=False, markup=False, soft_wrap=True)
+    if len(findings) > _MOST_LINES:
+        console.print(f"and {len(findings) - _MOST_LINES:,} more, which --json lists", highlight=False)
+
+
+def draw_repaired(console: Console, done: Repaired) -> None:
+    """Draw what `repair` did."""
+    pairs = {
+        "findings": f"{len(done.report.findings):,}" if done.report.findings else "none",
+        "set aside": f"{len(done.aside):,} files, in .set-aside",
+        "written anew": ", ".join(done.rewritten) or "nothing",
+    }
+    console.print(_pairs(done.report.path, pairs), highlight=False, markup=False)
+    for loss in done.lost[:_MOST_LINES]:
+        layers = f"layer {loss.layers[0]}" if len(loss.layers) == 1 else f"{len(loss.layers)} layers"
+        first, last = loss.sequences or ("?", "?")
+        said = f"{loss.site}, {layers}, tokens {loss.tokens[0]} to {loss.tokens[1] - 1} (sequences {first} to {last})"
+        console.print(f"missing now: {said}", highlight=False, markup=False, soft_wrap=True)
+    if len(done.lost) > _MOST_LINES:
+        console.print(f"and {len(done.lost) - _MOST_LINES:,} more, which --json lists", highlight=False)
+    if done.lost and done.remade_by_extract:
+        console.print("The same `mmcache extract` that made the store makes them again.", highlight=False)
+    elif done.lost:
+        console.print("They are lost without a copy; partial=True opens the rest.", highlight=False)
+    if done.left:
+        console.print("To be restored from a copy:", highlight=False)
+        _draw_findings(console, done.left)
 
 
 class BytesBar:

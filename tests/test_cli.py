@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from support import at_opcode
 
 import mmcache
-from mmcache import cli
 from mmcache.cli import main
+from mmcache.signals import stoppable
 
 small = pytest.importorskip("small")
 
@@ -342,7 +342,7 @@ def _outside(*_):
 def _signal_at(at):
     """A trace function that sends SIGTERM at step `at` of the interpreter in the guard around a job."""
     return at_opcode(
-        at, lambda code: code.co_name in {"_stoppable", "stop"}, lambda: signal.raise_signal(signal.SIGTERM)
+        at, lambda code: code.co_name in {"stoppable", "stop"}, lambda: signal.raise_signal(signal.SIGTERM)
     )
 
 
@@ -352,7 +352,7 @@ def _end_of_a_job(out, at):
     trace = sys.gettrace()
     try:
         sys.settrace(enter)
-        with cli._stoppable(out):
+        with stoppable(str(out)):
             pass
     except SystemExit as stopped:
         return stopped.code, steps()

@@ -57,7 +57,7 @@ def become(asked, cli, draft, tell):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # what comes before or after the job is Python's business, not the job's
-    stoppable, publish, left = cli._stoppable, draft.Draft.publish, asked["writes"]
+    stoppable, publish, left = cli.stoppable, draft.Draft.publish, asked["writes"]
 
     @contextlib.contextmanager
     def telling(out):
@@ -74,7 +74,7 @@ def become(asked, cli, draft, tell):
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cli._stoppable, draft.Draft.publish = telling, counted
+    cli.stoppable, draft.Draft.publish = telling, counted
 
 
 class Runner:

@@ -1,0 +1,152 @@
+"""Bad files of a store, set aside: what is left can be read, and `extract` makes the rest again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmcache.draft import publish
+from mmcache.errors import MmcacheError
+from mmcache.files import list_names, set_aside
+from mmcache.lock import FolderLock
+from mmcache.manifest import array_json, read_manifest
+from mmcache.names import RESERVED, STATISTICS_FOLDER
+from mmcache.signed import ROOT
+from mmcache.store import Store
+from mmcache.verify import verify
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from mmcache.findings import Finding, Level, Report
+    from mmcache.manifest import Manifest
+
+__all__ = ["ASIDE", "Loss", "Repaired", "repair"]
+
+# Names that begin with a dot are no part of a store.
+ASIDE = ".set-aside"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Rows of a site that are not there any more.
+
+    Attributes:
+        site: which.
+        layers: of which layers, by the model's numbers.
+        tokens: positions, from the first to before the last.
+        sequences: the numbers of the first and the last sequence with such tokens; None where sequences cannot be read.
+    """
+
+    site: str
+    layers: tuple[int, ...]
+    tokens: tuple[int, int]
+    sequences: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What `repair` did.
+
+    Attributes:
+        report: what was found before.
+        aside: what was set aside: file, and where it is now, from the store's folder.
+        rewritten: metadata that was written anew.
+        lost: rows that are gone until they are made again.
+        left: findings that nothing could be done about: restore those files from a copy.
+        remade_by_extract: whether `extract`, with the store's own settings, makes again what is lost.
+    """
+
+    report: Report
+    aside: tuple[tuple[str, str], ...]
+    rewritten: tuple[str, ...]
+    lost: tuple[Loss, ...]
+    left: tuple[Finding, ...]
+    remade_by_extract: bool
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Tell nobody."""
+
+
+def repair(
+    path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] = _silent
+) -> Repaired:
+    """Verify a store, and set aside what is bad of its sites: moved into `.set-aside`, never deleted.
+
+    Shards that are set aside are missing from then on: `extract` makes them again in a store that it made. In any other
+    they are lost, and the rest is read with `mmcache.open(path, partial=True)`. Metadata of arrays is written anew, and
+    merged statistics are set aside, which come back by themselves. What only a copy brings back (the root's metadata,
+    tokens, flags, sequences) is left as it is and said. Blocks until all of it is durable.
+
+    Args:
+        path: the store's folder.
+        level: as `verify`.
+        progress: as `verify`.
+
+    Raises:
+        StoreNotFoundError, CorruptError, VersionError: there is no store, or its root cannot be read.
+        LockedError: a writer has it.
+        WriteError: a file cannot be moved.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    lock = FolderLock(folder)
+    try:
+        report = verify(folder, level, progress=progress)
+        aside: list[tuple[str, str]] = []
+        rewritten: list[str] = []
+        left: list[Finding] = []
+        for finding in report.findings:
+            if finding.kind == "missing" and finding.array in manifest.sites:
+                continue  # a loss, and nothing to move
+            for file in _bad_file(folder, finding, manifest):
+                if file not in dict(aside):
+                    there = set_aside(folder / file, folder / ASIDE / Path(file).parent)
+                    aside.append((file, str(there.relative_to(folder))))
+            if _is_array_metadata(finding) and finding.file not in rewritten:
+                _rewrite(folder, manifest, finding.array or "")
+                rewritten.append(finding.file)
+            elif not any(finding.file == file for file, _ in aside):
+                left.append(finding)
+    finally:
+        lock.release()
+    lost = _losses(folder, manifest, report)
+    return Repaired(report, tuple(aside), tuple(rewritten), lost, tuple(left), manifest.kind == "planned")
+
+
+def _is_array_metadata(finding: Finding) -> bool:
+    return finding.kind == "metadata" and finding.array is not None and finding.file == f"{finding.array}/{ROOT}"
+
+
+def _bad_file(folder: Path, finding: Finding, manifest: Manifest) -> list[str]:
+    """Give what of a finding can be moved away without losing more than is lost already."""
+    name = Path(finding.file).name
+    if finding.kind == "unreadable" or name not in list_names((folder / finding.file).parent):
+        return []
+    shard_of_site = finding.array in manifest.sites and finding.kind in ("foreign", "damaged", "unexpected")
+    merged = finding.kind == "metadata" and finding.file.startswith(f"{STATISTICS_FOLDER}/")
+    return [finding.file] if shard_of_site or merged or _is_array_metadata(finding) else []
+
+
+def _rewrite(folder: Path, manifest: Manifest, array: str) -> None:
+    rows = manifest.n_sequences if array == "sequences" else manifest.n_tokens
+    publish(folder / array / ROOT, array_json(manifest, array, rows or 0))
+
+
+def _losses(folder: Path, manifest: Manifest, report: Report) -> tuple[Loss, ...]:
+    """Say what the shards of sites that are missing now held, each once."""
+    try:
+        sequences = Store(folder, manifest).sequences
+    except (MmcacheError, OSError):
+        sequences = None  # which is a finding of its own
+    lost = {}
+    for finding in report.findings:
+        if finding.array in RESERVED or finding.array is None or finding.tokens is None or finding.kind == "unreadable":
+            continue
+        first, stop = finding.tokens
+        where = None if sequences is None else (sequences.find(first), sequences.find(stop - 1))
+        lost[finding.file] = Loss(finding.array, finding.layers, finding.tokens, where)
+    return tuple(lost.values())

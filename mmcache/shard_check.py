@@ -1,0 +1,133 @@
+"""One shard, looked at byte for byte: what of it is not as its writer left it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import crc32c
+import numpy as np
+
+from mmcache.descriptor import close_read
+from mmcache.errors import CorruptError
+from mmcache.format import HEADER_BYTES, STATISTICS
+from mmcache.memory import anonymous
+from mmcache.site_map import REFUSALS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mmcache.format import Layout
+    from mmcache.shards import ShardFolder
+
+__all__ = ["check_shard"]
+
+_PIECE = 8 << 20
+
+
+class _Memory(threading.local):
+    """A thread's own memory for what is read: taken once."""
+
+    def __init__(self) -> None:
+        self.piece = anonymous(_PIECE).data
+
+
+_MEMORY = _Memory()
+
+
+def check_shard(
+    folder: ShardFolder, slot: int, block: int, *, full: bool, tell: Callable[[int], None]
+) -> tuple[list[str], int]:
+    """Look at one shard: what is wrong with its bytes, and how many were read; blocks until then.
+
+    Args:
+        folder: the array's shards.
+        slot: which shard,
+        block: and which block of it.
+        full: compare every checksum; else only the header, the size, and the index with the fill before it.
+        tell: called with numbers of bytes, as they are read.
+
+    Raises:
+        IncompleteError: it is not there.
+        CorruptError: its first page or its size is not that of the shard that belongs there.
+        OSError: the system refuses to read it.
+    """
+    try:
+        fd, layout = folder.open_layout(slot, block, direct=full)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        fd, layout = folder.open_layout(slot, block)
+    try:
+        wrong = _tail_problems(layout, *_read(fd, layout, tell)) if full else _index_problems(fd, layout, tell)
+    finally:
+        close_read(fd)
+    return wrong, layout.size if full else HEADER_BYTES + layout.size - _index_start(layout)
+
+
+def _index_start(layout: Layout) -> int:
+    return layout.tensors.get("fill", layout.tensors["index"])[2]
+
+
+def _index_problems(fd: int, layout: Layout, tell: Callable[[int], None]) -> list[str]:
+    start = _index_start(layout)
+    wanted = layout.index()
+    wanted = bytes(layout.size - start - len(wanted)) + wanted
+    found = os.pread(fd, len(wanted), start)
+    tell(len(found))
+    return [] if found == wanted else ["its index of inner chunks is not the one that belongs there"]
+
+
+def _read(fd: int, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
+    """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows."""
+    step, piece = layout.spec.chunk_bytes, _MEMORY.piece
+    crcs: list[int] = []
+    crc, offset, tail = 0, 0, bytearray()
+    while offset < layout.size:
+        count = os.preadv(fd, [piece[: layout.size - offset]], offset)
+        if not count:
+            raise CorruptError(f"it ends at byte {offset}, while it is read; {layout.size} were there")
+        at, stop = max(offset, HEADER_BYTES), min(offset + count, layout.chunks_end)
+        while at < stop:
+            end = min(stop, at + step - (at - HEADER_BYTES) % step)
+            crc = crc32c.crc32c(piece[at - offset : end - offset], crc)
+            if not (end - HEADER_BYTES) % step:
+                crcs.append(crc)
+                crc = 0
+            at = end
+        tail += piece[max(0, layout.data_end - offset) : count]
+        offset += count
+        tell(count)
+    return crcs, bytes(tail)
+
+
+def _tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
+    """Write anew what stands behind the rows, from their checksums and the statistics, and compare."""
+    start = layout.data_end
+
+    def bytes_of(name: str, of: bytes = tail) -> bytes:
+        _, _, first, last = layout.tensors[name]
+        return of[first - start : last - start]
+
+    statistics = None
+    if layout.spec.stat_layers:
+        statistics = {name: np.frombuffer(bytes_of(name), "<i8") for name in STATISTICS}
+        for name in ("count", "mean", "m2", "norms"):
+            statistics[name] = statistics[name].view("<f8")
+    wanted = layout.tail(crcs, statistics)
+    wrong = []
+    stored = np.frombuffer(bytes_of("crc32c"), "<u4")
+    bad = np.flatnonzero(stored != np.array(crcs, np.uint32)).tolist()
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        wrong.append(f"inner chunk {bad[0]}{more} of {len(crcs)} does not match its checksum")
+    padding = layout.tensors.get("padding", ("", (), start, start))
+    if tail[: padding[3] - start] != wanted[: padding[3] - start]:
+        wrong.append("the padding behind its rows is not what belongs there")
+    if statistics is not None and bytes_of("statistics_crc32c") != bytes_of("statistics_crc32c", wanted):
+        wrong.append("its statistics do not match their checksum")
+    first = _index_start(layout) - start
+    if tail[first:] != wanted[first:]:
+        wrong.append("its index of inner chunks is not the one that belongs there")
+    return wrong

@@ -1,0 +1,236 @@
+"""Everything that is wrong with a store: all of it, not only the first.
+
+Quick: what is there, sizes, headers, indices and metadata. Full: every byte, each shard read once, at the disk's speed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmcache.crew import Crew
+from mmcache.errors import ArgumentError, CorruptError, IncompleteError, MmcacheError, VersionError
+from mmcache.files import list_names
+from mmcache.findings import Finding, Kind, Level, Report
+from mmcache.format import Layout
+from mmcache.manifest import array_json, read_manifest
+from mmcache.names import RESERVED, STATISTICS_FOLDER
+from mmcache.shard_check import check_shard
+from mmcache.shards import ShardFolder, missing_shards, unexpected_shards
+from mmcache.signed import ROOT, read_signed
+from mmcache.store import Store
+from mmcache.summary import load_summary
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["verify"]
+
+# One waits for the disk while another compares.
+_THREADS = 3
+_AHEAD = 64
+_METADATA_LIMIT = 1 << 20
+# What an array's metadata says whatever its number of rows.
+_FIXED = (
+    "zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs",
+    "dimension_names",
+)  # fmt: skip
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Tell nobody."""
+
+
+def verify(
+    path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] = _silent
+) -> Report:
+    """Look for everything that is wrong with a store. Nothing is written; blocks until all of it was looked at.
+
+    Full verify finds any bit that flipped in any file of the store, and any file that was cut short, extended, moved,
+    replaced by another store's, or removed. Another writer may be at work meanwhile: what is committed when this
+    begins is looked at.
+
+    Args:
+        path: the store's folder.
+        level: `"full"`: every byte. `"quick"`: presence, sizes, headers, indices and metadata: seconds for 10,000
+            shards.
+        progress: called with the bytes that were looked at, and of how many, now and then.
+
+    Raises:
+        StoreNotFoundError: there is no store.
+        VersionError: a format version that this library does not read.
+        ArgumentError: no such level.
+    """
+    folder = Path(path)
+    if level not in ("quick", "full"):
+        raise ArgumentError(f"level is {level!r}: expected 'quick' or 'full'")
+    try:
+        manifest = read_manifest(folder)
+    except VersionError:
+        raise
+    except CorruptError as error:
+        return Report(str(folder), level, (Finding("metadata", ROOT, str(error)),), 0, 0)
+    return _Verification(folder, manifest, level, progress).run()
+
+
+class _Verification:
+    """One look at one store."""
+
+    def __init__(self, path: Path, manifest: Manifest, level: Level, progress: Callable[[int, int], None]) -> None:
+        self._path, self._manifest, self._level, self._progress = path, manifest, level, progress
+        self._findings: list[Finding] = []
+        self._shards = self._bytes = self._done = 0
+        self._total = sum(map(self._array_bytes, self._arrays()))
+
+    def _arrays(self) -> list[str]:
+        """List the arrays that have rows."""
+        sites = list(self._manifest.sites) if self._manifest.shard_tokens is not None else []
+        return [array for array in (*sites, *(RESERVED if self._manifest.has_tokens else ())) if self._rows(array)]
+
+    def _rows(self, array: str) -> int:
+        return self._manifest.n_sequences if array == "sequences" else self._manifest.n_tokens or 0
+
+    def _array_bytes(self, array: str) -> int:
+        spec, rows = self._manifest.spec(array), self._rows(array)
+        blocks = spec.blocks(rows)
+        sizes = (blocks - 1) * Layout(spec, spec.shard_rows).size + Layout(
+            spec, spec.rows_in_block(blocks - 1, rows)
+        ).size
+        return sizes * len(self._manifest.slots(array))
+
+    def run(self) -> Report:
+        if self._manifest.kind == "planned" and self._manifest.n_tokens is None:
+            self._find("missing", ROOT, "the store is still being planned: run the same `mmcache extract` again")
+        for array in self._arrays():
+            self._check_metadata(array)
+        crew = Crew(_THREADS, "verify")
+        try:
+            for array in self._arrays():
+                self._check_array(array, crew)
+                if self._level == "quick":
+                    self._done += self._array_bytes(array)
+                    self._progress(self._done, self._total)
+        finally:
+            crew.close()
+        if self._manifest.has_tokens and not any(finding.array == "sequences" for finding in self._findings):
+            self._check_sequences()
+        self._check_summaries()
+        return Report(str(self._path), self._level, tuple(self._findings), self._shards, self._bytes)
+
+    def _find(self, kind: Kind, file: str, what: str, **where: Any) -> None:
+        # What errors say begins with the path, which a finding names already.
+        self._findings.append(Finding(kind, file, what.removeprefix(f"{self._path / file}").lstrip(": "), **where))
+
+    def _check_metadata(self, array: str) -> None:
+        """Compare an array's `zarr.json` with what the root says; it may be ahead of a grown store's commit."""
+        where = self._path / array / ROOT
+        try:
+            _, text = read_signed(where, _METADATA_LIMIT)
+            problem = _differs(json.loads(text), json.loads(array_json(self._manifest, array, self._rows(array))))
+        except (MmcacheError, OSError) as error:
+            problem = str(error)
+        if problem:
+            self._find("metadata", f"{array}/{ROOT}", problem, array=array)
+
+    def _check_array(self, array: str, crew: Crew) -> None:
+        manifest, rows = self._manifest, self._rows(array)
+        gone = set(missing_shards(self._path, manifest, array, rows))
+        try:
+            folder = ShardFolder(self._path, manifest, array, rows)
+        except CorruptError as error:
+            self._find("foreign", array, str(error), array=array)
+            return
+        asked: deque[tuple[tuple[int, int], Future[tuple[list[str], int]]]] = deque()
+        for shard in self._shards_of(array):
+            if shard in gone:
+                self._find_shard("missing", array, shard, "it is not there")
+                continue
+            asked.append((shard, crew.submit(self._look, folder, *shard)))
+            if len(asked) >= _AHEAD:
+                self._note(array, *asked.popleft())
+        while asked:
+            self._note(array, *asked.popleft())
+        if manifest.kind == "planned" and array in manifest.sites:
+            for name in unexpected_shards(self._path, manifest, array):
+                self._find("unexpected", f"{array}/{name}", "the plan has no such shard", array=array)
+
+    def _shards_of(self, array: str) -> Iterator[tuple[int, int]]:
+        for slot in self._manifest.slots(array):
+            for block in range(self._manifest.spec(array).blocks(self._rows(array))):
+                yield slot, block
+
+    def _look(self, folder: ShardFolder, slot: int, block: int) -> tuple[list[str], int]:
+        return check_shard(folder, slot, block, full=self._level == "full", tell=self._tell)
+
+    def _tell(self, count: int) -> None:
+        # Several threads add to it, and one that is lost now and then does not matter.
+        if self._level == "full":
+            self._done += count
+            self._progress(min(self._done, self._total), self._total)
+
+    def _note(self, array: str, shard: tuple[int, int], look: Future[tuple[list[str], int]]) -> None:
+        self._shards += 1
+        try:
+            wrong, size = look.result()
+        except IncompleteError:
+            self._find_shard("missing", array, shard, "it is not there")
+        except CorruptError as error:
+            self._find_shard("foreign", array, shard, str(error))
+        except OSError as error:
+            code = errno.errorcode.get(error.errno or 0, "?")
+            self._find_shard("unreadable", array, shard, f"the system refuses to read it ({code}: {error.strerror})")
+        else:
+            self._bytes += size
+            for what in wrong:
+                self._find_shard("damaged", array, shard, what)
+
+    def _find_shard(self, kind: Kind, array: str, shard: tuple[int, int], what: str) -> None:
+        manifest, (slot, block) = self._manifest, shard
+        tokens: tuple[int, int] | None = None
+        layers: tuple[int, ...] = ()
+        if array != "sequences":
+            first = block * manifest.spec(array).shard_rows
+            tokens = first, first + manifest.spec(array).rows_in_block(block, self._rows(array))
+        if array in manifest.sites:
+            layers = manifest.layers if manifest.layout == "token" else (manifest.layers[slot],)
+        file = f"{array}/{manifest.shard_key(array, block, slot)}"
+        self._find(kind, file, what, array=array, shard=shard, tokens=tokens, layers=layers)
+
+    def _check_sequences(self) -> None:
+        try:
+            _ = Store(self._path, self._manifest).sequences
+        except (MmcacheError, OSError) as error:
+            self._find("sequences", "sequences", str(error), array="sequences")
+
+    def _check_summaries(self) -> None:
+        above = self._path / STATISTICS_FOLDER
+        if ROOT in list_names(above):
+            self._try_metadata(f"{STATISTICS_FOLDER}/{ROOT}", None)
+        for site in self._manifest.sites:
+            try:
+                load_summary(self._path, self._manifest, site)
+            except (MmcacheError, OSError) as error:
+                self._find("metadata", f"{STATISTICS_FOLDER}/{site}", str(error), array=site)
+
+    def _try_metadata(self, file: str, array: str | None) -> None:
+        try:
+            read_signed(self._path / file, _METADATA_LIMIT)
+        except (MmcacheError, OSError) as error:
+            self._find("metadata", file, str(error), array=array)
+
+
+def _differs(found: Any, wanted: Any) -> str | None:
+    """Say which of the fields that matter differ, or None."""
+    wrong = [name for name in _FIXED if json.dumps(found.get(name)) != json.dumps(wanted[name])]
+    shapes = [found.get("shape"), wanted["shape"]]
+    ahead = [isinstance(shape, list) and len(shape) == len(wanted["shape"]) for shape in shapes]
+    if not all(ahead) or not all(type(a) is int and a >= b for a, b in zip(*shapes, strict=True)):
+        wrong.append("shape")
+    return f"{', '.join(wrong)} differ from what the store's root says" if wrong else None
