@@ -271,7 +271,8 @@ class ShardFolder:
         For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
         """
         spec = self.spec
-        out = np.empty((stop - start) * spec.row_bytes, np.uint8)
+        out = np.empty((stop - start, *spec.row_shape), spec.dtype.numpy)
+        into = out.reshape(-1).view(np.uint8)
         for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):
             first = block * spec.shard_rows
             low, high = max(start, first) - first, min(stop, first + spec.shard_rows) - first
@@ -280,5 +281,5 @@ class ShardFolder:
                 a, b = max(low, begin), min(high, begin + spec.chunk_rows)
                 at = (first + a - start) * spec.row_bytes
                 rows = chunk[(a - begin) * spec.row_bytes : (b - begin) * spec.row_bytes]
-                out[at : at + len(rows)] = rows
-        return torch.from_numpy(out).view(spec.dtype.torch).view(stop - start, *spec.row_shape)
+                into[at : at + len(rows)] = rows
+        return torch.from_numpy(out)

@@ -1063,3 +1063,12 @@ def test_a_store_made_by_pieces_is_the_same_wherever_the_rows_came_from(path):
                 copied.append(store.tokens[span.start : span.stop], rows)
     copied.check_path(path / "two")
     assert same(mmcache.open(path / "two")["mlp_in"].get_layer(0), twin.rows["mlp_in"][0])
+
+
+def test_a_store_of_nothing_yet_can_be_read(tmp_path):
+    mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=2).close()
+    with mmcache.open(tmp_path / "acts") as store:
+        assert store.tokens.shape == store.flags.shape == (0,)
+        assert len(store.sequences) == 0
+        assert store["a"].gather([]).shape == (0, 2, 4)
+    assert mmcache.verify(tmp_path / "acts").ok
