@@ -155,6 +155,8 @@ class Fetcher:
         wanted, found = [], []
         for where in positions:
             shapes = source.shapes(len(where))
+            for view in source.views():
+                view.believe(where, view.rows_of(source.layers)[1])
             out = self._lend(self._buffers, {site: (shapes[site], made.dtype) for site, made in conversions.items()})
             kept = {site: (shapes[site], made.stored) for site, made in conversions.items() if made.staged}
             staged = self._lend(self._staging, kept)

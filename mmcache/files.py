@@ -154,7 +154,8 @@ def read_file(path: Path, limit: int) -> bytes:
         os.close(fd)
         raise CorruptError(f"{path} is a folder where a file belongs") from error
     with file:
-        data = file.read(limit + 1)
+        # No more memory than there are bytes, whatever the limit.
+        data = file.read(min(limit, os.fstat(fd).st_size) + 1)
     if data is None or len(data) > limit:
         raise CorruptError(f"{path} is larger than the {limit} bytes such a file can have")
     return data

@@ -36,6 +36,8 @@ __all__ = [
 # Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
 _RESERVED_SHARD_ROWS = 1 << 20
 _ROOT_LIMIT = 16 << 20
+# Inner chunks that a shard's index lists: an index is read into memory.
+_MOST_CHUNKS = 1 << 22
 _METADATA_LIMIT = _ROOT_LIMIT // 2
 
 
@@ -199,8 +201,10 @@ class Manifest:
             return "a geometry without widths or dtype"
         for site in self.sites:
             inner = self.inner_tokens.get(site)
-            if not inner or self.shard_tokens % inner:
-                return f"inner_tokens of {site} is {inner}, no divisor of shard_tokens {self.shard_tokens}"
+            if not inner or self.shard_tokens % inner or self.shard_tokens // inner > _MOST_CHUNKS:
+                return (
+                    f"inner_tokens of {site} is {inner}, no divisor of shard_tokens {self.shard_tokens} (or too small)"
+                )
         return None
 
     def with_geometry(self, shard_tokens: int, known: int | None) -> Manifest:

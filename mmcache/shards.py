@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmcache.descriptor import close_read
-from mmcache.errors import CorruptError
+from mmcache.errors import CorruptError, IncompleteError
 from mmcache.files import check_folder, list_names, map_file, open_file, read_page, read_through, read_whole
 from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
 
@@ -25,6 +25,8 @@ __all__ = ["ShardFolder", "count_present", "missing_shards", "unexpected_shards"
 
 # No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
 _SHARD_KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
+# Numbers from which on memory is not taken unseen.
+_MANY = 1 << 24
 _NUMPY_CODES = {"F64": "<f8", "I64": "<i8"}
 
 
@@ -134,6 +136,15 @@ class ShardFolder:
             close_read(fd)
             raise
         return fd, status
+
+    def believe(self, numbers: int, slot: int, position: int) -> None:
+        """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.
+
+        A stranger's root may claim widths and layers that no file has. Errors as `open_file`.
+        """
+        if numbers >= _MANY:
+            slot = slot if self._manifest.layout == "layer" else 0
+            close_read(self.open_file(slot, position // self.spec.shard_rows)[0])
 
     def open_layout(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, Layout]:
         """Open one shard's file as `open_file` does, and say where everything is in it; its header is read each time.
@@ -271,6 +282,13 @@ class ShardFolder:
         For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
         """
         spec = self.spec
+        # Before memory is taken for them: a stranger's root may count what nobody ever wrote.
+        files, blocks = len(list_names(self._path / self._array)), spec.blocks(stop) - start // spec.shard_rows
+        if blocks > files:
+            raise IncompleteError(
+                f"{self._path / self._array} has {files} files, and rows {start} to {stop} are in {blocks} shards: "
+                f"`mmcache verify` lists what is missing"
+            )
         out = np.empty((stop - start, *spec.row_shape), spec.dtype.numpy)
         into = out.reshape(-1).view(np.uint8)
         for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):

@@ -105,6 +105,11 @@ class SiteView:
         slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
         return self._reader or self._read_by(), slots
 
+    def believe(self, positions: Sequence[int] | np.ndarray, slots: Sequence[int]) -> None:
+        """Before memory is taken for many rows: `ShardFolder.believe`."""
+        if len(positions) and slots:
+            self._folder.believe(len(positions) * len(slots) * self.d_model, slots[0], int(positions[0]))
+
     def _read_by(self) -> Reader:
         """Give what reads the rows: made when it is first needed, since it takes address space."""
         # Two threads may make one each: no lock, which a fork might inherit locked.
@@ -189,6 +194,7 @@ class SiteView:
     ) -> torch.Tensor:
         """Copy rows of tokens that are all there: `[k, len(slots), d_model]`."""
         if out is None:
+            self.believe(positions, slots)
             out = torch.empty((len(positions), len(slots), self.d_model), dtype=self.dtype, device=device)
 
         def fill(into: torch.Tensor, first: int, last: int) -> None:
@@ -212,9 +218,7 @@ class SiteView:
     def __getitem__(self, key: tuple[int, slice | int]) -> torch.Tensor:
         """Read `[layer, a:b]` (`[b - a, d_model]`; steps and negative bounds as in Python) or `[layer, position]`.
 
-        Raises:
-            OutOfRangeError: the layer is not there, or the position.
-            ArgumentError: another kind of key.
+        Raises OutOfRangeError if the layer or the position is not there, ArgumentError for another kind of key.
         """
         if not (isinstance(key, tuple) and len(key) == 2):
             raise ArgumentError(f"{self.name}[{key!r}]: expected [layer, start:stop] or [layer, position]")
@@ -229,11 +233,7 @@ class SiteView:
         return self.gather(wanted, layers=[layer])[:, 0]
 
     def sequence(self, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read one whole sequence, every layer: `[n_layers, length, d_model]`.
-
-        Raises:
-            OutOfRangeError: there is no such sequence.
-        """
+        """Read one whole sequence, every layer: `[n_layers, length, d_model]`. Raises OutOfRangeError as `locate`."""
         start, stop = self._span(index)
         slots, positions = list(self._slots.values()), range(start, stop)
         if self._layout == "token":
