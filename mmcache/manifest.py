@@ -197,8 +197,8 @@ class Manifest:
             return f"bad {', '.join(wrong)}"
         if self.shard_tokens is None:
             return "rows without a geometry" if self.n_tokens else None
-        if None in self.sites.values() or self.dtype is None:
-            return "a geometry without widths or dtype"
+        if None in self.sites.values() or self.dtype is None or not self.layers:
+            return "a geometry without widths, layers or dtype"
         for site in self.sites:
             inner = self.inner_tokens.get(site)
             if not inner or self.shard_tokens % inner or self.shard_tokens // inner > _MOST_CHUNKS:
