@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
 
-__all__ = ["ShardFolder", "count_present", "missing_shards", "unexpected_shards"]
+__all__ = ["ShardFolder", "missing_shards", "present_shards", "unexpected_shards"]
 
 # No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
 _SHARD_KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
@@ -42,11 +42,12 @@ def missing_shards(path: Path, manifest: Manifest, array: str, rows: int) -> lis
     ]
 
 
-def count_present(path: Path, manifest: Manifest, site: str) -> int:
-    """Count the shards that a site should have and has, from one listing; bounded by what is really there."""
+def present_shards(path: Path, manifest: Manifest, site: str) -> list[tuple[int, int]]:
+    """List the shards that a site should have and has, as (slot, block), from one listing; bounded by what is there."""
     slots, blocks = len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0)
-    found = (_SHARD_KEY.fullmatch(name) for name in list_names(path / site))
-    return sum(int(key[1]) < slots and int(key[2]) < blocks for key in found if key)
+    keys = (_SHARD_KEY.fullmatch(name) for name in list_names(path / site))
+    found = ((int(key[1]), int(key[2])) for key in keys if key)
+    return sorted((slot, block) for slot, block in found if slot < slots and block < blocks)
 
 
 def unexpected_shards(path: Path, manifest: Manifest, site: str) -> list[str]:
@@ -136,6 +137,10 @@ class ShardFolder:
             close_read(fd)
             raise
         return fd, status
+
+    def present(self) -> list[tuple[int, int]]:
+        """List the site's shards that are there, as (slot, block), from one listing."""
+        return present_shards(self._path, self._manifest, self._array)
 
     def believe(self, numbers: int, slot: int, position: int) -> None:
         """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.

@@ -112,16 +112,12 @@ def merge_site(
         IncompleteError: no shard is there at all.
     """
     slots = [_Merged() for _ in range(n_layers if layout == "layer" else 1)]
-    for slot, merged in enumerate(slots):
-        for block in range(folder.spec.blocks(folder.rows)):
-            try:
-                found, rows = folder.statistics(slot, block)
-            except IncompleteError:
-                continue
-            start, counted = block * folder.spec.shard_rows, folder.spec.rows_in_block(block, folder.rows)
-            if rows > counted:
-                found = _anew(folder, slot, block, keep(start, start + counted))
-            merged.add(found)
+    for slot, block in folder.present():
+        found, rows = folder.statistics(slot, block)
+        start, counted = block * folder.spec.shard_rows, folder.spec.rows_in_block(block, folder.rows)
+        if rows > counted:
+            found = _anew(folder, slot, block, keep(start, start + counted))
+        slots[slot].add(found)
     there = [merged for merged in slots if merged.moments is not None]
     if len(there) < len(slots):
         raise IncompleteError("there are no statistics yet: no shard of some layer has been written")

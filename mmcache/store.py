@@ -11,10 +11,11 @@ import torch
 
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
+from mmcache.files import list_names
 from mmcache.flags import counted
 from mmcache.manifest import Manifest, read_manifest
 from mmcache.sequences import Location, Sequences
-from mmcache.shards import ShardFolder, count_present
+from mmcache.shards import ShardFolder, present_shards
 from mmcache.site_view import MAX_MAPS, SiteView
 from mmcache.summary import load_summary
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     import xarray
 
 __all__ = ["Store", "open_store"]
+
+
+# Tokens from which on memory is not taken for what a root says alone, which may be a stranger's.
+_MANY = 1 << 24
 
 
 class Store:
@@ -123,6 +128,9 @@ class Store:
 
     def _column(self, array: str, unknown: int) -> torch.Tensor:
         if not self._manifest.has_tokens:
+            files = sum(len(list_names(self.path / site)) for site in self.sites)
+            if self.n_tokens >= _MANY and self._manifest.spec(self.sites[0]).blocks(self.n_tokens) > files:
+                raise IncompleteError(f"{self.path} counts {self.n_tokens} tokens, and has {files} files for them")
             return torch.full((self.n_tokens,), unknown, dtype=self._manifest.spec(array).dtype.torch)
         return ShardFolder(self.path, self._manifest, array, self.n_tokens).read(0, self.n_tokens)
 
@@ -204,7 +212,7 @@ class Store:
         """Count the shards of a site that have not been written yet, from one listing of its folder."""
         if self._manifest.shard_tokens is None:
             return 0
-        return self.n_shards(site) - count_present(self.path, self._manifest, site)
+        return self.n_shards(site) - len(present_shards(self.path, self._manifest, site))
 
     def d_model(self, site: str) -> int | None:
         """Give the width of a site; None for a cache that nothing was pushed to.
