@@ -293,9 +293,12 @@ def after_power_loss(before, log, to, how, seed=0):  # noqa: C901, PLR0912 -- a 
             source, target, number = entry[1:]
             # What was there before keeps its bytes wherever it goes.
             what = names.get(source, ("new", number))
-            if named(place, target):
+            # Within a folder both or neither; from one to another a crash may leave two names.
+            moved = named(place, target)
+            gone = moved if os.path.dirname(source) == os.path.dirname(target) else named(place, source)  # noqa: PTH120
+            if moved:
                 names[target] = what
-            if named(place, source):
+            if gone and moved:
                 names.pop(source, None)
         elif kind in ("write", "truncate", "extend") and stays(place, last_sync.get(entry[1])):
             durable = place < last_sync.get(entry[1], -1)

@@ -239,6 +239,11 @@ def test_a_damaged_root_is_a_finding_and_no_store_is_an_error(tmp_path):
     damage(path / "zarr.json", flip(200))
     (finding,) = mmcache.verify(path).findings
     assert (finding.kind, finding.file) == ("metadata", "zarr.json")
+    # Another format version, which a flipped bit may say too.
+    damage(path / "zarr.json", flip(200))
+    damage(path / "zarr.json", lambda data: data.replace(b'"format": 1', b'"format": 3', 1))
+    (finding,) = mmcache.verify(path).findings
+    assert "format version 3" in finding.what
     with pytest.raises(mmcache.StoreNotFoundError):
         mmcache.verify(tmp_path)
     with pytest.raises(mmcache.ArgumentError, match="'quick' or 'full'"):
