@@ -1,0 +1,97 @@
+"""Make the golden stores of this format version: tests/golden/v<version>-<name>.zip, which every later one must read.
+
+Usage: .venv/bin/python scripts/make_golden.py [--folder DIR]
+
+What they hold is arithmetic (`value`), so that a test knows it without another copy. A version's files are made once
+and never again: one that is there already is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mmcache
+from mmcache.format import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["GROWN", "STORES", "value"]
+
+FOLDER = Path(__file__).parents[1] / "tests" / "golden"
+# A zip knows no earlier day.
+_DAY = (1980, 1, 1, 0, 0, 0)
+# Of a grown store: its sequences, the sites, and what is special.
+GROWN: Mapping[str, Any] = {
+    "lengths": (5, 300, 1, 210),
+    "sites": {"mlp_in": 16, "mlp_out": 8},
+    "n_layers": 3,
+    "special": [0],
+}
+
+
+def value(layers: int, start: int, stop: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Say what rows hold: `[layers, stop - start, width]`, whole numbers that every dtype keeps exactly."""
+    layer, position, dimension = torch.meshgrid(
+        torch.arange(layers), torch.arange(start, stop), torch.arange(width), indexing="ij"
+    )
+    return ((layer * 31 + position * 7 + dimension * 3) % 251 - 125).to(dtype)
+
+
+def _grown(path: Path, layout: Any, dtype: torch.dtype) -> None:
+    with mmcache.create(
+        path, sites=GROWN["sites"], n_layers=GROWN["n_layers"], layout=layout, dtype=dtype, shard_tokens=256,
+        special_tokens=GROWN["special"], metadata={"made by": "make_golden.py"},
+    ) as writer:  # fmt: skip
+        for length in GROWN["lengths"]:
+            start = writer.n_tokens
+            rows = {
+                site: value(GROWN["n_layers"], start, start + length, width, dtype)
+                for site, width in GROWN["sites"].items()
+            }
+            writer.append(torch.arange(start, start + length) % 50, rows)
+
+
+def _cache(path: Path) -> None:
+    with mmcache.FullActivationCache.with_capacity(3, path, shard_tokens=256) as cache:
+        for layer in value(3, 0, 700, 16, torch.float16):
+            cache.push(layer)
+
+
+STORES: Mapping[str, Callable[[Path], None]] = {
+    "token-bfloat16": lambda path: _grown(path, "token", torch.bfloat16),
+    "layer-float32": lambda path: _grown(path, "layer", torch.float32),
+    "token-float64": lambda path: _grown(path, "token", torch.float64),
+    "cache-float16": _cache,
+}
+
+
+def main() -> None:
+    """Make those that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in STORES.items():
+        target = folder / f"v{FORMAT_VERSION}-{name}.zip"
+        if target.exists():
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "store"
+            make(path)
+            with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as packed:
+                for file in sorted(path.rglob("*")):
+                    if file.is_file():
+                        said = zipfile.ZipInfo(str(file.relative_to(path)), _DAY)
+                        said.compress_type = zipfile.ZIP_DEFLATED
+                        packed.writestr(said, file.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
