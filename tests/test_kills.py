@@ -185,7 +185,7 @@ def check_left(runner, path, number, code, litter):
 
 
 def test_killed_at_random_moments(request, runner, never, tmp_path):
-    wanted = 100 if request.config.getoption("--slow") else 6
+    wanted = 500 if request.config.getoption("--slow") else 6
     expected, duration = never
     chance, done, stores, counts = random.Random(3), 0, 0, {}  # noqa: S311
     while done < wanted:
