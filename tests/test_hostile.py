@@ -236,3 +236,18 @@ def test_json_of_any_depth_is_refused(tmp_path, levels):
     (tmp_path / "zarr.json").write_bytes(b'{"attributes":' + b"[" * levels + b"]" * levels + b"}")
     with pytest.raises(mmcache.CorruptError):
         mmcache.open(tmp_path)
+
+
+def test_a_root_that_counts_a_hundred_million_shards_takes_no_memory_for_them(tmp_path):
+    path = tmp_path / "acts"
+    MAKERS["grown, layer"](path)
+    root = json.loads((path / "zarr.json").read_bytes())
+    root["attributes"]["mmcache"]["n_tokens"] = 2**37
+    replace(path / "zarr.json", signed(root))
+    read_everything(path)
+    before = memory()
+    read_everything(path)
+    store = mmcache.open(path, partial=True)
+    with pytest.raises(mmcache.IncompleteError):
+        store["a"].get_position(0, -1)
+    assert memory() - before < 50 << 20
