@@ -6,11 +6,12 @@ chunk that it lies in, of up to 4 MiB.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from mmcache.runs import alike
 
 if TYPE_CHECKING:
     from mmcache.shards import ShardFolder
@@ -43,41 +44,22 @@ class CheckedRows:
         """
         spec = self._folder.spec
         order = np.argsort(positions, kind="stable")
-        ascending = positions[order]
-        blocks = ascending // spec.shard_rows
-        edges = [*np.flatnonzero(np.diff(blocks, prepend=-1)), len(order)]
-        # In the layer layout each slot is a file of its own, in the token layout all of them are in one.
-        groups = [(slot, [number]) for number, slot in enumerate(slots)] if self._layer_layout else [(0, None)]
-        for start, stop in pairwise(edges):
-            block = int(blocks[start])
-            within = ascending[start:stop] - block * spec.shard_rows
-            for file, numbers in groups:
-                self._take(file, block, within, order[start:stop], slots, numbers, into)
-
-    def _take(
-        self,
-        file: int,
-        block: int,
-        within: np.ndarray,
-        places: np.ndarray,
-        slots: list[int],
-        numbers: list[int] | None,
-        into: torch.Tensor,
-    ) -> None:
-        """Copy ascending rows of one file to their places; `numbers` are the slots' places, None for all of them."""
-        spec = self._folder.spec
-        chunks = within // spec.chunk_rows
-        edges = [*np.flatnonzero(np.diff(chunks, prepend=-1)), len(within)]
-        wanted = iter(pairwise(edges))
-        for number, data in self._folder.chunks(file, block, chunks[edges[:-1]].tolist()):
-            start, stop = next(wanted)
-            rows = torch.from_numpy(data).view(spec.dtype.torch).view(spec.chunk_rows, *spec.row_shape)
-            at = torch.from_numpy(within[start:stop] - number * spec.chunk_rows)
-            place = torch.from_numpy(places[start:stop])
-            if numbers is None:
-                into[place] = rows[at][:, slots]
-            else:
-                into[place, numbers[0]] = rows[at]
+        blocks, within = np.divmod(positions[order], spec.shard_rows)
+        # Each file with the layers wanted of its rows, and their places among the slots: in the layer layout each slot
+        # is a file of its own, in the token layout all of them are in one.
+        files = [(0, slots, list(range(len(slots))))]
+        if self._layer_layout:
+            files = [(slot, [0], [place]) for place, slot in enumerate(slots)]
+        for start, stop in alike(blocks):
+            chunks = within[start:stop] // spec.chunk_rows
+            wanted = [(start + first, start + last) for first, last in alike(chunks)]
+            numbers = [int(chunks[first - start]) for first, _ in wanted]
+            for file, inside, places in files:
+                found = self._folder.chunks(file, int(blocks[start]), numbers)
+                for (first, last), (number, data) in zip(wanted, found, strict=True):
+                    rows = torch.from_numpy(data).view(spec.dtype.torch).view(spec.chunk_rows, -1, spec.row_shape[-1])
+                    at = torch.from_numpy(within[first:last] - number * spec.chunk_rows)
+                    into[torch.from_numpy(order[first:last])[:, None], places] = rows[at][:, inside]
 
     def forget(self) -> None:
         """Do nothing: it keeps nothing."""

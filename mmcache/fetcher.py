@@ -127,6 +127,8 @@ class Fetcher:
         positions = []
         for start, stop, _ in spans:
             positions.append(self._source.kept.positions(self._order.indices(start, stop)))
+            for view in self._source.views():
+                view.believe(positions[-1], view.rows_of(self._source.layers)[1])
             if self._read_ahead is not None:
                 self._read_ahead.need(start, stop)
         fetched = self._on_host(positions) if self._stream is None else self._on_cuda(positions, self._stream)
@@ -155,8 +157,6 @@ class Fetcher:
         wanted, found = [], []
         for where in positions:
             shapes = source.shapes(len(where))
-            for view in source.views():
-                view.believe(where, view.rows_of(source.layers)[1])
             out = self._lend(self._buffers, {site: (shapes[site], made.dtype) for site, made in conversions.items()})
             kept = {site: (shapes[site], made.stored) for site, made in conversions.items() if made.staged}
             staged = self._lend(self._staging, kept)

@@ -218,10 +218,9 @@ def set_aside(path: Path, into: Path) -> Path:
         WriteError: the system refuses.
     """
     make_folder(into)
-    taken, number = set(list_names(into)), 1
-    while f"{path.name}.{number}" in taken:
+    number = 1
+    while os.path.lexists(there := into / f"{path.name}.{number}"):
         number += 1
-    there = into / f"{path.name}.{number}"
     with explained(path, "setting it aside"):
         path.rename(there)
     # Where it is before where it is no longer: a crash may leave both names, never none.

@@ -111,13 +111,18 @@ class Manifest:
             return 0
         return self.spec(site).blocks(self.n_tokens) * len(self.slots(site))
 
-    def site_bytes(self, site: str) -> int:
-        """Add up the sizes of the files of a complete site; 0 before its geometry is known."""
-        if not self.n_tokens or self.shard_tokens is None:
+    def rows(self, array: str) -> int:
+        """Give the rows of an array that count: sequences, or tokens."""
+        return self.n_sequences if array == "sequences" else self.n_tokens or 0
+
+    def array_bytes(self, array: str) -> int:
+        """Add up the sizes of the shards of a complete array; 0 before its geometry is known."""
+        rows = self.rows(array)
+        if not rows or (array in self.sites and self.shard_tokens is None):
             return 0
-        spec, slots = self.spec(site), len(self.slots(site))
-        whole = spec.blocks(self.n_tokens) - 1
-        last = Layout(spec, spec.rows_in_block(whole, self.n_tokens)).size
+        spec, slots = self.spec(array), len(self.slots(array))
+        whole = spec.blocks(rows) - 1
+        last = Layout(spec, spec.rows_in_block(whole, rows)).size
         return (whole * Layout(spec, spec.shard_rows).size + last) * slots
 
     def token_bytes(self) -> int:

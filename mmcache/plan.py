@@ -263,8 +263,7 @@ def _published(path: Path, manifest: Manifest) -> Manifest:
     """Write the metadata of every array, then the root."""
     for array in (*manifest.sites, *RESERVED):
         make_folder(path / array)
-        rows = manifest.n_sequences if array == "sequences" else manifest.n_tokens
-        publish(path / array / ROOT, array_json(manifest, array, rows or 0))
+        publish(path / array / ROOT, array_json(manifest, array, manifest.rows(array)))
     publish(path / ROOT, manifest.to_json())
     return manifest
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmcache.draft import publish
 from mmcache.errors import MmcacheError
-from mmcache.files import list_names, set_aside
+from mmcache.files import set_aside
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER
@@ -17,7 +18,6 @@ from mmcache.store import Store
 from mmcache.verify import verify
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from mmcache.findings import Finding, Level, Report
@@ -67,12 +67,8 @@ class Repaired:
     remade_by_extract: bool
 
 
-def _silent(_done: int, _total: int) -> None:
-    """Tell nobody."""
-
-
 def repair(
-    path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] = _silent
+    path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Repaired:
     """Verify a store, and set aside what is bad of its sites: moved into `.set-aside`, never deleted.
 
@@ -96,44 +92,38 @@ def repair(
     lock = FolderLock(folder)
     try:
         report = verify(folder, level, progress=progress)
-        aside: list[tuple[str, str]] = []
+        aside: dict[str, str] = {}
         rewritten: list[str] = []
         left: list[Finding] = []
         for finding in report.findings:
+            file = finding.file
             if finding.kind == "missing" and finding.array in manifest.sites:
                 continue  # a loss, and nothing to move
-            for file in _bad_file(folder, finding, manifest):
-                if file not in dict(aside):
-                    there = set_aside(folder / file, folder / ASIDE / Path(file).parent)
-                    aside.append((file, str(there.relative_to(folder))))
-            if _is_array_metadata(finding) and finding.file not in rewritten:
-                _rewrite(folder, manifest, finding.array or "")
-                rewritten.append(finding.file)
-            elif not any(finding.file == file for file, _ in aside):
+            if file not in aside and _can_be_moved(folder, finding, manifest):
+                there = set_aside(folder / file, folder / ASIDE / Path(file).parent)
+                aside[file] = str(there.relative_to(folder))
+            if _is_array_metadata(finding) and finding.array is not None:
+                publish(folder / file, array_json(manifest, finding.array, manifest.rows(finding.array)))
+                rewritten.append(file)
+            elif file not in aside:
                 left.append(finding)
     finally:
         lock.release()
     lost = _losses(folder, manifest, report)
-    return Repaired(report, tuple(aside), tuple(rewritten), lost, tuple(left), manifest.kind == "planned")
+    return Repaired(report, tuple(aside.items()), tuple(rewritten), lost, tuple(left), manifest.kind == "planned")
 
 
 def _is_array_metadata(finding: Finding) -> bool:
-    return finding.kind == "metadata" and finding.array is not None and finding.file == f"{finding.array}/{ROOT}"
+    return finding.kind == "metadata" and finding.file == f"{finding.array}/{ROOT}"
 
 
-def _bad_file(folder: Path, finding: Finding, manifest: Manifest) -> list[str]:
-    """Give what of a finding can be moved away without losing more than is lost already."""
-    name = Path(finding.file).name
-    if finding.kind == "unreadable" or name not in list_names((folder / finding.file).parent):
-        return []
+def _can_be_moved(folder: Path, finding: Finding, manifest: Manifest) -> bool:
+    """Tell whether a file is there that can be moved away without losing more than is lost already."""
+    if finding.kind == "unreadable" or not os.path.lexists(folder / finding.file):
+        return False
     shard_of_site = finding.array in manifest.sites and finding.kind in ("foreign", "damaged", "unexpected")
     merged = finding.kind == "metadata" and finding.file.startswith(f"{STATISTICS_FOLDER}/")
-    return [finding.file] if shard_of_site or merged or _is_array_metadata(finding) else []
-
-
-def _rewrite(folder: Path, manifest: Manifest, array: str) -> None:
-    rows = manifest.n_sequences if array == "sequences" else manifest.n_tokens
-    publish(folder / array / ROOT, array_json(manifest, array, rows or 0))
+    return shard_of_site or merged or _is_array_metadata(finding)
 
 
 def _losses(folder: Path, manifest: Manifest, report: Report) -> tuple[Loss, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -9,11 +10,11 @@ import numpy as np
 from mmcache.held import HELD
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from mmcache.descriptor import Descriptor
 
-__all__ = ["GAP_BYTES", "RUN_BYTES", "Reads", "Source", "apart", "runs_of"]
+__all__ = ["GAP_BYTES", "RUN_BYTES", "Reads", "Source", "alike", "apart", "runs_of"]
 
 # To read so much that is not wanted takes about as long as one more request: 14 us at 2.5 GB/s.
 GAP_BYTES = 32 << 10
@@ -55,6 +56,11 @@ def runs_of(rows: np.ndarray, per_file: int, row_bytes: int) -> np.ndarray:
     first = rows[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0))]
     begins[1:] |= np.diff((rows - first) // max(1, RUN_BYTES // row_bytes)) != 0
     return np.flatnonzero(begins)
+
+
+def alike(keys: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Give where each stretch of equal keys begins and ends: int64 `[n]`, from 0 on, equal ones side by side."""
+    return pairwise([*np.flatnonzero(np.diff(keys, prepend=-1)).tolist(), len(keys)])
 
 
 def apart(rows: np.ndarray, row_bytes: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING
 
 import crc32c
@@ -11,6 +10,7 @@ import numpy as np
 
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
+from mmcache.files import read_whole
 from mmcache.format import HEADER_BYTES, STATISTICS
 from mmcache.memory import anonymous
 from mmcache.site_map import REFUSALS
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["check_shard"]
 
 _PIECE = 8 << 20
-
-
-class _Memory(threading.local):
-    """A thread's own memory for what is read: taken once."""
-
-    def __init__(self) -> None:
-        self.piece = anonymous(_PIECE).data
-
-
-_MEMORY = _Memory()
 
 
 def check_shard(
@@ -74,14 +64,15 @@ def _index_problems(fd: int, layout: Layout, tell: Callable[[int], None]) -> lis
     start = _index_start(layout)
     wanted = layout.index()
     wanted = bytes(layout.size - start - len(wanted)) + wanted
-    found = os.pread(fd, len(wanted), start)
+    found = bytearray(len(wanted))
+    there = read_whole(fd, memoryview(found), start)
     tell(len(found))
-    return [] if found == wanted else ["its index of inner chunks is not the one that belongs there"]
+    return [] if there and found == wanted else ["its index of inner chunks is not the one that belongs there"]
 
 
 def _read(fd: int, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
     """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows."""
-    step, piece = layout.spec.chunk_bytes, _MEMORY.piece
+    step, piece = layout.spec.chunk_bytes, anonymous(min(_PIECE, layout.size)).data
     crcs: list[int] = []
     crc, offset, tail = 0, 0, bytearray()
     while offset < layout.size:
@@ -112,9 +103,8 @@ def _tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
 
     statistics = None
     if layout.spec.stat_layers:
-        statistics = {name: np.frombuffer(bytes_of(name), "<i8") for name in STATISTICS}
-        for name in ("count", "mean", "m2", "norms"):
-            statistics[name] = statistics[name].view("<f8")
+        codes = {name: layout.tensors[name][0] for name in STATISTICS}
+        statistics = {name: np.frombuffer(bytes_of(name), f"<{code[0].lower()}8") for name, code in codes.items()}
     wanted = layout.tail(crcs, statistics)
     wrong = []
     stored = np.frombuffer(bytes_of("crc32c"), "<u4")

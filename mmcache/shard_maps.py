@@ -6,11 +6,12 @@ It works wherever a file can be mapped, and is what `site_rows`, the fast way, i
 from __future__ import annotations
 
 import threading
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from mmcache.runs import alike
 
 if TYPE_CHECKING:
     from mmcache.shards import ShardFolder
@@ -59,8 +60,7 @@ class ShardMaps:
         """
         blocks, within = np.divmod(positions, self._folder.spec.shard_rows)
         order = np.argsort(blocks, kind="stable")
-        edges = [*np.flatnonzero(np.diff(blocks[order], prepend=-1)), len(order)]
-        for start, stop in pairwise(edges):
+        for start, stop in alike(blocks[order]):
             picked = order[start:stop]
             place, at = torch.from_numpy(picked), torch.from_numpy(within[picked])
             for number, slot in enumerate(slots):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -21,41 +22,39 @@ if TYPE_CHECKING:
     from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
 
-__all__ = ["ShardFolder", "missing_shards", "present_shards", "unexpected_shards"]
+__all__ = ["MANY", "ShardFolder", "expected_shards", "missing_shards", "present_shards"]
 
 # No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
 _SHARD_KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
-# Numbers from which on memory is not taken unseen.
-_MANY = 1 << 24
+# Numbers, or rows, from which on memory is not taken for what a root says alone, which may be a stranger's.
+MANY = 1 << 24
 _NUMPY_CODES = {"F64": "<f8", "I64": "<i8"}
+
+
+def expected_shards(manifest: Manifest, array: str, rows: int) -> Iterator[tuple[int, int]]:
+    """Name the shards of an array of `rows` rows, as (slot, block)."""
+    return itertools.product(manifest.slots(array), range(manifest.spec(array).blocks(rows)))
 
 
 def missing_shards(path: Path, manifest: Manifest, array: str, rows: int) -> list[tuple[int, int]]:
     """List the shards that an array of `rows` rows should have and has not, as (slot, block), from one listing."""
     names = set(list_names(path / array))
-    blocks = range(manifest.spec(array).blocks(rows))
     return [
         (slot, block)
-        for slot in manifest.slots(array)
-        for block in blocks
+        for slot, block in expected_shards(manifest, array, rows)
         if manifest.shard_key(array, block, slot) not in names
     ]
 
 
-def present_shards(path: Path, manifest: Manifest, site: str) -> list[tuple[int, int]]:
-    """List the shards that a site should have and has, as (slot, block), from one listing; bounded by what is there."""
+def present_shards(path: Path, manifest: Manifest, site: str, *, expected: bool = True) -> list[tuple[int, int]]:
+    """List the shards of a site that are there, as (slot, block), from one listing: bounded by what is there.
+
+    Only those that it should have, or else only those that it should not.
+    """
     slots, blocks = len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0)
     keys = (_SHARD_KEY.fullmatch(name) for name in list_names(path / site))
     found = ((int(key[1]), int(key[2])) for key in keys if key)
-    return sorted((slot, block) for slot, block in found if slot < slots and block < blocks)
-
-
-def unexpected_shards(path: Path, manifest: Manifest, site: str) -> list[str]:
-    """List the names of shards of a site that it should not have."""
-    slots, blocks = len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0)
-    keys = sorted(name for name in list_names(path / site) if _SHARD_KEY.fullmatch(name))
-    found = ((name, name.split(".")) for name in keys)
-    return [name for name, (_, slot, block, _) in found if int(slot) >= slots or int(block) >= blocks]
+    return [(slot, block) for slot, block in found if (slot < slots and block < blocks) == expected]
 
 
 def _bad_chunk(file: Path, number: int) -> CorruptError:
@@ -139,17 +138,31 @@ class ShardFolder:
         return fd, status
 
     def present(self) -> list[tuple[int, int]]:
-        """List the site's shards that are there, as (slot, block), from one listing."""
-        return present_shards(self._path, self._manifest, self._array)
+        """List the site's shards that are there, as (slot, block), in order, from one listing."""
+        return sorted(present_shards(self._path, self._manifest, self._array))
 
     def believe(self, numbers: int, slot: int, position: int) -> None:
         """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.
 
-        A stranger's root may claim widths and layers that no file has. Errors as `open_file`.
+        A root may claim widths and layers that no file has. Errors as `open_file`.
         """
-        if numbers >= _MANY:
+        if numbers >= MANY:
             slot = slot if self._manifest.layout == "layer" else 0
             close_read(self.open_file(slot, position // self.spec.shard_rows)[0])
+
+    def believe_rows(self, start: int, stop: int) -> None:
+        """Before memory is taken for something of each of some rows: look whether there are files for as many.
+
+        Raises:
+            IncompleteError: there are fewer.
+        """
+        files = len(list_names(self._path / self._array))
+        blocks = self.spec.blocks(stop) - start // self.spec.shard_rows
+        if blocks > files:
+            raise IncompleteError(
+                f"{self._path / self._array} has {files} files, and rows {start} to {stop} are in {blocks} shards: "
+                f"`mmcache verify` lists what is missing"
+            )
 
     def open_layout(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, Layout]:
         """Open one shard's file as `open_file` does, and say where everything is in it; its header is read each time.
@@ -157,6 +170,8 @@ class ShardFolder:
         Raises:
             IncompleteError, CorruptError, OSError: as `open_file`.
         """
+        if self._wait is not None:
+            self._wait(slot, block)
         file, what = self._file(slot, block)
         fd, status = open_file(file, what=what, direct=direct)
         try:
@@ -174,8 +189,6 @@ class ShardFolder:
             IncompleteError, CorruptError: as `open_file`; a checksum differs, or the file ends before it should.
         """
         file, _ = self._file(slot, block)
-        if self._wait is not None:
-            self._wait(slot, block)
         fd, layout = self.open_layout(slot, block)
         try:
             _, _, start, _ = layout.tensors["crc32c"]
@@ -287,13 +300,7 @@ class ShardFolder:
         For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
         """
         spec = self.spec
-        # Before memory is taken for them: a stranger's root may count what nobody ever wrote.
-        files, blocks = len(list_names(self._path / self._array)), spec.blocks(stop) - start // spec.shard_rows
-        if blocks > files:
-            raise IncompleteError(
-                f"{self._path / self._array} has {files} files, and rows {start} to {stop} are in {blocks} shards: "
-                f"`mmcache verify` lists what is missing"
-            )
+        self.believe_rows(start, stop)
         out = np.empty((stop - start, *spec.row_shape), spec.dtype.numpy)
         into = out.reshape(-1).view(np.uint8)
         for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):

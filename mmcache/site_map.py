@@ -29,6 +29,8 @@ __all__ = ["REFUSALS", "SAMPLES", "Files", "SiteMap", "Table"]
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.EMFILE)
 # How many places are looked at to tell whether all is in memory.
 SAMPLES = 8
+# Shards that a window has places for, two bytes each; a root that counts more is hardly true.
+_MOST_PLACES = 1 << 22
 # Page tables are filled for so many shards at a time, which takes 2 to 12 ms each.
 _MOST_POPULATED = 64
 
@@ -78,7 +80,7 @@ class SiteMap:
         most_open: descriptors for direct reads that are kept.
 
     Raises:
-        OSError: there is no address space for it.
+        OSError: there is no address space for it, or there are too many shards.
     """
 
     def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
@@ -90,7 +92,10 @@ class SiteMap:
             # Its rows need not fill whole pages, its place does, and whole rows too.
             both = math.lcm(PAGE, spec.row_bytes)
             place_bytes = -(-folder.rows * spec.row_bytes // both) * both
-        self.window = Window(place_bytes, self._blocks * (n_layers if by_layer else 1), HEADER_BYTES)
+        places = self._blocks * (n_layers if by_layer else 1)
+        if places > _MOST_PLACES:
+            raise OSError(errno.ENOMEM, f"{places} shards are more than a window has places for")
+        self.window = Window(place_bytes, places, HEADER_BYTES)
         flat = torch.from_numpy(self.window.array).view(spec.dtype.torch)
         row_bytes = spec.row_shape[-1] * spec.dtype.size
         self.rows = Table(flat.view(-1, 1, spec.row_shape[-1]), place_bytes // row_bytes, row_bytes)

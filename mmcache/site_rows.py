@@ -46,8 +46,6 @@ _BELIEVED = 16
 _MOST_ASKED = 1 << 13
 # Rows that are planned together: their indices take a few times 8 MiB.
 _MOST_ROWS = 1 << 20
-# Shards that a window has places for, two bytes each; a root that counts more is hardly true.
-_MOST_PLACES = 1 << 22
 # What advice may bring in before it is copied.
 _ADVISED_BYTES = 32 << 20
 
@@ -290,8 +288,7 @@ def best_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int,
     """
     if check:
         return CheckedRows(folder, layout)
-    places = folder.spec.blocks(folder.rows) * (n_layers if layout == "layer" else 1)
-    if LINUX and places <= _MOST_PLACES:
+    if LINUX:
         # Refused where address space is limited.
         with contextlib.suppress(OSError):
             return SiteRows(folder, layout, n_layers, most_open)

@@ -105,7 +105,7 @@ class SiteView:
         slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
         return self._reader or self._read_by(), slots
 
-    def believe(self, positions: Sequence[int] | np.ndarray, slots: Sequence[int]) -> None:
+    def believe(self, positions: np.ndarray | range, slots: Sequence[int]) -> None:
         """Before memory is taken for many rows: `ShardFolder.believe`."""
         if len(positions) and slots:
             self._folder.believe(len(positions) * len(slots) * self.d_model, slots[0], int(positions[0]))

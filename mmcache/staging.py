@@ -41,8 +41,7 @@ class _Piece:
         """Tell which rows count: `[n]` bool, or None for all."""
         if all(kept is None for _, kept in self.kept):
             return None
-        kept = np.concatenate([np.ones(rows, np.bool_) if kept is None else kept for rows, kept in self.kept])
-        return None if kept.all() else kept
+        return np.concatenate([np.ones(rows, np.bool_) if kept is None else kept for rows, kept in self.kept])
 
 
 class _SlotJob:

@@ -71,8 +71,7 @@ class Moments:
         while done < len(rows):
             some = min(self._block - self._n_held, len(rows) - done)
             here = slice(done, done + some)
-            # Most blocks have no row that is left out, and then less is to be done.
-            kept = None if keep is None or keep[here].all() else keep[here]
+            kept = None if keep is None else keep[here]
             if some == self._block:
                 self._fold(sum_block(rows[here], kept))
             else:
@@ -97,8 +96,7 @@ class Moments:
 
     def _release(self) -> None:
         if self._held is not None and self._n_held:
-            keep = self._held_keep[: self._n_held]
-            self._fold(sum_block(self._held[: self._n_held], None if keep.all() else keep))
+            self._fold(sum_block(self._held[: self._n_held], self._held_keep[: self._n_held]))
             self._n_held = 0
 
     def _fold(self, sums: Sums) -> None:

@@ -80,6 +80,8 @@ def sum_block(rows: np.ndarray, keep: np.ndarray | None) -> Sums:
         keep: `[n]` bool, False for rows to leave out; None keeps all.
     """
     n, layers, width = rows.shape
+    # Most blocks have no row that is left out, and then less is to be done.
+    masked = None if keep is None or keep.all() else ~keep
     if rows.strides[-1] != rows.itemsize:
         rows = np.ascontiguousarray(rows)
     narrow = rows.dtype.name == "bfloat16" and not width % 2
@@ -91,7 +93,6 @@ def sum_block(rows: np.ndarray, keep: np.ndarray | None) -> Sums:
         np.empty(layers), np.empty((layers, width)), np.empty((layers, width)), shift, np.empty((n, layers)), *counts
     )
     group = max(1, _TILE_BYTES // (n * width * (4 if narrow else 8)))
-    masked = None if keep is None else ~keep
     # A signalling NaN, or float64 values near 1e308, are data here and no reason to warn.
     with np.errstate(all="ignore"):
         for low in range(0, layers, group):

@@ -64,7 +64,7 @@ class Survey:
 
 def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, int] | None = None) -> Survey:
     """Add up a plan; `to_do` is what is missing in bytes, shards and tokens, None for all of it."""
-    size = sum(plan.site_bytes(site) for site in plan.sites)
+    size = sum(plan.array_bytes(site) for site in plan.sites)
     shards = sum(plan.n_shards(site) for site in plan.sites)
     bytes_to_do, shards_to_do, tokens_to_do = to_do or (size, shards, plan.n_tokens or 0)
     return Survey(

@@ -221,10 +221,14 @@ def draw_report(console: Console, report: Report) -> None:
 
 
 def _draw_findings(console: Console, findings: Sequence[Finding]) -> None:
-    for finding in findings[:_MOST_LINES]:
-        console.print(f"{finding.kind}: {finding.file}: {finding.what}", highlight=False, markup=False, soft_wrap=True)
-    if len(findings) > _MOST_LINES:
-        console.print(f"and {len(findings) - _MOST_LINES:,} more, which --json lists", highlight=False)
+    _draw_lines(console, [f"{finding.kind}: {finding.file}: {finding.what}" for finding in findings])
+
+
+def _draw_lines(console: Console, lines: Sequence[str]) -> None:
+    for line in lines[:_MOST_LINES]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if len(lines) > _MOST_LINES:
+        console.print(f"and {len(lines) - _MOST_LINES:,} more, which --json lists", highlight=False)
 
 
 def draw_repaired(console: Console, done: Repaired) -> None:
@@ -235,13 +239,13 @@ def draw_repaired(console: Console, done: Repaired) -> None:
         "written anew": ", ".join(done.rewritten) or "nothing",
     }
     console.print(_pairs(done.report.path, pairs), highlight=False, markup=False)
-    for loss in done.lost[:_MOST_LINES]:
+    lines = []
+    for loss in done.lost:
         layers = f"layer {loss.layers[0]}" if len(loss.layers) == 1 else f"{len(loss.layers)} layers"
         first, last = loss.sequences or ("?", "?")
         said = f"{loss.site}, {layers}, tokens {loss.tokens[0]} to {loss.tokens[1] - 1} (sequences {first} to {last})"
-        console.print(f"missing now: {said}", highlight=False, markup=False, soft_wrap=True)
-    if len(done.lost) > _MOST_LINES:
-        console.print(f"and {len(done.lost) - _MOST_LINES:,} more, which --json lists", highlight=False)
+        lines.append(f"missing now: {said}")
+    _draw_lines(console, lines)
     if done.lost and done.remade_by_extract:
         console.print("The same `mmcache extract` that made the store makes them again.", highlight=False)
     elif done.lost:

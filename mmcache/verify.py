@@ -15,18 +15,17 @@ from mmcache.crew import Crew
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, MmcacheError
 from mmcache.files import list_names
 from mmcache.findings import Finding, Kind, Level, Report
-from mmcache.format import Layout
 from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
-from mmcache.shards import ShardFolder, missing_shards, unexpected_shards
+from mmcache.shards import ShardFolder, expected_shards, missing_shards, present_shards
 from mmcache.signed import ROOT, read_signed
 from mmcache.store import Store
 from mmcache.summary import load_summary
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from mmcache.manifest import Manifest
@@ -46,12 +45,8 @@ _FIXED = (
 )  # fmt: skip
 
 
-def _silent(_done: int, _total: int) -> None:
-    """Tell nobody."""
-
-
 def verify(
-    path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] = _silent
+    path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Report:
     """Look for everything that is wrong with a store. Nothing is written; blocks until all of it was looked at.
 
@@ -83,27 +78,20 @@ def verify(
 class _Verification:
     """One look at one store."""
 
-    def __init__(self, path: Path, manifest: Manifest, level: Level, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, level: Level, progress: Callable[[int, int], None] | None
+    ) -> None:
         self._path, self._manifest, self._level, self._progress = path, manifest, level, progress
         self._findings: list[Finding] = []
         self._shards = self._bytes = self._done = 0
-        self._total = sum(map(self._array_bytes, self._arrays()))
+        self._total = sum(map(manifest.array_bytes, self._arrays()))
 
     def _arrays(self) -> list[str]:
         """List the arrays that have rows."""
         sites = list(self._manifest.sites) if self._manifest.shard_tokens is not None else []
-        return [array for array in (*sites, *(RESERVED if self._manifest.has_tokens else ())) if self._rows(array)]
-
-    def _rows(self, array: str) -> int:
-        return self._manifest.n_sequences if array == "sequences" else self._manifest.n_tokens or 0
-
-    def _array_bytes(self, array: str) -> int:
-        spec, rows = self._manifest.spec(array), self._rows(array)
-        blocks = spec.blocks(rows)
-        sizes = (blocks - 1) * Layout(spec, spec.shard_rows).size + Layout(
-            spec, spec.rows_in_block(blocks - 1, rows)
-        ).size
-        return sizes * len(self._manifest.slots(array))
+        return [
+            array for array in (*sites, *(RESERVED if self._manifest.has_tokens else ())) if self._manifest.rows(array)
+        ]
 
     def run(self) -> Report:
         if self._manifest.kind == "planned" and self._manifest.n_tokens is None:
@@ -115,8 +103,7 @@ class _Verification:
             for array in self._arrays():
                 self._check_array(array, crew)
                 if self._level == "quick":
-                    self._done += self._array_bytes(array)
-                    self._progress(self._done, self._total)
+                    self._advance(self._manifest.array_bytes(array))
         finally:
             crew.close()
         if self._manifest.has_tokens and not any(finding.array == "sequences" for finding in self._findings):
@@ -133,14 +120,16 @@ class _Verification:
         where = self._path / array / ROOT
         try:
             _, text = read_signed(where, _METADATA_LIMIT)
-            problem = _differs(json.loads(text), json.loads(array_json(self._manifest, array, self._rows(array))))
+            problem = _differs(
+                json.loads(text), json.loads(array_json(self._manifest, array, self._manifest.rows(array)))
+            )
         except (MmcacheError, OSError) as error:
             problem = str(error)
         if problem:
             self._find("metadata", f"{array}/{ROOT}", problem, array=array)
 
     def _check_array(self, array: str, crew: Crew) -> None:
-        manifest, rows = self._manifest, self._rows(array)
+        manifest, rows = self._manifest, self._manifest.rows(array)
         expected = manifest.spec(array).blocks(rows) * len(manifest.slots(array))
         there = len(list_names(self._path / array))
         if expected > _BELIEVABLE + there * 100:
@@ -155,7 +144,7 @@ class _Verification:
             self._find("foreign", array, str(error), array=array)
             return
         asked: deque[tuple[tuple[int, int], Future[tuple[list[str], int]]]] = deque()
-        for shard in self._shards_of(array):
+        for shard in expected_shards(manifest, array, rows):
             if shard in gone:
                 self._find_shard("missing", array, shard, "it is not there")
                 continue
@@ -165,21 +154,22 @@ class _Verification:
         while asked:
             self._note(array, *asked.popleft())
         if manifest.kind == "planned" and array in manifest.sites:
-            for name in unexpected_shards(self._path, manifest, array):
-                self._find("unexpected", f"{array}/{name}", "the plan has no such shard", array=array)
-
-    def _shards_of(self, array: str) -> Iterator[tuple[int, int]]:
-        for slot in self._manifest.slots(array):
-            for block in range(self._manifest.spec(array).blocks(self._rows(array))):
-                yield slot, block
+            for slot, block in sorted(present_shards(self._path, manifest, array, expected=False)):
+                file = f"{array}/{manifest.shard_key(array, block, slot)}"
+                self._find("unexpected", file, "the plan has no such shard", array=array)
 
     def _look(self, folder: ShardFolder, slot: int, block: int) -> tuple[list[str], int]:
         return check_shard(folder, slot, block, full=self._level == "full", tell=self._tell)
 
     def _tell(self, count: int) -> None:
-        # Several threads add to it, and one that is lost now and then does not matter.
+        # Of a quick look, whole arrays count.
         if self._level == "full":
-            self._done += count
+            self._advance(count)
+
+    def _advance(self, count: int) -> None:
+        # Several threads add to it, and one that is lost now and then does not matter.
+        self._done += count
+        if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
 
     def _note(self, array: str, shard: tuple[int, int], look: Future[tuple[list[str], int]]) -> None:
@@ -204,7 +194,7 @@ class _Verification:
         layers: tuple[int, ...] = ()
         if array != "sequences":
             first = block * manifest.spec(array).shard_rows
-            tokens = first, first + manifest.spec(array).rows_in_block(block, self._rows(array))
+            tokens = first, first + manifest.spec(array).rows_in_block(block, manifest.rows(array))
         if array in manifest.sites:
             layers = manifest.layers if manifest.layout == "token" else (manifest.layers[slot],)
         file = f"{array}/{manifest.shard_key(array, block, slot)}"
@@ -217,20 +207,17 @@ class _Verification:
             self._find("sequences", "sequences", str(error), array="sequences")
 
     def _check_summaries(self) -> None:
-        above = self._path / STATISTICS_FOLDER
-        if ROOT in list_names(above):
-            self._try_metadata(f"{STATISTICS_FOLDER}/{ROOT}", None)
+        above = f"{STATISTICS_FOLDER}/{ROOT}"
+        try:
+            if ROOT in list_names(self._path / STATISTICS_FOLDER):
+                read_signed(self._path / above, _METADATA_LIMIT)
+        except (MmcacheError, OSError) as error:
+            self._find("metadata", above, str(error))
         for site in self._manifest.sites:
             try:
                 load_summary(self._path, self._manifest, site)
             except (MmcacheError, OSError) as error:
                 self._find("metadata", f"{STATISTICS_FOLDER}/{site}", str(error), array=site)
-
-    def _try_metadata(self, file: str, array: str | None) -> None:
-        try:
-            read_signed(self._path / file, _METADATA_LIMIT)
-        except (MmcacheError, OSError) as error:
-            self._find("metadata", file, str(error), array=array)
 
 
 def _differs(found: Any, wanted: Any) -> str | None:
