@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 
 import small
 import torch
@@ -69,11 +68,6 @@ class Damaged:
         weights = self.sizes if by_size and self.random.random() < 0.5 else None
         return self.random.choices(self.files, weights)[0]
 
-    def change(self, file, data):
-        """Replace a file's bytes, in place."""
-        file.chmod(0o644)
-        file.write_bytes(data)
-
     def flip(self, data):
         """Flip one bit, anywhere."""
         bit = self.random.randrange(len(data) * 8)
@@ -87,9 +81,3 @@ class Damaged:
         if self.random.random() < 0.5:
             return data[: max(0, len(data) - amount)]
         return data + (bytes(amount) if self.random.random() < 0.5 else os.urandom(amount))
-
-
-def copy_of(path, to):
-    """Copy a store."""
-    shutil.copytree(path, to)
-    return to

@@ -61,10 +61,6 @@ def call_sites():
         for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES):
                 continue
-            of = node.func.value
-            # `os.open` of what is only read changes nothing: such are in functions that read.
-            if isinstance(of, ast.Name) and of.id in ("np", "time"):
-                continue
             found.add((module, node.lineno))
     return found
 
@@ -246,18 +242,11 @@ def in_fork(work, root, **options):
     return pickle.loads(said)  # noqa: S301 -- our own fork's
 
 
-def snapshot(root):
-    """Give every folder (None) and file (bytes) below a folder, as what was durable before."""
-    return {
-        str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))
-    }
-
-
 def after_power_loss(before, log, to, how, seed=0):  # noqa: C901, PLR0912 -- a case for each kind of operation
     """Make a folder as a power failure behind the last entry of a log may leave it.
 
     Args:
-        before: the folder's `snapshot` before the log begins.
+        before: the folder's `support.tree`, locks too, before the log begins.
         log: what was done, in order.
         to: where.
         how: what was not synced is `"lost"`, `"kept"`, or `"mixed"`: any of it, torn, in any order.

@@ -38,12 +38,12 @@ def same(found, expected):
     return found.shape == expected.shape and found.dtype == expected.dtype and raw(found) == raw(expected)
 
 
-def tree(folder):
-    """Give every file below a folder with its bytes, and every folder with None; without a writer's lock."""
+def tree(folder, *, locks=False):
+    """Give every file below a folder with its bytes, and every folder with None; a writer's lock where asked for."""
     return {
         str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
         for path in sorted(Path(folder).rglob("*"))
-        if path.name != ".lock"
+        if locks or path.name != ".lock"
     }
 
 
@@ -84,6 +84,11 @@ def python(code, *arguments, timeout=120):
     )
 
 
+def widened(request, counts):
+    """Give how many: the first of two counts in the suite, the second with `--slow`."""
+    return counts[request.config.getoption("--slow")]
+
+
 def without_sync(monkeypatch):
     """Leave syncs out, which only matter where the power fails, and take most of the time of a small test.
 
@@ -96,8 +101,8 @@ def without_sync(monkeypatch):
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
-def forked(work):
-    """Run `work()` in a fork of this process, and give its exit code: 0 if it returned."""
+def start_fork(work):
+    """Begin `work()` in a fork of this process, which then exits: with 0 if it returned. Gives its number."""
     child = os.fork()
     if not child:
         code = 1
@@ -110,7 +115,17 @@ def forked(work):
             traceback.print_exc()
         finally:
             os._exit(code)
+    return child
+
+
+def exit_code(child):
+    """Wait for a fork to end, and give its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked(work):
+    """Run `work()` in a fork of this process, and give its exit code: 0 if it returned."""
+    return exit_code(start_fork(work))
 
 
 class Recorder:

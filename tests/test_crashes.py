@@ -8,24 +8,20 @@ import resource
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from broken import extracted
 from small import assert_same_store
-from support import FORKS, forked
+from support import FORKS, exit_code, forked, start_fork, widened
 
 import mmcache
 
 WIDTH, LAYERS = 16, 2
 # In the suite, and with --slow.
 KILLS, SECONDS, FULL = (15, 500), (3, 60), (3, 20)
-
-
-def widened(request, counts):
-    """Give how many, by whether the suite is widened."""
-    return counts[request.config.getoption("--slow")]
 
 
 def rows_at(start, stop):
@@ -61,13 +57,7 @@ def check(path, at_least=0):
 @contextlib.contextmanager
 def child(work):
     """Run `work()` in a fork, which is killed at the end of the block."""
-    pid = os.fork()
-    if not pid:
-        try:
-            torch.set_num_threads(1)
-            work()
-        finally:
-            os._exit(1)
+    pid = start_fork(work)
     try:
         yield pid
     finally:
@@ -108,7 +98,6 @@ def test_readers_beside_a_writer_see_what_is_committed_and_nothing_else(tmp_path
 
     def read(seed):
         dice, seen = random.Random(seed), 0  # noqa: S311
-        torch.set_num_threads(1)
         while time.monotonic() < until:
             with mmcache.open(path, check=seed == 0) as store:
                 assert store.n_tokens >= seen
@@ -120,27 +109,11 @@ def test_readers_beside_a_writer_see_what_is_committed_and_nothing_else(tmp_path
                 assert len(store.tokens) == seen
                 assert store.sequences[-1].stop == seen
 
-    readers = []
-    for seed in range(4):
-        pid = os.fork()
-        if not pid:
-            os._exit(_code_of(lambda seed=seed: read(seed)))
-        readers.append(pid)
+    readers = [start_fork(partial(read, seed)) for seed in range(4)]
     with child(lambda: write(path)):
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in readers]
+        codes = [exit_code(reader) for reader in readers]
     assert codes == [0] * 4
     assert check(path) > 500
-
-
-def _code_of(work):
-    try:
-        work()
-    except BaseException:  # noqa: BLE001 -- it must not go on as a second test run
-        import traceback  # noqa: PLC0415
-
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ that was never disturbed leaves. The suite takes a sample; `--slow` takes all of
 import os
 import random
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from broken import extracted
-from faults import after_power_loss, changing_sites, faults_of, in_fork, snapshot
+from faults import after_power_loss, changing_sites, faults_of, in_fork
 from small import assert_same_store, contents
 from support import Twin, damage, flip, shards, tree
 
@@ -248,8 +249,6 @@ def folder():
     """A folder in memory where there is one: thousands of syncs take their time on a disk."""
     memory = Path("/dev/shm")  # noqa: S108 -- a folder of our own in it
     parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-    import tempfile  # noqa: PLC0415
-
     with tempfile.TemporaryDirectory(prefix="mmcache-faults-", dir=parent) as made:
         yield Path(made)
 
@@ -263,7 +262,7 @@ def job(request, folder):
     if not (base / "before").exists():
         (base / "before").mkdir()
     copied = shutil.copytree(base / "before", base / "right")
-    before = snapshot(copied)
+    before = tree(copied, locks=True)
 
     def work(disk):
         job.run(copied, disk.ack)

@@ -19,11 +19,13 @@ import copy
 import hashlib
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
 import pytest
-from broken import MAKERS, copy_of
+from broken import MAKERS
+from support import widened
 
 import mmcache
 from mmcache.view import json_ready, overview, statistics_view
@@ -204,14 +206,14 @@ def made(request, tmp_path_factory):
 
 
 def test_what_a_stranger_wrote_is_read_or_refused(made, tmp_path, request):
-    path = copy_of(made, tmp_path / "copy")
+    path = shutil.copytree(made, tmp_path / "copy")
     read_everything(path)
     before, slowest = memory(), (0.0, None)
     roots = [path / "zarr.json"] * 6
     files = [*path.rglob("zarr.json"), *path.rglob("c.*"), *(path / "statistics").rglob("0"), *roots]
     files = [file for file in files if file.is_file()]
     dice = random.Random(7)  # noqa: S311
-    for number in range(MUTANTS[request.config.getoption("--slow")]):
+    for number in range(widened(request, MUTANTS)):
         file = dice.choice(files)
         data = file.read_bytes()
         new = mutant_of(file, data, dice)

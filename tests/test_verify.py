@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from broken import MAKERS, Damaged, cache, copy_of, extracted, files_of, grown
+from broken import MAKERS, Damaged, cache, extracted, files_of, grown
 from click.testing import CliRunner
-from support import abandon, damage, flip, shards, tree
+from support import abandon, damage, flip, shards, tree, widened
 
 import mmcache
 from mmcache.cli import main
@@ -63,27 +63,22 @@ def test_a_sound_store_has_no_findings(made):
 
 
 def campaign(made, tmp_path, count, seed, change):
-    path = copy_of(made, tmp_path / "copy")
+    path = shutil.copytree(made, tmp_path / "copy")
     damaged, right, missed = Damaged(path, seed), read_all(made), []
     for number in range(count):
         file = damaged.any_file()
         data = file.read_bytes()
         new = change(damaged, data)
-        damaged.change(file, new)
+        damage(file, lambda _, new=new: new)
         if mmcache.verify(path).ok:
             missed.append((number, file.name, len(data), len(new)))
         # No reader is ended by it, and one that checks gives what is right, or our error.
         read_all(path)
         for found, wanted in zip(read_all(path, check=True), right, strict=False):
             assert isinstance(found, type) or found == wanted, (number, file.name)
-        damaged.change(file, data)
+        damage(file, lambda _, data=data: data)
     assert not missed
     assert mmcache.verify(path).ok
-
-
-def widened(request, counts):
-    """Give how many, by whether the suite is widened."""
-    return counts[request.config.getoption("--slow")]
 
 
 def test_every_flipped_bit_is_found(made, tmp_path, request):
@@ -182,7 +177,7 @@ def test_a_folder_that_leads_out_of_the_store_is_refused(tmp_path):
     report = mmcache.verify(path)
     assert {(finding.kind, finding.file) for finding in report.findings} == {("foreign", "a")}
     # The whole store may be a link: that is the user's own.
-    (tmp_path / "link").symlink_to(copy_of(tmp_path / "elsewhere", tmp_path / "x").parent)
+    (tmp_path / "link").symlink_to(shutil.copytree(tmp_path / "elsewhere", tmp_path / "x").parent)
     with pytest.raises(mmcache.StoreNotFoundError):
         mmcache.verify(tmp_path / "link")
 
