@@ -38,6 +38,7 @@ class Block:
         rows: tokens the block will have, where that is known.
         inspect: called with site, slot and statistics of each shard before it is published, in a thread of the
             pipeline; raising there keeps it from being published.
+        ids: the digest of the tokens that the block's rows are of, where its headers say it.
         only: (site, slot) of the shards to make, where the others are there already; None for all.
     """
 
@@ -50,6 +51,7 @@ class Block:
         *,
         rows: int | None = None,
         durable: bool = True,
+        ids: str | None = None,
         only: Collection[tuple[str, int]] | None = None,
         inspect: Callable[[str, int, Mapping[str, np.ndarray]], None] | None = None,
     ) -> None:
@@ -67,7 +69,7 @@ class Block:
                     self._shards[site, slot] = ShardWriter(
                         path / site / manifest.shard_key(site, number, slot),
                         spec,
-                        manifest.shard_metadata(site, number, slot),
+                        manifest.shard_metadata(site, number, slot, ids),
                         first,
                         rows=rows,
                         policy=policy,

@@ -16,7 +16,7 @@ from mmcache.errors import ArgumentError
 from mmcache.fill import Batches, Fill, forward
 from mmcache.manifest import is_store, read_manifest
 from mmcache.plan import Settings, open_plan
-from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_digest
+from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_identity
 from mmcache.sites import resolve, unwrap
 from mmcache.store import Store, open_store
 from mmcache.summary import load_summary, save_summary
@@ -90,7 +90,7 @@ class Extraction:
         self._settings = Settings(
             identity={
                 **model_identity(self._model),
-                "tokenizer": tokenizer_digest(tokenizer),
+                "tokenizer": tokenizer_identity(tokenizer),
                 "layers": list(resolved[0].layers),
                 "context_length": length,
                 "pack": pack,

@@ -17,6 +17,7 @@ from mmcache.block import Block
 from mmcache.draft import remove_drafts
 from mmcache.errors import NonFiniteError
 from mmcache.flags import counted
+from mmcache.format import ids_digest
 from mmcache.geometry import PAGE
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
@@ -82,6 +83,10 @@ class Batches:
         for row, (start, stop) in enumerate(spans[:, :2] - spans[0, 0]):
             ids[row, : stop - start] = tokens[start:stop]
         return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+
+    def digest(self, start: int, stop: int) -> str:
+        """Hash the ids of some tokens, as a shard's header says them."""
+        return ids_digest(self._tokens.read(start, stop))
 
     def keep(self, spans: np.ndarray) -> np.ndarray:
         """Tell which tokens of a batch count in the statistics: `[tokens]` bool."""
@@ -190,7 +195,7 @@ class Fill:
                 number = at // self._shard
                 end = min(stop, (number + 1) * self._shard)
                 if number in self._wanted:
-                    block = self._open(number, policy)
+                    block = self._open(number, start, policy)
                     part = slice(at - start, end - start)
                     rows = {site: [layer[row, part] for layer in layers] for site, layers in acts.items()}
                     block.append(stager, [(rows, keep[at - base : end - base])])
@@ -202,14 +207,17 @@ class Fill:
         stager.settle()
         return fresh
 
-    def _open(self, number: int, policy: PageCachePolicy) -> Block:
+    def _open(self, number: int, context: int, policy: PageCachePolicy) -> Block:
+        """Give the block that is being filled; a new one begins in the context that begins at `context`."""
         if self._block is None:
+            rows = self._rows_of(number)
             self._block = Block(
                 self._path,
                 self._manifest,
                 number,
                 policy,
-                rows=self._rows_of(number),
+                rows=rows,
+                ids=self._batches.digest(context, number * self._shard + rows),
                 only=self._wanted[number],
                 inspect=self._inspect,
             )

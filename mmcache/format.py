@@ -10,8 +10,10 @@ the safetensors format (https://github.com/huggingface/safetensors, README, "For
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -35,7 +37,9 @@ __all__ = [
     "Layout",
     "ShardSpec",
     "encode",
+    "ids_digest",
     "parse_header",
+    "said_ids",
 ]
 
 FORMAT_VERSION = 1
@@ -53,6 +57,8 @@ STATISTICS = (
 NORM_COLUMNS = ("rows", "sum", "sum_of_squares", "min", "max")
 _JSON_BYTES = HEADER_BYTES - 8
 _ABSENT = 2**64 - 1
+# No site's name looks like it: quotes in one stand behind a backslash.
+_IDS = re.compile(rb'"ids":"([0-9a-f]{32})"')
 
 
 @dataclass(frozen=True)
@@ -243,6 +249,17 @@ def encode(
     return layout.header(metadata) + data + layout.tail(crcs, statistics)
 
 
+def ids_digest(ids: np.ndarray) -> str:
+    """Hash token ids as headers and the root do: the first 32 hexadecimal digits of SHA-256 of them as int32."""
+    return hashlib.sha256(np.ascontiguousarray(ids, "<i4").data).hexdigest()[:32]
+
+
+def said_ids(head: bytes) -> str:
+    """Give the `ids` that a header says; empty if it says none."""
+    found = _IDS.search(head)
+    return found[1].decode() if found else ""
+
+
 def parse_header(
     spec: ShardSpec,
     head: bytes,
@@ -259,13 +276,16 @@ def parse_header(
         head: the first 4096 bytes of the file, or fewer if it is shorter.
         size: the size of the file in bytes.
         metadata: what the header's `__metadata__` must be: a shard that was moved, or comes from another
-            store, is found by it.
+            store, is found by it. A site's may say `ids` as well, which only the store's tokens can tell.
         where: the file, for the error.
         likely: the layout that it probably has, so that nothing need be parsed.
 
     Raises:
         CorruptError: anything is not exactly as the writer makes it.
     """
+    ids = said_ids(head)
+    if ids and "first_token" in metadata:
+        metadata = {**metadata, "ids": ids}
     if likely is not None and size == likely.size and head == likely.header(metadata):
         return likely
     if len(head) < HEADER_BYTES or int.from_bytes(head[:8], "little") != _JSON_BYTES:

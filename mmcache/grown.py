@@ -17,7 +17,7 @@ from mmcache.files import list_names, make_folder
 from mmcache.geometry import PAGE
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, is_store
-from mmcache.names import RESERVED
+from mmcache.names import RESERVED, TOKENIZER_FOLDER
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.signed import ROOT
 from mmcache.staging import Stager
@@ -48,7 +48,7 @@ def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
             "the path already holds a store, which is never overwritten: open it, or choose another path",
             str(folder),
         )
-    taken = sorted(names & {*sites, *RESERVED})
+    taken = sorted(names & {*sites, *RESERVED, TOKENIZER_FOLDER})
     if taken:
         raise StoreExistsError(
             errno.EEXIST, f"the folder already holds {', '.join(taken)}: choose another path", str(folder)

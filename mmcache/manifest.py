@@ -133,8 +133,11 @@ class Manifest:
         """Give the bytes of the widest row of any site."""
         return max(self.spec(site).row_bytes for site in self.sites)
 
-    def shard_metadata(self, array: str, block: int, slot: int = 0) -> dict[str, str]:
-        """Write the strings that a shard's header carries, by which a moved or foreign shard is noticed."""
+    def shard_metadata(self, array: str, block: int, slot: int = 0, ids: str | None = None) -> dict[str, str]:
+        """Write the strings that a shard's header carries, by which a moved or foreign shard is noticed.
+
+        `ids` is the digest of the token ids that its rows are of, None where headers do not say it.
+        """
         said = {
             "format": f"mmcache/{FORMAT_VERSION}",
             "store": self.store,
@@ -148,11 +151,8 @@ class Manifest:
         if "tokens" in self.source:
             # Pins the activations to the corpus that they are of.
             said["tokens"] = str(self.source["tokens"])[:32]
-        return said | {
-            "layout": self.layout,
-            "layers": ",".join(map(str, layers)),
-            "first_token": str(first),
-        }
+        said |= {"layout": self.layout, "layers": ",".join(map(str, layers)), "first_token": str(first)}
+        return said if ids is None else said | {"ids": ids}
 
     def to_json(self) -> bytes:
         """Write the root's `zarr.json`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmcache.errors import ArgumentError
 from mmcache.signed import ROOT
 
-__all__ = ["RESERVED", "STATISTICS_FOLDER", "check_site_name", "site_name_problem"]
+__all__ = ["RESERVED", "STATISTICS_FOLDER", "TOKENIZER_FOLDER", "check_site_name", "site_name_problem"]
 
 # The arrays beside the sites, with their dtype, the tail of their shape and the fill of rows not there.
 RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
@@ -14,13 +14,14 @@ RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
     "sequences": ("int64", (3,), -1),
 }
 STATISTICS_FOLDER = "statistics"
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def site_name_problem(name: object) -> str | None:
     """Say why a site cannot have this name (it is a folder of the store), or None."""
     if not isinstance(name, str) or not name:
         return "it is no text"
-    if name in RESERVED or name in (STATISTICS_FOLDER, ROOT):
+    if name in RESERVED or name in (STATISTICS_FOLDER, TOKENIZER_FOLDER, ROOT):
         return "the store keeps its own data under that name"
     if name.startswith((".", "__")) or not name.isprintable() or set("/\\\0") & set(name):
         return "a site is a folder: no slash, nothing unprintable, no '.' or '__' in front"

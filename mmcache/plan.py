@@ -17,6 +17,7 @@ from mmcache.draft import publish, remove_drafts
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import PlanMismatchError, ReadOnlyError
 from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
+from mmcache.format import ids_digest
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
 from mmcache.lock import FolderLock
@@ -27,6 +28,7 @@ from mmcache.room import check_room, missing_of, shards_from
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
+from mmcache.tokenizer_file import restore_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -119,6 +121,7 @@ def open_plan(
         shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, None)
     else:
         manifest = _known(path, settings)
+        restore_tokenizer(path, manifest, tokenizer)
         if manifest.n_tokens is not None and not _changes(manifest, settings):
             check_corpus(path, Tokenised.of(manifest), documents)
             return _with_numerics(path, manifest, settings, accept=accept_numerics)
@@ -243,6 +246,7 @@ def _tokenised(
     shard = shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, state.tokens)
     manifest = replace(manifest, n_tokens=state.tokens, n_sequences=state.sequences)
     source = {**manifest.source, "max_tokens": settings.max_tokens, "tokens": _first_tokens(path, manifest)}
+    source |= save_tokenizer(path, tokenizer)
     manifest = replace(manifest, source=source).with_geometry(shard, state.tokens)
     if old.n_tokens is not None:
         first = _first_unfinished(path, old, manifest)
@@ -256,7 +260,7 @@ def _first_tokens(path: Path, manifest: Manifest) -> str:
     """Hash the first sequence: it pins shards to their corpus, and stays the same when the plan grows."""
     spans = ShardFolder(path, manifest, "sequences", manifest.n_sequences).read(0, 1)
     ids = ShardFolder(path, manifest, "tokens", manifest.n_tokens or 0).read(0, int(spans[0, 1]))
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:32]
+    return ids_digest(ids.numpy())
 
 
 def _published(path: Path, manifest: Manifest) -> Manifest:
@@ -283,10 +287,7 @@ def _first_unfinished(path: Path, old: Manifest, new: Manifest) -> int:
 
 
 def _drop(path: Path, old: Manifest, first: int) -> None:
-    """Remove the shards from block `first` on.
-
-    Done before the longer plan is written: whatever happens between, the shards are missing, and made again.
-    """
+    """Remove the shards from block `first` on, before the longer plan is written: so they are missing at worst."""
     for site, shards in shards_from(path, old, first).items():
         for slot, block in shards:
             remove_file(path / site / old.shard_key(site, block, slot))
@@ -304,8 +305,7 @@ def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
         source={**manifest.source, "modules": {**manifest.source["modules"], **settings.modules}},
     ).with_geometry(shard, total)
     grown = replace(grown, inner_tokens={**grown.inner_tokens, **manifest.inner_tokens})
-    there = set(list_names(path))
-    taken = [site for site in fresh if site in there and not _interrupted(path, grown, site)]
+    taken = [site for site in set(list_names(path)).intersection(fresh) if not _interrupted(path, grown, site)]
     if taken:
         raise PlanMismatchError(f"{path} already holds {', '.join(taken)}, which is no site of it: move it away")
     check_room(path, grown)

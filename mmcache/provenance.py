@@ -19,6 +19,7 @@ import crc32c
 import torch
 
 from mmcache.errors import PlanMismatchError
+from mmcache.tokenizer_file import tokenizer_digest, tokenizer_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,7 @@ __all__ = [
     "model_record",
     "numerics",
     "site_modules",
-    "tokenizer_digest",
+    "tokenizer_identity",
     "weights_digest",
 ]
 
@@ -53,12 +54,10 @@ def weights_digest(model: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash what a tokenizer does: its own JSON where it has one, its vocabulary and special tokens otherwise."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    special = json.dumps(sorted(tokenizer.all_special_ids))
-    return hashlib.sha256(f"{said}\n{special}".encode()).hexdigest()
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Hash what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and its special tokens."""
+    text = tokenizer_text(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
+    return tokenizer_digest(text, sorted(tokenizer.all_special_ids))
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.signed import ROOT
 from mmcache.store import Store
+from mmcache.tokenizer_file import TOKENIZER
 from mmcache.verify import verify
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _can_be_moved(folder: Path, finding: Finding, manifest: Manifest) -> bool:
         return False
     shard_of_site = finding.array in manifest.sites and finding.kind in ("foreign", "damaged", "unexpected")
     merged = finding.kind == "metadata" and finding.file.startswith(f"{STATISTICS_FOLDER}/")
-    return shard_of_site or merged or _is_array_metadata(finding)
+    return shard_of_site or merged or finding.file == TOKENIZER or _is_array_metadata(finding)
 
 
 def _losses(folder: Path, manifest: Manifest, report: Report) -> tuple[Loss, ...]:

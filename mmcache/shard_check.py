@@ -10,8 +10,8 @@ import numpy as np
 
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
-from mmcache.files import read_whole
-from mmcache.format import HEADER_BYTES, STATISTICS
+from mmcache.files import read_page, read_whole
+from mmcache.format import HEADER_BYTES, STATISTICS, said_ids
 from mmcache.memory import anonymous
 from mmcache.site_map import REFUSALS
 
@@ -27,7 +27,7 @@ _PIECE = 8 << 20
 
 
 def check_shard(
-    folder: ShardFolder, slot: int, block: int, *, full: bool, tell: Callable[[int], None]
+    folder: ShardFolder, slot: int, block: int, *, full: bool, ids: str | None, tell: Callable[[int], None]
 ) -> tuple[list[str], int]:
     """Look at one shard: what is wrong with its bytes, and how many were read; blocks until then.
 
@@ -36,11 +36,12 @@ def check_shard(
         slot: which shard,
         block: and which block of it.
         full: compare every checksum; else only the header, the size, and the index with the fill before it.
+        ids: the digest of the tokens that its rows should be of, if its header says any; None where that is not known.
         tell: called with numbers of bytes, as they are read.
 
     Raises:
         IncompleteError: it is not there.
-        CorruptError: its first page or its size is not that of the shard that belongs there.
+        CorruptError: its first page or its size is not that of the shard that belongs there, or it is of other tokens.
         OSError: the system refuses to read it.
     """
     try:
@@ -50,6 +51,9 @@ def check_shard(
             raise
         fd, layout = folder.open_layout(slot, block)
     try:
+        said = said_ids(read_page(fd))
+        if ids is not None and said not in ("", ids):
+            raise CorruptError(f"its rows are of other tokens ({said}) than those that the store has there ({ids})")
         wrong = _tail_problems(layout, *_read(fd, layout, tell)) if full else _index_problems(fd, layout, tell)
     finally:
         close_read(fd)

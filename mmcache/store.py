@@ -18,6 +18,7 @@ from mmcache.sequences import Location, Sequences
 from mmcache.shards import MANY, ShardFolder, present_shards
 from mmcache.site_view import MAX_MAPS, SiteView
 from mmcache.summary import load_summary
+from mmcache.tokenizer_file import read_tokenizer
 
 if TYPE_CHECKING:
     import os
@@ -107,6 +108,14 @@ class Store:
     def source(self) -> dict[str, Any]:
         """Where the data came from (identity, numerics, record), as `extract` wrote it down, in a copy."""
         return deepcopy(self._manifest.source)
+
+    def tokenizer_json(self) -> str | None:
+        """Read the tokenizer that `extract` kept, in the JSON of Hugging Face's `tokenizers`; None where there is none.
+
+        Raises:
+            CorruptError, StoreNotFoundError: it is damaged, or gone.
+        """
+        return read_tokenizer(self.path, self._manifest)
 
     @property
     def tokens(self) -> torch.Tensor:

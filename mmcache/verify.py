@@ -5,6 +5,7 @@ Quick: what is there, sizes, headers, indices and metadata. Full: every byte, ea
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 from collections import deque
@@ -15,6 +16,7 @@ from mmcache.crew import Crew
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, MmcacheError
 from mmcache.files import list_names
 from mmcache.findings import Finding, Kind, Level, Report
+from mmcache.format import ids_digest
 from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
@@ -22,6 +24,7 @@ from mmcache.shards import ShardFolder, expected_shards, missing_shards, present
 from mmcache.signed import ROOT, read_signed
 from mmcache.store import Store
 from mmcache.summary import load_summary
+from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mmcache.manifest import Manifest
+    from mmcache.sequences import Sequences
 
 __all__ = ["verify"]
 
@@ -85,6 +89,7 @@ class _Verification:
         self._findings: list[Finding] = []
         self._shards = self._bytes = self._done = 0
         self._total = sum(map(manifest.array_bytes, self._arrays()))
+        self._sequences: Sequences | None = None
 
     def _arrays(self) -> list[str]:
         """List the arrays that have rows."""
@@ -98,6 +103,10 @@ class _Verification:
             self._find("missing", ROOT, "the store is still being planned: run the same `mmcache extract` again")
         for array in self._arrays():
             self._check_metadata(array)
+        if self._level == "full" and self._manifest.kind == "planned" and self._manifest.n_tokens:
+            # What is wrong with them becomes a finding below.
+            with contextlib.suppress(MmcacheError, OSError):
+                self._sequences = Store(self._path, self._manifest).sequences
         crew = Crew(_THREADS, "verify")
         try:
             for array in self._arrays():
@@ -109,6 +118,7 @@ class _Verification:
         if self._manifest.has_tokens and not any(finding.array == "sequences" for finding in self._findings):
             self._check_sequences()
         self._check_summaries()
+        self._check_tokenizer()
         return Report(str(self._path), self._level, tuple(self._findings), self._shards, self._bytes)
 
     def _find(self, kind: Kind, file: str, what: str, **where: Any) -> None:
@@ -148,7 +158,7 @@ class _Verification:
             if shard in gone:
                 self._find_shard("missing", array, shard, "it is not there")
                 continue
-            asked.append((shard, crew.submit(self._look, folder, *shard)))
+            asked.append((shard, crew.submit(self._look, array, folder, *shard)))
             if len(asked) >= _AHEAD:
                 self._note(array, *asked.popleft())
         while asked:
@@ -158,8 +168,23 @@ class _Verification:
                 file = f"{array}/{manifest.shard_key(array, block, slot)}"
                 self._find("unexpected", file, "the plan has no such shard", array=array)
 
-    def _look(self, folder: ShardFolder, slot: int, block: int) -> tuple[list[str], int]:
-        return check_shard(folder, slot, block, full=self._level == "full", tell=self._tell)
+    def _look(self, array: str, folder: ShardFolder, slot: int, block: int) -> tuple[list[str], int]:
+        ids = None
+        if self._sequences is not None and array in self._manifest.sites:
+            ids = self._ids_of(block, self._sequences)
+        return check_shard(folder, slot, block, full=self._level == "full", ids=ids, tell=self._tell)
+
+    def _ids_of(self, block: int, sequences: Sequences) -> str | None:
+        """Hash the tokens that a block's rows are of; None where they cannot be read, which is a finding of theirs."""
+        shard, total = self._manifest.shard_tokens or 1, self._manifest.n_tokens or 0
+        context = sequences[sequences.find(block * shard)].start
+        try:
+            ids = ShardFolder(self._path, self._manifest, "tokens", total).read(
+                context, min((block + 1) * shard, total)
+            )
+        except (MmcacheError, OSError):
+            return None
+        return ids_digest(ids.numpy())
 
     def _tell(self, count: int) -> None:
         # Of a quick look, whole arrays count.
@@ -218,6 +243,12 @@ class _Verification:
                 load_summary(self._path, self._manifest, site)
             except (MmcacheError, OSError) as error:
                 self._find("metadata", f"{STATISTICS_FOLDER}/{site}", str(error), array=site)
+
+    def _check_tokenizer(self) -> None:
+        try:
+            read_tokenizer(self._path, self._manifest)
+        except (MmcacheError, OSError) as error:
+            self._find("missing" if isinstance(error, FileNotFoundError) else "metadata", TOKENIZER, str(error))
 
 
 def _differs(found: Any, wanted: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 Usage: .venv/bin/python scripts/make_golden.py [--folder DIR]
 
-What they hold is arithmetic (`value`), so that a test knows it without another copy. A version's files are made once
+What they hold is arithmetic (`value`), so that a test knows it without another copy; but for the planned one, which is
+of the demo model and `TEXTS`. A version's files are made once
 and never again: one that is there already is left as it is.
 """
 
@@ -18,11 +19,12 @@ import torch
 
 import mmcache
 from mmcache.format import FORMAT_VERSION
+from mmcache.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["GROWN", "STORES", "value"]
+__all__ = ["GROWN", "STORES", "TEXTS", "value"]
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden"
 # A zip knows no earlier day.
@@ -34,6 +36,7 @@ GROWN: Mapping[str, Any] = {
     "n_layers": 3,
     "special": [0],
 }
+TEXTS = ["import os\n", "class Golden:\n    pass\n" * 3, "def f(x):\n    return x\n" * 4]
 
 
 def value(layers: int, start: int, stop: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -64,11 +67,25 @@ def _cache(path: Path) -> None:
             cache.push(layer)
 
 
+def _planned(path: Path) -> None:
+    mmcache.extract(
+        load_model("demo", None),
+        load_tokenizer("demo"),
+        TEXTS,
+        path,
+        sites=["mlp_in", "mlp_out"],
+        layers=[1, 3],
+        context_length=32,
+        shard_tokens=64,
+    )
+
+
 STORES: Mapping[str, Callable[[Path], None]] = {
     "token-bfloat16": lambda path: _grown(path, "token", torch.bfloat16),
     "layer-float32": lambda path: _grown(path, "layer", torch.float32),
     "token-float64": lambda path: _grown(path, "token", torch.float64),
     "cache-float16": _cache,
+    "planned-bfloat16": _planned,
 }
 
 

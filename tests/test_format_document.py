@@ -155,7 +155,7 @@ def test_the_columns_of_the_norms():
 def test_the_strings_of_a_header(array):
     store = store_of("layer")
     site = array == "mlp_in"
-    found = store.shard_metadata(array, 2, 1 if site else 0)
+    found = store.shard_metadata(array, 2, 1 if site else 0, "b" * 32)
     assert list(found) == [row["string"] for row in STRINGS if row["in"] == "all" or site]
     expected = {
         "format": STRINGS[0]["value"],
@@ -164,8 +164,9 @@ def test_the_strings_of_a_header(array):
         "key": store.shard_key(array, 2, 1),
     }
     if site:
-        rest = {"tokens": "a" * 32, "layout": "layer", "layers": "5", "first_token": str(2 * 4096)}
+        rest = {"tokens": "a" * 32, "layout": "layer", "layers": "5", "first_token": str(2 * 4096), "ids": "b" * 32}
         assert dataclasses.replace(store, layout="token").shard_metadata(array, 2)["layers"] == "3,5,8"
+        assert "ids" not in store.shard_metadata(array, 2)
         assert "tokens" not in dataclasses.replace(store, source={}).shard_metadata(array, 2)
         expected |= rest
     assert found == expected

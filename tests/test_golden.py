@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from support import same
 
@@ -15,15 +16,21 @@ import mmcache
 HERE = Path(__file__).parent
 MAKE = HERE.parent / "scripts" / "make_golden.py"
 GOLDEN = sorted((HERE / "golden").glob("v*.zip"))
+PLANNED = [file for file in GOLDEN if "-planned-" in file.name]
+ARITHMETIC = [file for file in GOLDEN if file not in PLANNED]
 made = runpy.run_path(str(MAKE))
-value, GROWN, STORES = made["value"], made["GROWN"], made["STORES"]
+value, GROWN, STORES, TEXTS = made["value"], made["GROWN"], made["STORES"], made["TEXTS"]
 
 
-@pytest.fixture(params=GOLDEN, ids=lambda file: file.stem)
+def unpacked(file, folder):
+    with zipfile.ZipFile(file) as packed:
+        packed.extractall(folder)
+    return folder
+
+
+@pytest.fixture(params=ARITHMETIC, ids=lambda file: file.stem)
 def golden(request, tmp_path):
-    with zipfile.ZipFile(request.param) as packed:
-        packed.extractall(tmp_path / "store")
-    return tmp_path / "store"
+    return unpacked(request.param, tmp_path / "store")
 
 
 def test_this_version_has_every_kind():
@@ -53,6 +60,31 @@ def test_a_golden_store_is_sound_and_holds_what_it_held(golden, check):
             assert [span.stop - span.start for span in store.sequences] == list(GROWN["lengths"])
             assert (store.flags != 0).tolist() == [token == 0 for token in store.tokens.tolist()]
             assert store.metadata == {"made by": "make_golden.py"}
+
+
+@pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
+def test_a_golden_planned_store_is_sound_and_holds_its_rows(file, tmp_path):
+    path = unpacked(file, tmp_path / "store")
+    assert mmcache.verify(path).ok
+    store = mmcache.open(path)
+    text = "".join(map(chr, store.tokens.tolist()))
+    documents = ["".join(text[span.start : span.stop] for span in spans) for spans in by_document(store)]
+    # The byte-level tokenizer puts its BOS, 256, before each context.
+    assert [document.replace(chr(256), "") for document in documents] == TEXTS
+    for site in store.sites:
+        files = sorted((path / site).glob("c.*"), key=lambda file: int(file.name.split(".")[2]))
+        rows = torch.cat([safetensors.torch.load_file(file)["activations"] for file in files])
+        assert rows.shape == (store.n_tokens, 2, 128)
+        assert same(store[site].gather(range(store.n_tokens)), rows)
+        counted = rows[store.flags == 0].double()
+        assert torch.allclose(store[site].statistics.mean, counted.mean(0), atol=1e-6)
+
+
+def by_document(store):
+    spans = {}
+    for span in store.sequences:
+        spans.setdefault(span.document, []).append(span)
+    return list(spans.values())
 
 
 def test_a_golden_store_can_be_gone_on_with(golden):

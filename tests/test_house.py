@@ -19,11 +19,11 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 # Each knows only those above it. A new module gets a place here: as high as what it imports allows.
 ORDER = [
-    "errors", "dtypes", "geometry", "format", "memory", "page_cache", "dlpack", "syscalls", "descriptor", "held",
-    "aio", "runs", "direct", "window", "files", "draft", "lock", "sums", "statistics", "signed", "names", "manifest",
-    "shards", "site_statistics", "summary", "devices", "positions", "shard_maps", "checked_rows", "site_map",
-    "row_pieces", "site_rows", "site_view", "together", "flags", "sequences", "xarray_view", "store", "headers",
-    "selection", "outbox", "export", "permutation", "split", "kept", "order", "shares", "feed_plan", "crew",
+    "errors", "dtypes", "geometry", "format", "memory", "page_cache", "dlpack", "syscalls", "descriptor", "held", "aio",
+    "runs", "direct", "window", "files", "draft", "lock", "sums", "statistics", "signed", "names", "manifest",
+    "tokenizer_file", "shards", "site_statistics", "summary", "devices", "positions", "shard_maps", "checked_rows",
+    "site_map", "row_pieces", "site_rows", "site_view", "together", "flags", "sequences", "xarray_view", "store",
+    "headers", "selection", "outbox", "export", "permutation", "split", "kept", "order", "shares", "feed_plan", "crew",
     "read_ahead", "buffers", "conversion", "training_batch", "fetcher", "batch_feed", "feed_options", "dataset",
     "findings", "shard_check", "verify", "repair", "pipeline", "shard_writer", "staging", "block", "columns", "grown",
     "batch", "writer", "layer_writer", "cache", "wrappers", "families", "sites", "capture", "corpus", "contexts",

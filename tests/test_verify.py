@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
-from broken import MAKERS, Damaged, cache, extracted, files_of, grown
+from broken import MAKERS, TEXTS, Damaged, cache, extracted, files_of, grown
 from click.testing import CliRunner
 from support import abandon, damage, flip, shards, tree, widened
 
@@ -138,6 +139,36 @@ def test_swapped_and_foreign_shards_are_found_quickly(tmp_path):
     assert [(finding.kind, finding.file) for finding in found] == [
         ("foreign", "mlp_in/c.0.0.0"), ("foreign", "mlp_in/c.0.1.0"), ("foreign", "mlp_out/c.0.0.0"),
     ]  # fmt: skip
+
+
+def test_a_shard_of_other_texts_is_found_by_its_tokens(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    # The first context is the same, and all settings: nothing else tells them apart.
+    extracted(mine)
+    extracted(other, [TEXTS[0], *(text.upper() for text in TEXTS[1:])])
+    places = [str(file.relative_to(mine)) for site in ("mlp_in", "mlp_out") for file in shards(mine / site)]
+    for place in places:
+        damage(other / place, lambda _, place=place: (mine / place).read_bytes())
+    assert mmcache.verify(other, "quick").ok
+    found = mmcache.verify(other).findings
+    assert [(finding.kind, finding.file) for finding in found] == [("foreign", place) for place in places]
+    assert "other tokens" in found[0].what
+    # Where the tokens cannot be read, only that is known.
+    (other / "tokens" / "c.0").unlink()
+    assert [(finding.kind, finding.array) for finding in mmcache.verify(other).findings] == [("missing", "tokens")]
+
+
+def test_a_shard_depends_on_what_its_first_context_began_with(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    # One context over two shards: of the second, only what came before differs.
+    # The others are of a second context.
+    extracted(one, ["same" + "x" * 200], context_length=128)
+    extracted(two, ["sbme" + "x" * 200], context_length=128)
+    ids = [
+        [re.search(rb'"ids":"(\w+)"', file.read_bytes()[:4096])[1] for file in shards(path / "mlp_in")]
+        for path in (one, two)
+    ]
+    assert [a != b for a, b in zip(*ids, strict=True)] == [True, True, False, False]
 
 
 def test_a_shard_that_no_plan_knows_is_unexpected(tmp_path):

@@ -1,0 +1,83 @@
+"""The tokenizer, kept in a planned store as its own JSON: a store explains itself wherever it is.
+
+`tokenizer/tokenizer.json` is what Hugging Face's `tokenizers` reads. Its bytes are pinned by the tokenizer's digest,
+which belongs to the store's identity anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmcache.draft import publish, remove_drafts
+from mmcache.errors import CorruptError
+from mmcache.files import check_folder, list_names, make_folder, read_file
+from mmcache.names import TOKENIZER_FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["TOKENIZER", "read_tokenizer", "restore_tokenizer", "save_tokenizer", "tokenizer_digest", "tokenizer_text"]
+
+TOKENIZER = f"{TOKENIZER_FOLDER}/tokenizer.json"
+# The largest vocabularies of today take 35 MB.
+_LIMIT = 1 << 28
+
+
+def tokenizer_text(tokenizer: Any) -> str | None:
+    """Give a tokenizer's own JSON; None for one that is Python code."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else backend.to_str()
+
+
+def tokenizer_digest(text: str, special: Sequence[int]) -> str:
+    """Hash what a tokenizer does, and which of its ids are special, in order."""
+    return hashlib.sha256(f"{text}\n{json.dumps(list(special))}".encode()).hexdigest()
+
+
+def save_tokenizer(path: Path, tokenizer: Any) -> dict[str, int]:
+    """Keep a tokenizer in a store, if it has a JSON; blocks until it is durable. Gives what `source` says of it."""
+    text = tokenizer_text(tokenizer)
+    if text is None:
+        return {}
+    data, folder = text.encode(), (path / TOKENIZER).parent
+    make_folder(folder)
+    remove_drafts(folder)
+    publish(path / TOKENIZER, data)
+    return {"tokenizer_bytes": len(data)}
+
+
+def restore_tokenizer(path: Path, manifest: Manifest, tokenizer: Any) -> None:
+    """Keep it again where it is gone, as after a repair; the plan's identity says that it is the same one."""
+    if "tokenizer_bytes" in manifest.source and Path(TOKENIZER).name not in list_names(path / TOKENIZER_FOLDER):
+        save_tokenizer(path, tokenizer)
+
+
+def read_tokenizer(path: Path, manifest: Manifest) -> str | None:
+    """Read the tokenizer that a store keeps, its digest compared; None if it keeps none.
+
+    Raises:
+        StoreNotFoundError: the store says that it keeps one, and it is not there.
+        CorruptError: it is damaged.
+    """
+    size, identity = manifest.source.get("tokenizer_bytes"), manifest.source.get("identity")
+    if size is None:
+        return None
+    if type(size) is not int or not 0 < size <= _LIMIT or not isinstance(identity, dict):
+        raise CorruptError(f"{path} says that its tokenizer has {size!r} bytes: expected 1 to {_LIMIT}, or none")
+    check_folder((path / TOKENIZER).parent)
+    data = read_file(path / TOKENIZER, size)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if tokenizer_digest(text, manifest.special_tokens) != identity.get("tokenizer"):
+        raise CorruptError(
+            f"{path / TOKENIZER} is not the tokenizer that the store was made with: set it aside, as `mmcache repair` "
+            f"does, and run the same `mmcache extract` again, or restore it"
+        )
+    return text

@@ -1,0 +1,104 @@
+"""A planned store keeps its tokenizer, and explains itself wherever it is."""
+
+import dataclasses
+import json
+
+import pytest
+import tokenizers
+from broken import TEXTS, extracted
+from small import byte_tokenizer, contents, letter_tokenizer, llama
+from support import damage, flip
+
+import mmcache
+from mmcache.manifest import read_manifest
+from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
+
+
+def test_a_store_keeps_its_tokenizer(tmp_path):
+    store = extracted(tmp_path / "acts")
+    kept = tokenizers.Tokenizer.from_str(store.tokenizer_json())
+    span = store.sequences[0]
+    assert kept.decode(store.tokens[span.start : span.stop].tolist()) == TEXTS[0][: span.stop - span.start - 1]
+    assert store.source["tokenizer_bytes"] == len((store.path / TOKENIZER).read_bytes())
+
+
+def test_a_longer_plan_and_another_site_keep_it_as_it_is(tmp_path):
+    path = tmp_path / "acts"
+    extracted(path, max_tokens=100)
+    before = (path / TOKENIZER).read_bytes()
+    extracted(path)
+    extracted(path, sites=("mlp_in", "mlp_out", "resid_post"))
+    assert (path / TOKENIZER).read_bytes() == before
+    assert mmcache.verify(path).ok
+
+
+def test_a_tokenizer_of_python_code_has_no_file(tmp_path):
+    tokenizer = byte_tokenizer()
+
+    class Slow:
+        backend_tokenizer = None
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *arguments, **options):
+            return tokenizer(*arguments, **options)
+
+    store = mmcache.extract(llama(), Slow(), TEXTS, tmp_path / "acts", context_length=24, shard_tokens=64)
+    assert store.tokenizer_json() is None
+    assert not (tmp_path / "acts" / "tokenizer").exists()
+    assert mmcache.verify(tmp_path / "acts").ok
+
+
+def test_a_grown_store_has_none(tmp_path):
+    with mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1):
+        pass
+    assert mmcache.open(tmp_path / "acts").tokenizer_json() is None
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_one_that_is_damaged_is_found_set_aside_and_made_again(tmp_path, level):
+    path = tmp_path / "acts"
+    store = extracted(path)
+    whole = contents(path)
+    damage(path / TOKENIZER, flip(200))
+    (finding,) = mmcache.verify(path, level).findings
+    assert (finding.kind, finding.file) == ("metadata", TOKENIZER)
+    with pytest.raises(mmcache.CorruptError, match="not the tokenizer that the store was made with"):
+        store.tokenizer_json()
+    assert [file for file, _ in mmcache.repair(path, level).aside] == [TOKENIZER]
+    assert [(found.kind, found.file) for found in mmcache.verify(path).findings] == [("missing", TOKENIZER)]
+    extracted(path)
+    assert mmcache.verify(path).ok
+    assert {name: data for name, data in contents(path).items() if not str(name).startswith(".set-aside")} == whole
+
+
+def test_one_that_is_gone_is_missed_and_made_again(tmp_path):
+    path = tmp_path / "acts"
+    store = extracted(path)
+    (path / TOKENIZER).unlink()
+    with pytest.raises(mmcache.StoreNotFoundError):
+        store.tokenizer_json()
+    assert [(found.kind, found.file) for found in mmcache.verify(path).findings] == [("missing", TOKENIZER)]
+    extracted(path)
+    assert mmcache.verify(path).ok
+
+
+@pytest.mark.parametrize("size", [0, -1, 1 << 40, "many", 1.5, True])
+def test_what_a_stranger_says_of_its_size_is_not_believed(tmp_path, size):
+    path = tmp_path / "acts"
+    extracted(path)
+    manifest = read_manifest(path)
+    said = dataclasses.replace(manifest, source={**manifest.source, "tokenizer_bytes": size})
+    with pytest.raises(mmcache.CorruptError, match="tokenizer"):
+        read_tokenizer(path, said)
+    with pytest.raises(mmcache.CorruptError):
+        read_tokenizer(path, dataclasses.replace(manifest, source={**manifest.source, "identity": 3}))
+
+
+def test_another_vocabulary_is_another_identity(tmp_path):
+    path = tmp_path / "acts"
+    extracted(path)
+    with pytest.raises(mmcache.PlanMismatchError, match="tokenizer"):
+        mmcache.extract(llama(), letter_tokenizer(), TEXTS, path, context_length=24, batch_size=3, shard_tokens=64)
+    assert json.loads((path / TOKENIZER).read_text())["version"]
