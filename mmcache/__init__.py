@@ -9,50 +9,107 @@
 model and text, `capture` takes activations from one forward pass. README.md shows each.
 """
 
-from mmcache.cache import FullActivationCache
-from mmcache.capture import Captured, capture
-from mmcache.corpus import read_texts
-from mmcache.dataset import ActivationDataset
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from mmcache.dtypes import register_bfloat16
-from mmcache.errors import (
-    ArgumentError,
-    ClosedError,
-    CorpusError,
-    CorruptError,
-    DiskFullError,
-    DtypeError,
-    EmptyCacheError,
-    IncompleteError,
-    LockedError,
-    MmcacheError,
-    NonFiniteError,
-    OutOfRangeError,
-    PlanMismatchError,
-    ReadOnlyError,
-    ShapeError,
-    StoreExistsError,
-    StoreNotFoundError,
-    UnknownSiteError,
-    UnsupportedModelError,
-    VersionError,
-    WriteError,
-)
-from mmcache.export import Exported, export
-from mmcache.extract import Progress, extract
-from mmcache.fill import NonFiniteWarning
-from mmcache.findings import Finding, Report
-from mmcache.repair import Loss, Repaired, repair
-from mmcache.site_view import SiteView
-from mmcache.split import Split
-from mmcache.store import Store
-from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
-from mmcache.training_batch import Batch
-from mmcache.verify import verify
-from mmcache.writer import Writer, append, create
+
+if TYPE_CHECKING:
+    from mmcache.cache import FullActivationCache
+    from mmcache.capture import Captured, capture
+    from mmcache.corpus import read_texts
+    from mmcache.dataset import ActivationDataset
+    from mmcache.errors import (
+        ArgumentError,
+        ClosedError,
+        CorpusError,
+        CorruptError,
+        DiskFullError,
+        DtypeError,
+        EmptyCacheError,
+        IncompleteError,
+        LockedError,
+        MmcacheError,
+        NonFiniteError,
+        OutOfRangeError,
+        PlanMismatchError,
+        ReadOnlyError,
+        ShapeError,
+        StoreExistsError,
+        StoreNotFoundError,
+        UnknownSiteError,
+        UnsupportedModelError,
+        VersionError,
+        WriteError,
+    )
+    from mmcache.export import Exported, export
+    from mmcache.extract import Progress, extract
+    from mmcache.fill import NonFiniteWarning
+    from mmcache.findings import Finding, Report
+    from mmcache.repair import Loss, Repaired, repair
+    from mmcache.site_view import SiteView
+    from mmcache.split import Split
+    from mmcache.store import Store
+    from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
+    from mmcache.training_batch import Batch
+    from mmcache.verify import verify
+    from mmcache.writer import Writer, append, create
 
 register_bfloat16()
 
 __version__ = "0.1.0"
+# Where each name lives: it is imported when it is first asked for, since torch takes most of a second to load, and
+# `mmcache info` needs none of it.
+_PLACES = {
+    "FullActivationCache": "cache",
+    "Captured": "capture",
+    "capture": "capture",
+    "read_texts": "corpus",
+    "ActivationDataset": "dataset",
+    "ArgumentError": "errors",
+    "ClosedError": "errors",
+    "CorpusError": "errors",
+    "CorruptError": "errors",
+    "DiskFullError": "errors",
+    "DtypeError": "errors",
+    "EmptyCacheError": "errors",
+    "IncompleteError": "errors",
+    "LockedError": "errors",
+    "MmcacheError": "errors",
+    "NonFiniteError": "errors",
+    "OutOfRangeError": "errors",
+    "PlanMismatchError": "errors",
+    "ReadOnlyError": "errors",
+    "ShapeError": "errors",
+    "StoreExistsError": "errors",
+    "StoreNotFoundError": "errors",
+    "UnknownSiteError": "errors",
+    "UnsupportedModelError": "errors",
+    "VersionError": "errors",
+    "WriteError": "errors",
+    "Exported": "export",
+    "export": "export",
+    "Progress": "extract",
+    "extract": "extract",
+    "NonFiniteWarning": "fill",
+    "Finding": "findings",
+    "Report": "findings",
+    "Loss": "repair",
+    "Repaired": "repair",
+    "repair": "repair",
+    "SiteView": "site_view",
+    "Split": "split",
+    "Store": "store",
+    "open": "store",
+    "Batch": "training_batch",
+    "verify": "verify",
+    "Writer": "writer",
+    "append": "writer",
+    "create": "writer",
+}
+_RENAMED = {"open": "open_store"}
 __all__ = [
     "ActivationDataset",
     "ArgumentError",
@@ -100,3 +157,28 @@ __all__ = [
     "repair",
     "verify",
 ]
+
+
+class _Package(ModuleType):
+    """This package: the import system binds `mmcache.extract` to the module of that name, users mean the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PLACES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a name stands for, or a module of the package."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mmcache' has no attribute {name!r}")
+    module = importlib.import_module(f"mmcache.{_PLACES[name]}")
+    found = getattr(module, _RENAMED.get(name, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeGuard, cast
 
 import ml_dtypes
 import numpy as np
-import torch
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.dtype import Float32, ZDType, data_type_registry
 
@@ -16,6 +16,7 @@ from mmcache.errors import DtypeError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from zarr.core.common import JSON, ZarrFormat
     from zarr.core.dtype.common import DTypeJSON
 
@@ -28,9 +29,16 @@ class Dtype:
 
     name: str
     safetensors: str
-    torch: torch.dtype
     numpy: np.dtype[np.generic]
     fill: bytes
+
+    @cached_property
+    def torch(self) -> torch.dtype:
+        """Torch's own, which is asked for it only then: to say what a store is takes no torch, which loads slowly."""
+        import torch  # noqa: PLC0415 -- most of a second
+
+        found: torch.dtype = getattr(torch, self.name)
+        return found
 
     @property
     def size(self) -> int:
@@ -38,8 +46,8 @@ class Dtype:
         return self.numpy.itemsize
 
 
-def _dtype(name: str, code: str, torch_dtype: torch.dtype, numpy_dtype: object, fill: bytes) -> Dtype:
-    return Dtype(name, code, torch_dtype, np.dtype(numpy_dtype), fill)  # type: ignore[call-overload]
+def _dtype(name: str, code: str, numpy_dtype: object, fill: bytes) -> Dtype:
+    return Dtype(name, code, np.dtype(numpy_dtype), fill)  # type: ignore[call-overload]
 
 
 # The fill is the element's little-endian bytes: the quiet NaN for activations, so that rows which are not
@@ -47,17 +55,16 @@ def _dtype(name: str, code: str, torch_dtype: torch.dtype, numpy_dtype: object, 
 BY_NAME: Mapping[str, Dtype] = {
     entry.name: entry
     for entry in (
-        _dtype("float32", "F32", torch.float32, "<f4", b"\x00\x00\xc0\x7f"),
-        _dtype("float16", "F16", torch.float16, "<f2", b"\x00\x7e"),
-        _dtype("bfloat16", "BF16", torch.bfloat16, ml_dtypes.bfloat16, b"\xc0\x7f"),
-        _dtype("float64", "F64", torch.float64, "<f8", b"\x00\x00\x00\x00\x00\x00\xf8\x7f"),
-        _dtype("int32", "I32", torch.int32, "<i4", b"\xff" * 4),
-        _dtype("int64", "I64", torch.int64, "<i8", b"\xff" * 8),
-        _dtype("uint8", "U8", torch.uint8, "u1", b"\x00"),
+        _dtype("float32", "F32", "<f4", b"\x00\x00\xc0\x7f"),
+        _dtype("float16", "F16", "<f2", b"\x00\x7e"),
+        _dtype("bfloat16", "BF16", ml_dtypes.bfloat16, b"\xc0\x7f"),
+        _dtype("float64", "F64", "<f8", b"\x00\x00\x00\x00\x00\x00\xf8\x7f"),
+        _dtype("int32", "I32", "<i4", b"\xff" * 4),
+        _dtype("int64", "I64", "<i8", b"\xff" * 8),
+        _dtype("uint8", "U8", "u1", b"\x00"),
     )
 }
 ACTIVATION_DTYPES = ("float32", "float16", "bfloat16", "float64")
-_ACTIVATIONS_BY_TORCH = {BY_NAME[name].torch: BY_NAME[name] for name in ACTIVATION_DTYPES}
 
 
 def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
@@ -70,16 +77,13 @@ def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
     Raises:
         DtypeError: anything but float32, float16, bfloat16 and float64.
     """
-    if isinstance(dtype, str):
-        found = BY_NAME[dtype] if dtype in ACTIVATION_DTYPES else None
-    else:
-        found = _ACTIVATIONS_BY_TORCH.get(dtype)
-    if found is None:
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in ACTIVATION_DTYPES:
         raise DtypeError(
             f"{what} is {dtype}, which cannot be stored as activations: expected one of "
             f"{', '.join(ACTIVATION_DTYPES)}; cast it first, or pass dtype= to store it as another"
         )
-    return found
+    return BY_NAME[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,6 +211,12 @@ def read_whole(fd: int, into: memoryview, offset: int) -> bool:
     return True
 
 
+def advise_random(fd: int) -> None:
+    """Tell the system, where it listens, that nothing but what is asked for is wanted of a file."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
 def set_aside(path: Path, into: Path) -> Path:
     """Move a file or folder into a folder, under a name that is free there, durably; give where it is now.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mmcache.errors import DiskFullError
 from mmcache.files import free_bytes
 from mmcache.format import Layout
-from mmcache.shards import missing_shards
+from mmcache.listing import missing_shards
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,8 +8,9 @@ import torch
 
 from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
+from mmcache.listing import missing_shards
 from mmcache.memory import anonymous
-from mmcache.shards import ShardFolder, missing_shards
+from mmcache.shards import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

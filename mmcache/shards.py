@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from typing import TYPE_CHECKING
 
 import crc32c
@@ -12,8 +10,18 @@ import torch
 
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.files import check_folder, list_names, map_file, open_file, read_page, read_through, read_whole
+from mmcache.files import (
+    advise_random,
+    check_folder,
+    list_names,
+    map_file,
+    open_file,
+    read_page,
+    read_through,
+    read_whole,
+)
 from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
+from mmcache.listing import present_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,39 +30,12 @@ if TYPE_CHECKING:
     from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
 
-__all__ = ["MANY", "ShardFolder", "expected_shards", "missing_shards", "present_shards"]
+__all__ = ["BRIEF", "MANY", "ShardFolder"]
 
-# No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
-_SHARD_KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
 # Numbers, or rows, from which on memory is not taken for what a root says alone, which may be a stranger's.
 MANY = 1 << 24
-_NUMPY_CODES = {"F64": "<f8", "I64": "<i8"}
-
-
-def expected_shards(manifest: Manifest, array: str, rows: int) -> Iterator[tuple[int, int]]:
-    """Name the shards of an array of `rows` rows, as (slot, block)."""
-    return itertools.product(manifest.slots(array), range(manifest.spec(array).blocks(rows)))
-
-
-def missing_shards(path: Path, manifest: Manifest, array: str, rows: int) -> list[tuple[int, int]]:
-    """List the shards that an array of `rows` rows should have and has not, as (slot, block), from one listing."""
-    names = set(list_names(path / array))
-    return [
-        (slot, block)
-        for slot, block in expected_shards(manifest, array, rows)
-        if manifest.shard_key(array, block, slot) not in names
-    ]
-
-
-def present_shards(path: Path, manifest: Manifest, site: str, *, expected: bool = True) -> list[tuple[int, int]]:
-    """List the shards of a site that are there, as (slot, block), from one listing: bounded by what is there.
-
-    Only those that it should have, or else only those that it should not.
-    """
-    slots, blocks = len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0)
-    keys = (_SHARD_KEY.fullmatch(name) for name in list_names(path / site))
-    found = ((int(key[1]), int(key[2])) for key in keys if key)
-    return [(slot, block) for slot, block in found if (slot < slots and block < blocks) == expected]
+# Statistics that are not by dimension.
+BRIEF = STATISTICS[3:]
 
 
 def _bad_chunk(file: Path, number: int) -> CorruptError:
@@ -62,6 +43,15 @@ def _bad_chunk(file: Path, number: int) -> CorruptError:
         f"{file}: inner chunk {number} does not match its checksum; set the file aside, as `mmcache repair` does, "
         f"and make it again"
     )
+
+
+def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Give tensors that follow each other as arrays of the data's own memory."""
+    begin, found = layout.tensors[names[0]][2], {}
+    for name in names:
+        code, shape, start, stop = layout.tensors[name]
+        found[name] = np.frombuffer(data, f"<{code[0].lower()}8", (stop - start) // 8, start - begin).reshape(shape)
+    return found
 
 
 class ShardFolder:
@@ -96,6 +86,9 @@ class ShardFolder:
         self._met: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def _file(self, slot: int, block: int) -> tuple[Path, str]:
+        """Give a shard's path, once it is in place, and what it is."""
+        if self._wait is not None:
+            self._wait(slot, block)
         key = self._manifest.shard_key(self._array, block, slot)
         return self._path / self._array / key, f"shard {key} of {self._array}"
 
@@ -122,8 +115,6 @@ class ShardFolder:
             CorruptError: it is not what belongs there.
             OSError: `direct` was asked for, and the file system has no direct reads.
         """
-        if self._wait is not None:
-            self._wait(slot, block)
         file, what = self._file(slot, block)
         met = self._met.get((slot, block))
         fd, status = open_file(file, what=what, direct=direct, known=met is not None)
@@ -170,8 +161,6 @@ class ShardFolder:
         Raises:
             IncompleteError, CorruptError, OSError: as `open_file`.
         """
-        if self._wait is not None:
-            self._wait(slot, block)
         file, what = self._file(slot, block)
         fd, status = open_file(file, what=what, direct=direct)
         try:
@@ -209,8 +198,6 @@ class ShardFolder:
 
     def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
         """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
-        if self._wait is not None:
-            self._wait(slot, block)
         file, what = self._file(slot, block)
         pages = map_file(file, what=what)
         return pages, self._check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
@@ -250,21 +237,39 @@ class ShardFolder:
         They are of all rows in the file, whose number comes with them: after a crash these may be more than count.
 
         Raises:
-            CorruptError: the checksum differs.
+            IncompleteError, CorruptError: as `open_file`; the checksum differs.
         """
-        pages, layout = self._mapped(slot, block)
-        found, digest = {}, 0
-        for name in STATISTICS:
-            code, shape, start, stop = layout.tensors[name]
-            digest = crc32c.crc32c(pages[start:stop].data, digest)
-            found[name] = np.frombuffer(pages[start:stop].tobytes(), _NUMPY_CODES[code]).reshape(shape).copy()
-        _, _, start, stop = layout.tensors["statistics_crc32c"]
-        if digest != int.from_bytes(pages[start:stop].tobytes(), "little"):
+        found, digest, layout = self._read_statistics(slot, block, STATISTICS)
+        if crc32c.crc32c(found) != digest:
             raise CorruptError(
                 f"{self._file(slot, block)[0]}: its statistics do not match their checksum; "
                 f"set the file aside and make it again"
             )
-        return found, layout.rows
+        return _arrays(found, layout, STATISTICS), layout.rows
+
+    def brief(self, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
+        """Read what of one shard's statistics is not by dimension: norms and counts, a few KiB; else as `statistics`.
+
+        The checksum is of all statistics, and not compared: `mmcache verify` does it.
+        """
+        found, _, layout = self._read_statistics(slot, block, BRIEF)
+        return _arrays(found, layout, BRIEF), layout.rows
+
+    def _read_statistics(self, slot: int, block: int, names: tuple[str, ...]) -> tuple[bytearray, int, Layout]:
+        """Read tensors that follow each other, and the checksum of all of them."""
+        fd, layout = self.open_layout(slot, block)
+        try:
+            # What a disk would read ahead is activations, which nobody asked for.
+            advise_random(fd)
+            start, stop = layout.tensors[names[0]][2], layout.tensors[names[-1]][3]
+            found, digest = bytearray(stop - start), bytearray(4)
+            there = read_whole(fd, memoryview(found), start)
+            there = there and read_whole(fd, memoryview(digest), layout.tensors["statistics_crc32c"][2])
+        finally:
+            close_read(fd)
+        if not there:
+            raise CorruptError(f"{self._file(slot, block)[0]} was cut short while it was read")
+        return found, int.from_bytes(digest, "little"), layout
 
     def read_through(self, slot: int, start: int, stop: int) -> None:
         """Read rows from `start` to `stop` for nothing but their being in the page cache afterwards.

@@ -13,7 +13,7 @@ from mmcache.errors import ArgumentError, IncompleteError
 from mmcache.statistics import Moments, merge_moments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from mmcache.shards import ShardFolder
 
@@ -96,7 +96,11 @@ class _Merged:
 
 
 def merge_site(
-    folder: ShardFolder, layout: str, n_layers: int, keep: Callable[[int, int], np.ndarray]
+    folder: ShardFolder,
+    layout: str,
+    n_layers: int,
+    keep: Callable[[int, int], np.ndarray],
+    blocks: Collection[int] | None = None,
 ) -> SiteStatistics:
     """Read the statistics of every shard that is there and merge them, in order; blocks while it reads them.
 
@@ -106,6 +110,7 @@ def merge_site(
         n_layers: how many layers there are.
         keep: tells which tokens from `start` to `stop` count; asked only where a shard has more rows than the store
             counts, whose statistics are then computed anew.
+        blocks: only of these; None for all.
 
     Raises:
         CorruptError: a shard, or its statistics, are damaged.
@@ -113,6 +118,8 @@ def merge_site(
     """
     slots = [_Merged() for _ in range(n_layers if layout == "layer" else 1)]
     for slot, block in folder.present():
+        if blocks is not None and block not in blocks:
+            continue
         found, rows = folder.statistics(slot, block)
         start, counted = block * folder.spec.shard_rows, folder.spec.rows_in_block(block, folder.rows)
         if rows > counted:

@@ -13,9 +13,10 @@ import torch
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.flags import counted
+from mmcache.listing import present_shards
 from mmcache.manifest import Manifest, read_manifest
 from mmcache.sequences import Location, Sequences
-from mmcache.shards import MANY, ShardFolder, present_shards
+from mmcache.shards import MANY, ShardFolder
 from mmcache.site_view import MAX_MAPS, SiteView
 from mmcache.summary import load_summary
 from mmcache.tokenizer_file import read_tokenizer
@@ -48,6 +49,11 @@ class Store:
     def check(self) -> bool:
         """Whether rows are read without maps, and their checksums compared."""
         return self._check
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the store says of itself."""
+        return self._manifest
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -131,6 +137,27 @@ class Store:
             self._flags = self._column("flags", 0)
         return self._flags
 
+    def read_tokens(self, start: int, stop: int) -> torch.Tensor:
+        """Read the ids of the tokens from `start` to before `stop`, which are there, and no others: as `tokens`."""
+        return self._piece(self._tokens, "tokens", -1, start, stop)
+
+    def read_flags(self, start: int, stop: int) -> torch.Tensor:
+        """Read the flags of the tokens from `start` to before `stop`, which are there, and no others: as `flags`."""
+        return self._piece(self._flags, "flags", 0, start, stop)
+
+    def _piece(self, whole: torch.Tensor | None, array: str, unknown: int, start: int, stop: int) -> torch.Tensor:
+        if whole is not None:
+            return whole[start:stop]
+        if not self._manifest.has_tokens:
+            return torch.full((stop - start,), unknown, dtype=self._manifest.spec(array).dtype.torch)
+        return ShardFolder(self.path, self._manifest, array, self.n_tokens).read(start, stop)
+
+    def shards(self, site: str) -> ShardFolder:
+        """Give the files of a site, for those who look at them rather than at rows. Raises UnknownSiteError."""
+        if self.d_model(site) is None or self._manifest.shard_tokens is None:
+            raise IncompleteError(f"site {site!r} of {self.path} has no rows yet")
+        return ShardFolder(self.path, self._manifest, site, self.n_tokens)
+
     def _column(self, array: str, unknown: int) -> torch.Tensor:
         if not self._manifest.has_tokens:
             # Of a small cache, some shards may be lost.
@@ -167,21 +194,20 @@ class Store:
             raise OutOfRangeError(f"position {position} not in store (n_tokens={self.n_tokens})")
         position %= self.n_tokens
         number = self.sequences.find(position)
-        return Location(number, position - self.sequences[number].start, int(self.tokens[position]))
+        return Location(
+            number, position - self.sequences[number].start, int(self.read_tokens(position, position + 1)[0])
+        )
 
     def __getitem__(self, site: str) -> SiteView:
         view = self._views.get(site)
         if view is None:
-            if self.d_model(site) is None or self._manifest.shard_tokens is None:
-                raise IncompleteError(f"site {site!r} of {self.path} has no rows yet")
-            folder = ShardFolder(self.path, self._manifest, site, self.n_tokens)
             view = SiteView(
                 site,
-                folder,
+                self.shards(site),
                 self.layout,
                 self.layers,
                 lambda index: self.sequences[index][:2],
-                self._counted,
+                self.counted,
                 length="n_tokens" if self.has_tokens else "seq_len",
                 max_maps=max(1, MAX_MAPS // len(self.sites)),
                 check=self._check,
@@ -190,9 +216,9 @@ class Store:
             self._views[site] = view
         return view
 
-    def _counted(self, start: int, stop: int) -> np.ndarray:
-        """Tell which tokens count in the statistics: `[stop - start]` bool."""
-        return counted(self.flags[start:stop].numpy())
+    def counted(self, start: int, stop: int) -> np.ndarray:
+        """Tell which tokens count in the statistics, being neither BOS nor special: `[stop - start]` bool."""
+        return counted(self.read_flags(start, stop).numpy())
 
     def __contains__(self, site: object) -> bool:
         return site in self._manifest.sites

@@ -17,10 +17,11 @@ from mmcache.errors import ArgumentError, CorruptError, IncompleteError, Mmcache
 from mmcache.files import list_names
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format import ids_digest
+from mmcache.listing import expected_shards, missing_shards, present_shards
 from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
-from mmcache.shards import ShardFolder, expected_shards, missing_shards, present_shards
+from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT, read_signed
 from mmcache.store import Store
 from mmcache.summary import load_summary

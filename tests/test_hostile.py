@@ -156,7 +156,7 @@ def _verify(path):
 
 def _look(path):
     store = mmcache.open(path, partial=True)
-    json.dumps(json_ready(overview(store)))
+    json.dumps(json_ready(overview(store.path)))
     for ask in (
         lambda: store.tokens,
         lambda: store.sequences,

@@ -19,22 +19,22 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 # Each knows only those above it. A new module gets a place here: as high as what it imports allows.
 ORDER = [
-    "errors", "dtypes", "geometry", "format", "memory", "page_cache", "dlpack", "syscalls", "descriptor", "held", "aio",
-    "runs", "direct", "window", "files", "draft", "lock", "sums", "statistics", "signed", "names", "manifest",
-    "tokenizer_file", "shards", "site_statistics", "summary", "devices", "positions", "shard_maps", "checked_rows",
-    "site_map", "row_pieces", "site_rows", "site_view", "together", "flags", "sequences", "xarray_view", "store",
-    "headers", "selection", "outbox", "export", "permutation", "split", "kept", "order", "shares", "feed_plan", "crew",
-    "read_ahead", "buffers", "conversion", "training_batch", "fetcher", "batch_feed", "feed_options", "dataset",
-    "findings", "shard_check", "verify", "repair", "pipeline", "shard_writer", "staging", "block", "columns", "grown",
-    "batch", "writer", "layer_writer", "cache", "wrappers", "families", "sites", "capture", "corpus", "contexts",
-    "loading", "provenance", "tokenise", "room", "plan", "fill", "survey", "extract", "view", "terminal", "signals",
-    "cli", "__main__",
+    "errors", "dtypes", "geometry", "format", "memory", "page_cache", "dlpack", "syscalls", "descriptor", "held",
+    "aio", "runs", "direct", "window", "files", "draft", "lock", "sums", "statistics", "signed", "names",
+    "manifest", "listing", "tokenizer_file", "shards", "site_statistics", "summary", "devices", "positions",
+    "shard_maps", "checked_rows", "site_map", "row_pieces", "site_rows", "site_view", "together", "flags",
+    "sequences", "xarray_view", "store", "headers", "selection", "outbox", "export", "permutation", "split", "kept",
+    "order", "shares", "feed_plan", "crew", "read_ahead", "buffers", "conversion", "training_batch", "fetcher",
+    "batch_feed", "feed_options", "dataset", "findings", "shard_check", "verify", "repair", "pipeline",
+    "shard_writer", "staging", "block", "columns", "grown", "batch", "writer", "layer_writer", "cache", "wrappers",
+    "families", "sites", "capture", "corpus", "contexts", "loading", "provenance", "tokenise", "room", "plan",
+    "fill", "survey", "extract", "plain", "overview", "view", "terminal", "signals", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 # What is imported only when it is used.
 LATE = {
     "transformers", "tokenizers", "datasets", "rich", "click", "plotly", "starlette", "uvicorn", "ray",
-    "tensorstore", "pandas", "pyarrow", "h5py", "xarray",
+    "tensorstore", "pandas", "pyarrow", "h5py", "xarray", "torch",
 }  # fmt: skip
 
 
@@ -93,6 +93,27 @@ def test_import_mmcache_stays_light():
     code = f"import sys, mmcache; print(*sorted({LATE!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_what_is_imported_late_is_what_is_said():
+    seen = {}
+    for node in ast.walk(TREES[PACKAGE / "__init__.py"]):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("mmcache."):
+            seen |= {alias.asname or alias.name: node.module.removeprefix("mmcache.") for alias in node.names}
+    seen.pop("register_bfloat16")
+    assert seen == mmcache._PLACES
+    assert set(seen) == set(mmcache.__all__)
+
+
+def test_a_function_is_not_hidden_by_the_module_it_is_in():
+    code = (
+        "import mmcache, mmcache.capture, mmcache.verify, importlib; importlib.import_module('mmcache.extract');"
+        "print(*(callable(getattr(mmcache, name)) for name in ('capture', 'verify', 'extract', 'export', 'repair')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 5
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mmcache.nothing
 
 
 def test_the_front_door_is_sorted_and_everything_in_it_is_documented():

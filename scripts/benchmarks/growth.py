@@ -18,7 +18,7 @@ from benchmarks.cold import make_cold
 from benchmarks.measure import Plan, Row, Series, compare, in_turn, seconds
 from mmcache.format import Layout
 from mmcache.manifest import Manifest, array_json
-from mmcache.view import overview
+from mmcache.overview import overview
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +124,7 @@ def by_shards(plan: Plan) -> Iterator[Series]:
         path = sparse_store(plan.folder / "sparse", shards)
         opened = [seconds(lambda: mmcache.open(path)) for _ in range(5)]  # noqa: B023 -- called at once
         found["open"].append(statistics.median(opened) * 1e3)
-        told = [seconds(lambda: overview(mmcache.open(path, partial=True))) for _ in range(5)]  # noqa: B023
+        told = [seconds(lambda: overview(path)) for _ in range(5)]  # noqa: B023
         found["info"].append(statistics.median(told) * 1e3)
         with mmcache.open(path) as store:
             positions = _random(store, 500 if plan.quick else 5000)

@@ -1,49 +1,18 @@
-"""What there is to see of a store, as plain data: terminal and JSON are drawn from the same."""
+"""A layer, a row and a site's statistics in a few numbers each."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from mmcache.sites import ResolvedSite
     from mmcache.store import Store
 
-__all__ = ["json_ready", "layer_view", "overview", "row_view", "sites_view", "statistics_view"]
+__all__ = ["layer_view", "row_view", "statistics_view"]
 
 # A layer's summary reads at most this many rows.
 _ROWS_READ = 1 << 14
-
-
-def overview(store: Store) -> dict[str, Any]:
-    """Say what a store is: identity, shape, size, completeness. Reads metadata and one listing a site, no data."""
-    sites = {}
-    for site in store.sites:
-        shards, missing = store.n_shards(site), store.missing(site)
-        sites[site] = {
-            "d_model": store.d_model(site),
-            "shards": shards,
-            "missing": missing,
-            "bytes": store.site_bytes(site),
-        }
-    return {
-        "path": str(store.path),
-        "kind": store.kind,
-        "complete": not any(site["missing"] for site in sites.values()),
-        "layout": store.layout,
-        "dtype": None if store.dtype is None else str(store.dtype).removeprefix("torch."),
-        "n_tokens": store.n_tokens,
-        "n_sequences": store.n_sequences,
-        "n_layers": store.n_layers,
-        "layers": list(store.layers),
-        "shard_tokens": store.shard_tokens,
-        "bytes": sum(site["bytes"] for site in sites.values()),
-        "sites": sites,
-        "metadata": store.metadata,
-        "source": store.source,
-    }
 
 
 def _summary(rows: torch.Tensor) -> dict[str, Any]:
@@ -126,28 +95,3 @@ def statistics_view(store: Store, site: str) -> dict[str, Any]:
             }
         )
     return {"site": site, "d_model": store.d_model(site), "layers": layers}
-
-
-def sites_view(sites: tuple[ResolvedSite, ...], widths: dict[str, int]) -> list[dict[str, Any]]:
-    """Say, for each site of a model, which module's input or output it is, and its shape."""
-    return [
-        {
-            "site": site.name,
-            "modules": f"{site.modules[0]}:{site.side}"
-            + (f" … {site.modules[-1]}:{site.side}" if len(site.modules) > 1 else ""),
-            "n_layers": len(site.layers),
-            "shape": ["batch", "seq", widths[site.name]],
-        }
-        for site in sites
-    ]
-
-
-def json_ready(data: Any) -> Any:
-    """Write NaN and infinities, which JSON does not have, as zarr does: "NaN", "Infinity", "-Infinity"."""
-    if isinstance(data, dict):
-        return {name: json_ready(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [json_ready(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
-    return data

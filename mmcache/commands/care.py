@@ -1,0 +1,80 @@
+"""`mmcache export`, `mmcache verify` and `mmcache repair`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from mmcache.commands.shared import DTYPES, JSON, LEVEL, PATH, layer_numbers, names, print_json
+from mmcache.export import export as export_store
+from mmcache.repair import repair as repair_store
+from mmcache.signals import stoppable
+from mmcache.terminal import BytesBar, draw_exported, draw_repaired, draw_report
+from mmcache.verify import verify as verify_store
+
+if TYPE_CHECKING:
+    from mmcache.findings import Level
+
+__all__ = ["export", "repair", "verify"]
+
+
+@click.command()
+@PATH
+@click.option("--to", required=True, type=click.Choice(["safetensors", "npy"]), help="What kind of files.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("--sites", help="Only these, by comma.")
+@click.option("--layers", help="Only these, such as 0-5,8.")
+@click.option("--dtype", type=DTYPES, help="Cast to this.  [as stored; bfloat16 in npy as uint16 bits]")
+@JSON
+def export(path: Path, to: Any, out: Path, sites: str | None, layers: str | None, dtype: Any, as_json: bool) -> None:
+    """Write the store at PATH, or a part of it, as files that need no mmcache.
+
+    Whole shards become hard links: such a file is the store's own, and editing it would damage the store.
+    """
+    wanted, numbers = names(sites) if sites else None, layer_numbers(layers)
+    with stoppable("Nothing was exported"), BytesBar(Console(stderr=True)) as bar:
+        done = export_store(path, out, to=to, sites=wanted, layers=numbers, dtype=dtype, progress=bar.update)
+    if as_json:
+        print_json({**vars(done), "path": str(done.path)})
+    else:
+        draw_exported(Console(), done)
+
+
+@click.command()
+@PATH
+@LEVEL
+@JSON
+def verify(path: Path, level: Level, as_json: bool) -> None:
+    """Look for everything that is wrong with the store at PATH: exit 1 if anything is."""
+    with stoppable("Nothing was changed"), BytesBar(Console(stderr=True)) as bar:
+        report = verify_store(path, level, progress=bar.update)
+    if as_json:
+        print_json({**asdict(report), "ok": report.ok})
+    else:
+        draw_report(Console(), report)
+    if not report.ok:
+        sys.exit(1)
+
+
+@click.command()
+@PATH
+@LEVEL
+@JSON
+def repair(path: Path, level: Level, as_json: bool) -> None:
+    """Set aside what is bad of the store at PATH, so that the rest can be read and `extract` makes it again.
+
+    Nothing is deleted: bad files are moved into PATH/.set-aside. Exit 1 if anything is lost, or could not be helped.
+    """
+    with stoppable(f"The same command goes on with {path}"), BytesBar(Console(stderr=True)) as bar:
+        done = repair_store(path, level, progress=bar.update)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        draw_repaired(Console(), done)
+    if done.lost or done.left:
+        sys.exit(1)

@@ -1,0 +1,32 @@
+"""`mmcache info`: the command that answers at once, and so imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from mmcache.commands.shared import JSON, PATH, print_json
+from mmcache.overview import overview
+from mmcache.terminal import draw_overview
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["info"]
+
+
+@click.command()
+@PATH
+@JSON
+def info(path: Path, as_json: bool) -> None:
+    """Say what the store at PATH is: identity, shape, size, completeness."""
+    view = overview(path)
+    if as_json:
+        print_json(view)
+    else:
+        draw_overview(Console(), view)
+    if not view["complete"]:
+        sys.exit(1)

@@ -1,0 +1,69 @@
+"""What a store is, from its metadata and one listing a site. No torch is loaded for it, so that it takes no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmcache.errors import IncompleteError
+from mmcache.listing import present_shards
+from mmcache.manifest import read_manifest
+
+if TYPE_CHECKING:
+    import os
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["overview"]
+
+# Stretches of the tokens for each of which it is said how much of it is there.
+_STRETCHES = 100
+
+
+def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Say what the store at `path` is: identity, shape, size, completeness. Reads no data.
+
+    Of each site: its width, shards, missing shards, bytes, and of up to 100 stretches of its tokens the part of the
+    shards that is there (`present`).
+
+    Raises:
+        StoreNotFoundError, CorruptError, VersionError: there is no store that can be read.
+        IncompleteError: it is still being planned.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest.kind == "planned" and manifest.n_tokens is None:
+        raise IncompleteError(f"{folder} is still being planned: run the same `mmcache extract` again")
+    sites = {site: _site(folder, manifest, site) for site in manifest.sites}
+    return {
+        "path": str(folder),
+        "kind": manifest.kind,
+        "complete": not any(site["missing"] for site in sites.values()),
+        "layout": manifest.layout,
+        "dtype": manifest.dtype,
+        "n_tokens": manifest.n_tokens or 0,
+        "n_sequences": manifest.n_sequences,
+        "n_layers": len(manifest.layers),
+        "layers": list(manifest.layers),
+        "shard_tokens": manifest.shard_tokens,
+        "bytes": sum(site["bytes"] for site in sites.values()),
+        "sites": sites,
+        "metadata": manifest.metadata,
+        "source": manifest.source,
+    }
+
+
+def _site(folder: Path, manifest: Manifest, site: str) -> dict[str, Any]:
+    said = {"d_model": manifest.sites[site], "shards": manifest.n_shards(site), "bytes": manifest.array_bytes(site)}
+    if manifest.shard_tokens is None or not said["shards"]:
+        return said | {"missing": 0, "present": []}
+    there = present_shards(folder, manifest, site)
+    blocks = manifest.spec(site).blocks(manifest.n_tokens or 0)
+    stretches = min(_STRETCHES, blocks)
+    # A stretch of blocks each, as even as can be.
+    edges = np.arange(stretches + 1) * blocks // stretches
+    found = np.searchsorted(edges, np.array([block for _, block in there], np.int64), side="right") - 1
+    counts = np.bincount(found, minlength=stretches) / (np.diff(edges) * len(manifest.slots(site)))
+    return said | {"missing": said["shards"] - len(there), "present": counts.tolist()}

@@ -1,0 +1,42 @@
+"""Looking into a store: each view is one function that gives arrays and labels, within a bounded number of bytes.
+
+    store = mmcache.open("acts")
+    mmcache.view.health(store, "mlp_out")["problems"]
+    mmcache.view.norms(store, "mlp_out")              # in a notebook: the map
+    mmcache.view.top(store, "mlp_out", 3, 17)["bands"][0]["examples"]
+
+Terminal, notebook, JSON and page are drawn from the same. What is sampled says so, in `sampled`.
+"""
+
+from mmcache.overview import overview
+from mmcache.plain import json_ready
+from mmcache.view.base import View
+from mmcache.view.browse import sequence, token
+from mmcache.view.dimensions import dimension, dimensions
+from mmcache.view.direction import load_direction
+from mmcache.view.find import find
+from mmcache.view.health import health
+from mmcache.view.norms import apart, norms
+from mmcache.view.summaries import layer_view, row_view, statistics_view
+from mmcache.view.top import top
+from mmcache.view.words import Words
+
+__all__ = [
+    "View",
+    "Words",
+    "apart",
+    "dimension",
+    "dimensions",
+    "find",
+    "health",
+    "json_ready",
+    "layer_view",
+    "load_direction",
+    "norms",
+    "overview",
+    "row_view",
+    "sequence",
+    "statistics_view",
+    "token",
+    "top",
+]

@@ -1,0 +1,114 @@
+"""What is wrong with the activations themselves: NaN, infinities, rows of zeros, dimensions that never change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmcache.view.base import View
+from mmcache.view.look import Look
+
+if TYPE_CHECKING:
+    from mmcache.site_statistics import SiteStatistics
+    from mmcache.store import Store
+
+__all__ = ["health"]
+
+# Places that are listed, of each layer, and dimensions.
+_MOST = 100
+# Shards that are asked where; each takes a few KiB.
+_MOST_SHARDS = 2048
+
+
+def health(store: Store, site: str) -> View:
+    """Say what is wrong with a site's values, and where: from the shards' statistics, no row is read.
+
+    `data`: `layers`, one record each: `layer`, `rows` (that count), `non_finite` (rows with NaN or infinity),
+    `first_non_finite` (a position, or -1), `zero_rows`, `overflow` (values that became infinite in the cast), `dead`
+    (dimensions that are the same in every row, 100 at most, each with its `value`) and `n_dead`; `places`, where rows
+    that are not finite or are all zeros lie: `layer`, `tokens` (from, to before), `non_finite`, `first_non_finite`,
+    `zero_rows`; and `problems`, sentences for people, none if all is well.
+
+    Raises:
+        UnknownSiteError: there is no such site.
+        IncompleteError: no shard is there yet.
+        CorruptError: a shard is not what belongs there.
+    """
+    look = Look(store, site)
+    found, sampled = look.statistics()
+    layers = [_layer(found, slot, layer) for slot, layer in enumerate(look.layers)]
+    places: list[dict[str, Any]] = []
+    if any(one["non_finite"] or one["zero_rows"] for one in layers) or sampled:
+        places, asked = _places(look)
+        sampled = ", ".join(part for part in (sampled, asked) if part) or None
+    return View(
+        "health",
+        f"Health of {site}",
+        f"mmcache.view.health(store, {site!r})",
+        {"site": site, "layers": layers, "places": places, "problems": _problems(layers, places)},
+        sampled,
+        look.bytes_read,
+    )
+
+
+def _layer(found: SiteStatistics, slot: int, layer: int) -> dict[str, Any]:
+    dead = np.flatnonzero(((found.std[slot] == 0) & (found.count[slot] > 1)).numpy())
+    return {
+        "layer": layer,
+        "rows": int(found.rows[slot]),
+        "non_finite": int(found.non_finite[slot]),
+        "first_non_finite": int(found.first_non_finite[slot]),
+        "zero_rows": int(found.zero_rows[slot]),
+        "overflow": int(found.overflow[slot]),
+        "n_dead": len(dead),
+        "dead": [{"dimension": int(at), "value": float(found.mean[slot, at])} for at in dead[:_MOST]],
+    }
+
+
+def _places(look: Look) -> tuple[list[dict[str, Any]], str | None]:
+    """Ask the shards which of them have such rows."""
+    shards = look.folder.present()
+    chosen = shards
+    if len(shards) > _MOST_SHARDS:
+        chosen = [shards[at] for at in np.linspace(0, len(shards) - 1, _MOST_SHARDS).astype(int)]
+    places = []
+    for slot, block in chosen:
+        brief, rows = look.folder.brief(slot, block)
+        look.bytes_read += sum(array.nbytes for array in brief.values())
+        bad = np.flatnonzero(brief["non_finite"] + brief["zero_rows"])
+        first = block * look.folder.spec.shard_rows
+        places += [
+            {
+                "layer": look.store.layers[slot + int(at)],
+                "tokens": [first, min(first + rows, look.store.n_tokens)],
+                "non_finite": int(brief["non_finite"][at]),
+                "first_non_finite": int(brief["first_non_finite"][at]),
+                "zero_rows": int(brief["zero_rows"][at]),
+            }
+            for at in bad
+        ]
+    places.sort(key=lambda place: (place["layer"], place["tokens"]))
+    shown = [place for layer in look.layers for place in [one for one in places if one["layer"] == layer][:_MOST]]
+    said = None if len(chosen) == len(shards) else f"{len(chosen):,} of {len(shards):,} shards were asked where"
+    return shown, said
+
+
+def _problems(layers: list[dict[str, Any]], places: list[dict[str, Any]]) -> list[str]:
+    problems = []
+    for one in layers:
+        where = f"layer {one['layer']}"
+        first = [place["first_non_finite"] for place in places if place["layer"] == one["layer"]]
+        positions = [position for position in [one["first_non_finite"], *first] if position >= 0]
+        if one["non_finite"]:
+            at = f", the first at position {min(positions)}" if positions else ""
+            problems.append(f"{where}: {one['non_finite']:,} rows with NaN or infinity{at}")
+        if one["overflow"]:
+            problems.append(f"{where}: {one['overflow']:,} values became infinite in the cast to the storage dtype")
+        if one["zero_rows"]:
+            problems.append(f"{where}: {one['zero_rows']:,} rows of zeros only")
+        if one["n_dead"]:
+            listed = ", ".join(str(dead["dimension"]) for dead in one["dead"][:8])
+            more = " …" if one["n_dead"] > 8 else ""
+            problems.append(f"{where}: {one['n_dead']:,} dimensions are the same in every row: {listed}{more}")
+    return problems

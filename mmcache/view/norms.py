@@ -1,0 +1,207 @@
+"""The norm map: layers by stretches of tokens, from the whole store down to single tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmcache.errors import ArgumentError
+from mmcache.flags import counted
+from mmcache.view.base import View
+from mmcache.view.look import Look
+from mmcache.view.words import Words
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmcache.store import Store
+
+__all__ = ["apart", "norms"]
+
+# Shards whose norms are read for one map: a few KiB and a tenth of a millisecond each.
+_MOST_SHARDS = 1024
+# A map goes down to single tokens where all of their rows are no more than that.
+_ROW_BYTES = 16 << 20
+# Tokens of a kind that are read to set them apart.
+_APART = 64
+
+
+def norms(
+    store: Store,
+    site: str,
+    *,
+    layers: Sequence[int] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    bins: int = 240,
+    words: Words | None = None,
+) -> View:
+    """Map the Euclidean norms of rows: layers by stretches of tokens.
+
+    Stretches are inner chunks, one or several, and their norms come from the shards' statistics, which leave out BOS,
+    special tokens and rows that are not finite; no row is read. Where few tokens are asked for, each is a stretch of
+    its own, and their rows are read.
+
+    Args:
+        store: the store; a stretch of which nothing is there is NaN.
+        site: one of its sites.
+        layers: the model's numbers; None for all.
+        start: the first position,
+        stop: and the one behind the last; None for the end. Stretches are widened to whole inner chunks.
+        bins: stretches at most.
+        words: the store's tokens as text, if it was read already.
+
+    `data`: `layers`; `edges` `[B + 1]`, positions; `mean`, `min`, `max` `[L, B]`; `rows` `[L, B]` that count; `level`,
+    "chunks" or "tokens". Of tokens also `tokens` `[B]` ids, `texts`, and `apart` `[B]`: 1 BOS or special, 2 the first
+    of its sequence, 3 both, 0 neither.
+
+    Raises:
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        ArgumentError: `bins` below 1.
+    """
+    if bins < 1:
+        raise ArgumentError(f"bins is {bins}: expected 1 or more")
+    look = Look(store, site, layers)
+    start, stop = look.span(start, stop)
+    single = stop - start <= bins and (stop - start) * look.record_bytes <= _ROW_BYTES
+    data, sampled = _of_tokens(look, start, stop, words) if single else _of_chunks(look, start, stop, bins)
+    asked = f", layers={list(layers)}" if layers is not None else ""
+    return View(
+        "norms",
+        f"Norms of {site}, positions {start:,} to {stop:,}",
+        f"mmcache.view.norms(store, {site!r}{asked}, start={start}, stop={stop})",
+        {"site": site, "layers": look.layers, **data},
+        sampled,
+        look.bytes_read,
+    )
+
+
+def _of_tokens(look: Look, start: int, stop: int, words: Words | None) -> tuple[dict[str, Any], None]:
+    positions = np.arange(start, stop)
+    found = look.scores(positions, None).T
+    tokens = look.tokens(positions)
+    flagged = ~counted(look.store.read_flags(start, stop).numpy())
+    first = np.isin(positions, np.asarray(look.store.sequences)[:, 0])
+    return {
+        "level": "tokens",
+        "edges": np.arange(start, stop + 1),
+        "mean": found,
+        "min": found,
+        "max": found,
+        "rows": np.ones(found.shape, np.int64),
+        "tokens": tokens,
+        "texts": (words or Words(look.store)).texts(tokens.tolist()),
+        "apart": flagged.astype(np.int64) + 2 * first,
+    }, None
+
+
+def _of_chunks(look: Look, start: int, stop: int, bins: int) -> tuple[dict[str, Any], str | None]:
+    spec, total = look.folder.spec, look.store.n_tokens
+    files = 1 if look.store.layout == "token" else len(look.slots)
+    bins = max(1, min(bins, _MOST_SHARDS // files))
+    first, last = start // spec.chunk_rows, -(-stop // spec.chunk_rows)
+    # A whole number of inner chunks each, so that none is cut.
+    each = -(-(last - first) // bins)
+    n_bins = -(-(last - first) // each)
+    edges = np.minimum((first + each * np.arange(n_bins + 1)) * spec.chunk_rows, total)
+    blocks, asked = _chosen(look, first, last, each)
+    sums = np.zeros((2, len(look.slots), n_bins))
+    least, most = np.full((2, len(look.slots), n_bins), np.nan)
+    for block in blocks:
+        chunks = block * spec.chunks_per_shard + np.arange(spec.chunks_per_shard)
+        for at, slot in enumerate([0] if look.store.layout == "token" else look.slots):
+            brief, rows = look.folder.brief(slot, block)
+            look.bytes_read += sum(array.nbytes for array in brief.values())
+            # Of a shard that is ahead of the commit, only inner chunks that count whole.
+            whole = -(-rows // spec.chunk_rows)
+            if rows > spec.rows_in_block(block, total):
+                whole = spec.rows_in_block(block, total) // spec.chunk_rows
+            here = (chunks[:whole] >= first) & (chunks[:whole] < last)
+            into = (chunks[:whole][here] - first) // each
+            found = brief["norms"][:whole][here]
+            lines = [(line, slot_) for line, slot_ in enumerate(look.slots)] if files == 1 else [(at, 0)]
+            for line, within in lines:
+                rows_sum, norm_sum, _, low, high = found[:, within].T
+                np.add.at(sums[0, line], into, rows_sum)
+                np.add.at(sums[1, line], into, norm_sum)
+                np.fmin.at(least[line], into, low)
+                np.fmax.at(most[line], into, high)
+    with np.errstate(invalid="ignore"):
+        mean = sums[1] / sums[0]
+    data = {
+        "level": "chunks", "edges": edges, "mean": mean, "min": least, "max": most, "rows": sums[0].astype(np.int64),
+    }  # fmt: skip
+    said = None if asked is None else f"the norms of {len(blocks):,} of {asked:,} shards, evenly spread"
+    return data, said
+
+
+def _chosen(look: Look, first: int, last: int, each: int) -> tuple[list[int], int | None]:
+    """Choose the blocks whose norms are read, some for each stretch; and of how many, if not all of them."""
+    chunks = look.folder.spec.chunks_per_shard
+    files = 1 if look.store.layout == "token" else len(look.slots)
+    there = look.blocks[(look.blocks >= first // chunks) & (look.blocks <= (last - 1) // chunks)]
+    if len(there) * files <= _MOST_SHARDS:
+        return there.tolist(), None
+    # The stretch that each block's middle lies in, and as many of each as there is room for.
+    stretch = (there * chunks + chunks // 2 - first) // each
+    room = max(1, _MOST_SHARDS // (files * len(np.unique(stretch))))
+    chosen: list[int] = []
+    for part in np.split(there, np.flatnonzero(np.diff(stretch)) + 1):
+        chosen += part[np.unique(np.linspace(0, len(part) - 1, room).astype(int))].tolist()
+    return chosen, len(there)
+
+
+def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> View:
+    """Compare the norms of first and of special tokens, at which attention sinks sit, with those of the others.
+
+    Of the first tokens of sequences, and of tokens flagged BOS or special, up to 64 rows each are read, evenly spread
+    over what is there; the others' mean is from the statistics, which leave out what is flagged.
+
+    `data`: `layers`; `others` `[L]`, mean norms; `first` and `special`, each with `tokens`, how many were read, and
+    `mean`, `max` `[L]` (NaN where there are none).
+
+    Raises:
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+    """
+    look = Look(store, site, layers)
+    found, sampled = look.statistics()
+    starts = np.asarray(store.sequences)[:, 0]
+    shard = look.folder.spec.shard_rows
+    starts = starts[np.isin(starts // shard, look.blocks)]
+    # As many tokens as the sequences they are looked for in.
+    flagged = _flagged(look, starts)
+    kinds = {}
+    for name, positions in (("first", starts), ("special", flagged)):
+        some = (
+            positions[np.unique(np.linspace(0, len(positions) - 1, _APART).astype(int))]
+            if len(positions)
+            else positions
+        )
+        values = look.scores(some, None) if len(some) else np.full((1, len(look.slots)), np.nan)
+        kinds[name] = {
+            "tokens": len(some),
+            "of": len(positions),
+            "mean": values.mean(axis=0),
+            "max": values.max(axis=0),
+        }
+        if len(some) < len(positions):
+            sampled = ", ".join(filter(None, [sampled, f"{len(some)} of {len(positions):,} {name} tokens"]))
+    return View(
+        "apart",
+        f"First and special tokens of {site}",
+        f"mmcache.view.apart(store, {site!r})",
+        {"site": site, "layers": look.layers, "others": found.mean_norm.numpy()[look.slots], **kinds},
+        sampled,
+        look.bytes_read,
+    )
+
+
+def _flagged(look: Look, starts: np.ndarray) -> np.ndarray:
+    """Find tokens flagged BOS or special, in stretches of a thousand tokens behind some sequences' beginnings."""
+    some = starts[np.unique(np.linspace(0, len(starts) - 1, _APART).astype(int))] if len(starts) else starts
+    stretches = [np.arange(start, min(start + 1024, look.store.n_tokens)) for start in some]
+    positions = np.unique(np.concatenate(stretches)) if stretches else np.empty(0, np.int64)
+    positions = positions[np.isin(positions // look.folder.spec.shard_rows, look.blocks)]
+    found: np.ndarray = positions[~look.counted(positions)]
+    return found
