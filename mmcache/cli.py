@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
+from mmcache.signals import Stopped
 
 __all__ = ["main"]
 
@@ -46,6 +47,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped as stopped:
+            click.echo(f"mmcache: stopped. {stopped.left}", err=True)
+            sys.exit(128 + stopped.number)
         except MmcacheError as error:
             click.echo(f"mmcache: {error}", err=True)
             # What was found on the disk or in the data is a finding, the rest is about how it was asked.

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import click
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["stoppable"]
+__all__ = ["Stopped", "stoppable"]
 
 # Seconds that tidying up after a signal may take.
 _TIDYING = 5.0
 
 
-class _Terminated(BaseException):
-    """SIGTERM: a job that is pre-empted stops as one that is interrupted does."""
+class Stopped(BaseException):
+    """A signal came: which, and what there is now. The command line says it, and exits with 128 and its number.
+
+    Caught only there: it may come when the block that it is meant for is being left already.
+    """
+
+    def __init__(self, number: int, left: str) -> None:
+        super().__init__(number, left)
+        self.number, self.left = number, left
 
 
 @contextmanager
@@ -35,19 +39,14 @@ def stoppable(left: str) -> Iterator[None]:
         nonlocal told
         if time.monotonic() - told > _TIDYING:
             told = time.monotonic()
-            raise _Terminated(number)
+            raise Stopped(number, left)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        try:
-            for number in before:
-                signal.signal(number, stop)
-            yield
-        finally:
-            told = math.inf  # nothing is left that could be stopped
-    except _Terminated as stopped:
-        click.echo(f"mmcache: stopped. {left}", err=True)
-        sys.exit(128 + stopped.args[0])
+        for number in before:
+            signal.signal(number, stop)
+        yield
     finally:
+        told = math.inf  # nothing is left that could be stopped
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""A signal ends a job tidily, whenever it comes."""
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+from support import at_opcode
+
+from mmcache import cli
+from mmcache.signals import Stopped, stoppable
+
+
+@pytest.fixture
+def heard():
+    """Signals that came when nobody was to be stopped."""
+    found = []
+    before = {
+        number: signal.signal(number, lambda number, _: found.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    yield found
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_the_block_and_says_which_it_was(heard, number):
+    with pytest.raises(Stopped) as told, stoppable("left"):
+        os.kill(os.getpid(), number)
+    assert (told.value.number, told.value.left) == (number, "left")
+    os.kill(os.getpid(), number)
+    assert heard == [number], "who listened before listens again"
+
+
+def test_a_second_one_does_not_interrupt_the_tidying_up(heard):
+    tidied = []
+    with pytest.raises(Stopped), stoppable("left"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            tidied.append(True)
+    assert tidied
+    assert not heard
+
+
+def test_one_that_comes_while_the_block_is_left_is_told_too(heard, monkeypatch):
+    leaving = contextlib._GeneratorContextManager.__exit__.__code__
+    ends = []
+    for at in range(1, 200):
+        command = click.Command("job", callback=lambda: leave(at))  # noqa: B023 -- run at once
+
+        def leave(at):
+            trace, steps = at_opcode(at, lambda code: code is leaving, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            try:
+                with stoppable("left"):
+                    sys.settrace(trace)
+            finally:
+                sys.settrace(None)
+            if steps() < at:
+                ends.append("over")
+
+        monkeypatch.setattr(cli._Group, "get_command", lambda *_, command=command: command)
+        monkeypatch.setattr(cli, "_COMMANDS", {"job": ""})
+        done = CliRunner().invoke(cli.main, ["job"])
+        gc.collect()  # what was not left properly
+        if ends and ends[-1] == "over":
+            break
+        ends.append(done.exit_code)
+        assert done.exit_code in (0, 128 + signal.SIGTERM), done.exception
+        assert done.exit_code == 0 or "mmcache: stopped. left" in done.output
+    # Both while it could still be stopped, and when that was over.
+    assert ends[-1] == "over"
+    assert {0, 128 + signal.SIGTERM} <= set(ends)
