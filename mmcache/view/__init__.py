@@ -16,12 +16,14 @@ from mmcache.view.dimensions import dimension, dimensions
 from mmcache.view.direction import load_direction
 from mmcache.view.find import find
 from mmcache.view.health import health
+from mmcache.view.lens import Unembedding, lens
 from mmcache.view.norms import apart, norms
 from mmcache.view.summaries import layer_view, row_view, statistics_view
 from mmcache.view.top import top
 from mmcache.view.words import Words
 
 __all__ = [
+    "Unembedding",
     "View",
     "Words",
     "apart",
@@ -31,6 +33,7 @@ __all__ = [
     "health",
     "json_ready",
     "layer_view",
+    "lens",
     "load_direction",
     "norms",
     "overview",

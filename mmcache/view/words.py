@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.errors import CorruptError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mmcache.store import Store
 
 __all__ = ["Words", "surroundings"]
+
+# A token's text is cut behind so many bytes: none is that long but in a file that was made to take memory.
+_LONGEST = 1 << 10
 
 
 def _byte_level() -> dict[str, int]:
@@ -43,8 +48,11 @@ class Words:
             import tokenizers  # noqa: PLC0415 -- an extra
         except ImportError:
             return
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        self._letters = _byte_level() if _is_byte_level(json.loads(text).get("decoder")) else None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            self._letters = _byte_level() if _is_byte_level(json.loads(text).get("decoder")) else None
+        except Exception as error:  # it raises nothing narrower
+            raise CorruptError(f"{store.path}: the tokenizer that it keeps cannot be read ({error})") from error
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     @property
@@ -61,7 +69,7 @@ class Words:
         """Give the bytes that a token adds to the text; its id between angle brackets where that is not known."""
         found = self._pieces.get(token)
         if found is None:
-            found = self._pieces[token] = self._bytes_of(token)
+            found = self._pieces[token] = self._bytes_of(token)[:_LONGEST]
         return found
 
     def _bytes_of(self, token: int) -> bytes:
