@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 from mmcache.crew import Crew
 from mmcache.errors import ClosedError
-from mmcache.feed_plan import FeedPlan, Position
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    from mmcache.feed_plan import FeedPlan, Position
     from mmcache.fetcher import Fetched, Fetcher, Span
     from mmcache.training_batch import Batch
 
@@ -121,15 +121,15 @@ class BatchFeed:
         self.close()
         # Of several workers, one ends before the other: each goes on to the next epoch when it is told to begin again.
         if self._stride == 1:
-            self._moved(Position(self._position.epoch + 1, 0, 0))
+            self._moved(self._plan.begin(self._position.epoch + 1))
 
     def _top_up(self) -> None:
         """Keep as many batches under way as there may be, whole groups of them."""
         while not self._ended and self._under_way + self._group <= self._ahead:
             spans = []
             for step in itertools.islice(self._steps, self._group):
-                start, stop = (self._position.start + place for place in self._shares.share(step, self._rank))
-                spans.append((start, stop, self._plan.state(self._position._replace(step=step + 1))))
+                here, behind = (self._position._replace(step=number) for number in (step, step + 1))
+                spans.append((self._plan.places(here, self._shares, self._rank), self._plan.state(behind)))
             if not spans:
                 return
             self._under_way += len(spans)

@@ -21,6 +21,7 @@ from mmcache.feed_options import (
     checked_device,
     checked_layers,
     checked_sites,
+    nodes_of,
     share_of,
 )
 from mmcache.feed_plan import FeedPlan, Position, State
@@ -83,7 +84,11 @@ class ActivationDataset(IterableDataset[Batch]):
         device: where the sites go. On CUDA a batch belongs to the stream that is current when it is handed out.
         dtype: of the batches; None for the storage dtype.
         rank, world_size: which share of how many; from `torch.distributed` where that is running, else 0 of 1.
-        buffer_bytes: what `shuffle="block"` mixes at a time. It is in the page cache, with as much again behind it.
+        nodes: on how many machines the ranks are, in the order of the ranks: with `shuffle="block"` each of them reads
+            blocks of its own, once for all of its ranks. As torchrun or Slurm say where they started these ranks, else
+            1. All ranks have to give the same number.
+        buffer_bytes: what `shuffle="block"` mixes at a time, on each machine. It is in the page cache, with as much
+            again behind it.
 
     Raises:
         ArgumentError, DtypeError, ShapeError: an argument makes no sense, or leaves no tokens.
@@ -108,6 +113,7 @@ class ActivationDataset(IterableDataset[Batch]):
         dtype: torch.dtype | str | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        nodes: int | None = None,
         buffer_bytes: int = 2 << 30,
     ) -> None:
         if not isinstance(store, Store):
@@ -118,6 +124,7 @@ class ActivationDataset(IterableDataset[Batch]):
         size, seed = checked_count("batch_size", batch_size, 1), checked_count("seed", seed, 0, 2**64 - 1)
         buffer_bytes = checked_count("buffer_bytes", buffer_bytes, 1)
         self._rank, ranks = share_of(rank, world_size)
+        machines = nodes_of(nodes, ranks)
         names, place = checked_sites(store, sites), checked_device(device)
         wanted = None if dtype is None else activation_dtype(dtype).torch
         kept = Kept.from_store(store, drop, split)
@@ -125,8 +132,8 @@ class ActivationDataset(IterableDataset[Batch]):
         conversions = {site: Conversion(store[site], chosen, wanted, normalize) for site in names}
         self._source = Source(store, kept, conversions, chosen, place)
         blocks = block_geometry(*self._source.disk_bytes(), buffer_bytes) if shuffle == "block" else None
-        self._plan = FeedPlan(seed, len(kept), kept.digest, shuffle, blocks, ranks, size, drop_last)
-        self._position, self._resumes = Position(0, 0, 0), False
+        self._plan = FeedPlan(seed, len(kept), kept.digest, shuffle, blocks, ranks, size, drop_last, machines)
+        self._position, self._resumes = self._plan.begin(0), False
         self._settle()
 
     def _settle(self) -> None:
@@ -178,7 +185,7 @@ class ActivationDataset(IterableDataset[Batch]):
 
         1.0 for `"global"`, about 0 for None.
         """
-        return self._plan.order(self.epoch).quality
+        return self._plan.order(self._position).quality
 
     def __len__(self) -> int:
         """Count the batches of a whole epoch for a rank, the same for all."""
@@ -210,11 +217,11 @@ class ActivationDataset(IterableDataset[Batch]):
         if not self._resumes:
             # Workers of which some had finished, and others not, when it was broken off: only so they stay together.
             later = info is not None and self._passed
-            self._position = Position(self._position.epoch + later, 0, 0)
+            self._position = self._plan.begin(self._position.epoch + later)
         self._resumes, self._passed, self._workers = False, True, worker[1]
         self._turn = turn = object()
         return BatchFeed(
-            self._fetcher(self._position.epoch),
+            self._fetcher(worker),
             self._plan,
             self._position,
             self._rank,
@@ -224,11 +231,14 @@ class ActivationDataset(IterableDataset[Batch]):
             functools.partial(self._move, turn),
         )
 
-    def _fetcher(self, epoch: int) -> Fetcher:
-        order, source = self._plan.order(epoch), self._source
+    def _fetcher(self, worker: tuple[int, int]) -> Fetcher:
+        order, source = self._plan.order(self._position), self._source
         pools = None
         if isinstance(order, BlockOrder):
-            pools = ReadAhead(order, source.kept, source.views(), _GAP_BYTES // source.disk_bytes()[0])
+            # All workers of the ranks of a lane want the same of it.
+            beside = max(1, self._plan.world_size // self._position.lanes)
+            reader = self._rank % beside * worker[1] + worker[0], beside * worker[1]
+            pools = ReadAhead(order, source.kept, source.views(), _GAP_BYTES // source.disk_bytes()[0], reader)
         return Fetcher(source, order, pools, self._buffers)
 
     def _move(self, turn: object, position: Position) -> None:
@@ -244,7 +254,7 @@ class ActivationDataset(IterableDataset[Batch]):
         """
         epoch = checked_count("epoch", epoch, 0)
         if epoch != self._position.epoch:
-            self._go(Position(epoch, 0, 0), resumes=False)
+            self._go(self._plan.begin(epoch), resumes=False)
 
     def _go(self, position: Position, *, resumes: bool) -> None:
         self._position, self._resumes = position, resumes

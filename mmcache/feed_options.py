@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from operator import index as whole
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,19 @@ if TYPE_CHECKING:
 
     from mmcache.store import Store
 
-__all__ = ["checked_choice", "checked_count", "checked_device", "checked_layers", "checked_sites", "share_of"]
+__all__ = [
+    "checked_choice",
+    "checked_count",
+    "checked_device",
+    "checked_layers",
+    "checked_sites",
+    "nodes_of",
+    "share_of",
+]
+
+# How launchers tell each process how many there are in all, and on how many machines. All of them are told the same;
+# how many are on a machine need not be the same on each.
+_LAUNCHERS = (("WORLD_SIZE", "GROUP_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"))
 
 
 def checked_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -105,3 +118,18 @@ def share_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise ArgumentError(f"rank is {rank} and world_size is {world_size}: give both of them, or neither")
     ranks = checked_count("world_size", world_size, 1)
     return checked_count("rank", rank, 0, ranks - 1), ranks
+
+
+def nodes_of(nodes: int | None, world_size: int) -> int:
+    """Give how many machines the ranks are on: as given, or as the launcher says if these are the ranks it started.
+
+    Raises:
+        ArgumentError: there are more of them than ranks, or none.
+    """
+    if nodes is not None:
+        return checked_count("nodes", nodes, 1, world_size)
+    for ranks, machines in _LAUNCHERS:
+        found = os.environ.get(machines, "")
+        if os.environ.get(ranks) == str(world_size) and found.isdecimal():
+            return min(max(1, int(found)), world_size)
+    return 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from mmcache.errors import ArgumentError
+from mmcache.lanes import Lanes
 from mmcache.order import Blocks, Order, order_of
 from mmcache.shares import Shares
 
@@ -15,14 +16,20 @@ __all__ = ["FeedPlan", "Position", "State"]
 State: TypeAlias = "dict[str, int | str | None]"
 
 _VERSION = 1
+# Of more machines, some share a lane: each step looks at all of them.
+_MOST_LANES = 1 << 16
 
 
 class Position(NamedTuple):
-    """Where a feed stands: `step` batches into a layout of the tokens of `epoch` from place `start` on."""
+    """Where a feed stands: `step` batches into a layout of the tokens of `epoch` from turn `start` on.
+
+    The epoch goes on in as many lanes as it began with, however many machines there are by now.
+    """
 
     epoch: int
     start: int
     step: int
+    lanes: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class FeedPlan:
         shuffle: `"global"`, `"block"` or None.
         blocks: the geometry of `"block"`, else None.
         world_size, batch_size, drop_last: as `Shares`.
+        nodes: how many machines the ranks are on.
     """
 
     seed: int
@@ -46,14 +54,29 @@ class FeedPlan:
     world_size: int
     batch_size: int
     drop_last: bool
+    nodes: int = 1
+
+    def begin(self, epoch: int) -> Position:
+        """Give the start of an epoch."""
+        return Position(epoch, 0, 0, min(self.nodes, self._most_lanes))
+
+    @property
+    def _most_lanes(self) -> int:
+        return min(self.tokens, _MOST_LANES) if self.blocks else 1
 
     def shares(self, start: int = 0) -> Shares:
-        """Lay out the places of an epoch from `start` on; the shares count from there."""
+        """Lay out the turns of an epoch from `start` on; the shares count from there."""
         return Shares(self.tokens - start, self.world_size, self.batch_size, self.drop_last)
 
-    def order(self, epoch: int) -> Order:
-        """Give the order of an epoch."""
-        return order_of(self.shuffle, self.tokens, self.blocks, self.seed, epoch)
+    def places(self, position: Position, shares: Shares, rank: int) -> list[tuple[int, int]]:
+        """Say which places of the order a rank takes at a step, as (start, stop), none empty; `shares` as laid out."""
+        of_step = shares.seen(position.step), shares.seen(position.step + 1)
+        turns = (position.start + turn for turn in (*of_step, *shares.share(position.step, rank)))
+        return Lanes(self.tokens, position.lanes).pieces(*turns)
+
+    def order(self, position: Position) -> Order:
+        """Give the order of the epoch that a position is in."""
+        return order_of(self.shuffle, self.tokens, self.blocks, self.seed, position.epoch, position.lanes)
 
     @property
     def _order_fields(self) -> State:
@@ -91,7 +114,10 @@ class FeedPlan:
         Raises:
             ArgumentError: it is no state, of another order, or of one of several workers where that is not enough.
         """
-        wanted = self.state(Position(0, 0, 0))
+        wanted = self.state(self.begin(0))
+        if isinstance(state, Mapping):
+            # Older ones know of one lane only.
+            state = {"lanes": 1, **state}
         missing = [name for name in wanted if name not in state] if isinstance(state, Mapping) else list(wanted)
         if missing:
             raise ArgumentError(f"the state lacks {', '.join(missing)}: expected what state_dict() or batch.state gave")
@@ -109,9 +135,11 @@ class FeedPlan:
                 f"taken: the same store, drop, split, shuffle, seed and, for blocks, sites, layers and buffer_bytes"
             )
         numbers = {name: _count(name, found[name]) for name in (*Position._fields, "workers", *self._layout_fields)}
-        position = Position(numbers["epoch"], numbers["start"], numbers["step"])
+        position = Position(*(numbers[name] for name in Position._fields))
         if position.start > self.tokens:
             raise ArgumentError(f"the state's start is {position.start}: expected at most the {self.tokens} tokens")
+        if position.lanes > self._most_lanes:
+            raise ArgumentError(f"the state's lanes is {position.lanes}: expected at most {self._most_lanes}")
         same = all(found[name] == value for name, value in self._layout_fields.items())
         if numbers["workers"] not in (1, workers) or (numbers["workers"] > 1 and not same):
             raise ArgumentError(
@@ -124,11 +152,11 @@ class FeedPlan:
         old = Shares(
             self.tokens - position.start, numbers["world_size"], numbers["batch_size"], bool(numbers["drop_last"])
         )
-        return Position(position.epoch, position.start + old.seen(position.step), 0)
+        return position._replace(start=position.start + old.seen(position.step), step=0)
 
 
 def _count(name: str, value: object) -> int:
-    least = 1 if name in ("workers", "world_size", "batch_size") else 0
+    least = 1 if name in ("workers", "world_size", "batch_size", "lanes") else 0
     if not isinstance(value, int) or value < least:
         raise ArgumentError(f"the state's {name} is {value!r}: expected a whole number, at least {least}")
     return int(value)

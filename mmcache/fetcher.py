@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Fetched", "Fetcher", "Source", "Span"]
 
-# A batch: from which place of the epoch to before which, and the state behind it.
-Span: TypeAlias = "tuple[int, int, State]"
+# A batch: which places of the order, as (start, stop), none empty, and the state behind it.
+Span: TypeAlias = "tuple[list[tuple[int, int]], State]"
 # The sites of a batch, and what those on a CUDA device have to be waited for with.
 _Rows: TypeAlias = "tuple[dict[str, torch.Tensor], torch.cuda.Event | None]"
 
@@ -125,15 +125,16 @@ class Fetcher:
         On CUDA, until the copies are queued. Errors as `SiteView.gather`: then none of them is given.
         """
         positions = []
-        for start, stop, _ in spans:
-            positions.append(self._source.kept.positions(self._order.indices(start, stop)))
+        for places, _ in spans:
+            indices = [np.empty(0, np.int64), *(self._order.indices(start, stop) for start, stop in places)]
+            positions.append(self._source.kept.positions(np.concatenate(indices)))
             for view in self._source.views():
                 view.believe(positions[-1], view.rows_of(self._source.layers)[1])
             if self._read_ahead is not None:
-                self._read_ahead.need(start, stop)
+                self._read_ahead.need(places)
         fetched = self._on_host(positions) if self._stream is None else self._on_cuda(positions, self._stream)
         batches = []
-        for (_, _, state), where, (rows, done) in zip(spans, positions, fetched, strict=True):
+        for (_, state), where, (rows, done) in zip(spans, positions, fetched, strict=True):
             tokens = torch.from_numpy(self._tokens_at(where))
             batches.append(Fetched(Batch.of(rows, torch.from_numpy(where), tokens, state), done))
         return batches

@@ -2,7 +2,8 @@
 
 `"global"` is a permutation of all tokens. `"block"` is for disks that hate random reads: blocks of consecutive tokens
 come in random order, and each few of them are a pool, within which every token has a random place. Reading a pool is
-reading its blocks, in long pieces, once an epoch; while it lasts it is in memory. None is the order of the text.
+reading its blocks, in long pieces, once an epoch; while it lasts it is in memory. For several machines the blocks are
+dealt out (`lanes`), and each has pools of its own. None is the order of the text.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mmcache.errors import ArgumentError
+from mmcache.lanes import Lanes
 from mmcache.permutation import Permutation, mixed
 
 __all__ = ["BlockOrder", "Blocks", "Order", "block_geometry", "order_of"]
@@ -86,10 +88,11 @@ class _GlobalOrder:
 class BlockOrder:
     """Blocks in random order, and a pool's tokens in random order. All of it is arithmetic: nothing is stored.
 
-    The last block may be short: the places behind it in the epoch are moved up by what it lacks.
+    Places are those of the line that is cut into lanes. The last block may be short: the places behind it are moved up
+    by what it lacks. No pool is of two lanes; a block may be, and is in a pool of each then.
     """
 
-    def __init__(self, tokens: int, blocks: Blocks, seed: int, epoch: int) -> None:
+    def __init__(self, tokens: int, blocks: Blocks, seed: int, epoch: int, lanes: int = 1) -> None:
         self._tokens, self._blocks = tokens, blocks
         self._seed, self._epoch = seed, epoch
         self._count = -(-tokens // blocks.tokens)
@@ -98,33 +101,66 @@ class BlockOrder:
         # Where the short block stands, and where it ends; without one, nothing is moved.
         self._short = int(self._order.inverse(np.array([self._count - 1]))[0])
         self._end = (self._short + 1) * blocks.tokens - self._lacking
-        self.pools = -(-self._count // blocks.pool)
+        self.lanes = Lanes(tokens, lanes)
+        # Pools are numbered through lane by lane, by as many as the lane with the most blocks may have.
+        self._in_lane = max(self._pools_of(lane) for lane in range(lanes))
 
     def _begin(self, turn: int) -> int:
         """Give the place where the block begins that has this turn; behind the last turn, the end of the epoch."""
         return turn * self._blocks.tokens - (self._lacking if turn > self._short else 0)
 
+    def _turn(self, place: int) -> int:
+        """Say which turn the block of a place has."""
+        return (place + (self._lacking if place >= self._end else 0)) // self._blocks.tokens
+
+    def _turns_of(self, lane: int) -> tuple[int, int]:
+        """Give the turns of a lane's blocks: from which to before which."""
+        return self._turn(self.lanes.begin(lane)), self._turn(self.lanes.begin(lane + 1) - 1) + 1
+
+    def _pools_of(self, lane: int) -> int:
+        first, last = self._turns_of(lane)
+        return -(-(last - first) // self._blocks.pool)
+
+    def _turns(self, pool: int) -> tuple[int, int]:
+        """Give the turns of a pool's blocks: from which to before which."""
+        lane, number = divmod(pool, self._in_lane)
+        first, last = self._turns_of(lane)
+        first += number * self._blocks.pool
+        return first, min(first + self._blocks.pool, last)
+
     def _edges(self, pool: int) -> tuple[int, int]:
-        first = pool * self._blocks.pool
-        return self._begin(first), self._begin(min(first + self._blocks.pool, self._count))
+        """Give the places of a pool: from which to before which."""
+        lane = pool // self._in_lane
+        first, last = self._turns(pool)
+        return max(self._begin(first), self.lanes.begin(lane)), min(self._begin(last), self.lanes.begin(lane + 1))
 
     def pool(self, place: int) -> int:
         """Say which pool a place is in."""
-        unmoved = place + (self._lacking if place >= self._end else 0)
-        return unmoved // (self._blocks.tokens * self._blocks.pool)
+        lane = self.lanes.lane(place)
+        return lane * self._in_lane + (self._turn(place) - self._turns_of(lane)[0]) // self._blocks.pool
+
+    def next_pool(self, pool: int) -> int | None:
+        """Give the pool that follows in the same lane, if there is one."""
+        lane, number = divmod(pool, self._in_lane)
+        return pool + 1 if number + 1 < self._pools_of(lane) else None
 
     @property
     def quality(self) -> float:
-        """The sum of (pool / tokens)² over all pools, since within one, neighbours are a third of it apart.
+        """The sum of lanes * (pool / tokens)² over all pools: within one, neighbours are a third of it apart.
 
-        Those that the border of a block parts are as far from each other as in a uniform shuffle.
+        That is in its lane, and as many times further in the epoch as there are lanes. Those that the border of a block
+        parts are as far from each other as in a uniform shuffle.
         """
-        special = {self.pools - 1, self._short // self._blocks.pool}
-        sizes = [stop - start for start, stop in map(self._edges, special)]
-        usual = self._blocks.tokens * self._blocks.pool
-        squares = sum(size * size for size in sizes) + (self.pools - len(special)) * usual * usual
+        squares, usual = 0, self._blocks.tokens * self._blocks.pool
+        for lane in range(self.lanes.count):
+            first, count = lane * self._in_lane, self._pools_of(lane)
+            special = {first, first + count - 1}
+            if self.lanes.begin(lane) < self._end <= self.lanes.begin(lane + 1):
+                special.add(self.pool(self._end - 1))
+            sizes = [stop - start for start, stop in map(self._edges, special)]
+            squares += sum(size * size for size in sizes) + (count - len(special)) * usual * usual
         parted = (self._count - 1) / max(1, self._tokens - 1)
-        return parted + (1 - parted) * squares / (self._tokens * self._tokens)
+        return parted + (1 - parted) * squares * self.lanes.count / (self._tokens * self._tokens)
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """Give the kept indices that come at the places from `start` to before `stop`: `[stop - start]` int64."""
@@ -143,14 +179,13 @@ class BlockOrder:
 
     def blocks(self, pool: int) -> list[tuple[int, int]]:
         """List the blocks of a pool, as kept indices (start, stop), in the order of the text."""
-        first = pool * self._blocks.pool
-        numbers = self._order.forward(np.arange(first, min(first + self._blocks.pool, self._count)))
+        numbers = self._order.forward(np.arange(*self._turns(pool)))
         starts = np.sort(numbers) * self._blocks.tokens
         return [(start, min(start + self._blocks.tokens, self._tokens)) for start in starts.tolist()]
 
 
-def order_of(shuffle: str | None, tokens: int, blocks: Blocks | None, seed: int, epoch: int) -> Order:
-    """Give the order of an epoch of `tokens` tokens, at least one; `blocks` is the geometry of `"block"`."""
+def order_of(shuffle: str | None, tokens: int, blocks: Blocks | None, seed: int, epoch: int, lanes: int = 1) -> Order:
+    """Give the order of an epoch of `tokens` tokens, at least one; `blocks` and `lanes` are those of `"block"`."""
     if blocks is not None:
-        return BlockOrder(tokens, blocks, seed, epoch)
+        return BlockOrder(tokens, blocks, seed, epoch, lanes)
     return _TextOrder(tokens) if shuffle is None else _GlobalOrder(tokens, seed, epoch)

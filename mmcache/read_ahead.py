@@ -21,34 +21,44 @@ __all__ = ["ReadAhead"]
 class ReadAhead:
     """Reads the blocks of the pool that is wanted, and of the one behind it, in the background and in long pieces.
 
+    Processes of one machine that want the same pools each begin at another place of them, and leave out what they find
+    in memory: so each block is read by one of them, and copied by nobody else.
+
     Args:
         order: the epoch's.
         kept: which tokens take part.
         views: the sites.
         gap: so many tokens that do not take part are read rather than left out.
+        reader: (which, of how many) processes that want the same pools.
     """
 
-    def __init__(self, order: BlockOrder, kept: Kept, views: Sequence[SiteView], gap: int) -> None:
-        self._order, self._kept, self._views, self._gap = order, kept, views, gap
+    def __init__(
+        self, order: BlockOrder, kept: Kept, views: Sequence[SiteView], gap: int, reader: tuple[int, int] = (0, 1)
+    ) -> None:
+        self._order, self._kept, self._views, self._gap, self._reader = order, kept, views, gap, reader
         self._crew = Crew(1, "read-ahead")
         self._lock = threading.Lock()
         self._asked: dict[int, list[Future[None]]] = {}
 
-    def need(self, start: int, stop: int) -> None:
-        """Block until the pools of the places from `start` to before `stop` were read, and begin the next one.
+    def need(self, places: Sequence[tuple[int, int]]) -> None:
+        """Block until the pools of some places, as (start, stop), were read, and begin those behind them.
 
         Raises:
             IncompleteError, CorruptError: a shard is not there, or not what belongs there.
             CancelledError: it was closed meanwhile.
         """
-        if start >= stop:
-            return
-        last = self._order.pool(stop - 1)
-        for pool in range(self._order.pool(start), last + 1):
-            for piece in self._ask(pool):
+        wanted: list[int] = []
+        behind = []
+        for start, stop in places:
+            pool, last = self._order.pool(start), self._order.pool(stop - 1)
+            wanted += range(pool, last + 1)
+            behind.append(self._order.next_pool(last))
+        for asked in [self._ask(pool) for pool in wanted]:
+            for piece in asked:
                 piece.result()
-        if last + 1 < self._order.pools:
-            self._ask(last + 1)
+        for following in behind:
+            if following is not None:
+                self._ask(following)
 
     def close(self) -> None:
         """Read nothing more. Does not block."""
@@ -58,9 +68,12 @@ class ReadAhead:
         with self._lock:
             asked = self._asked.get(pool)
             if asked is None:
+                blocks = self._order.blocks(pool)
+                which, of = self._reader
+                begin = len(blocks) * which // of
                 asked = self._asked[pool] = [
                     self._crew.submit(view.read_ahead, first, last)
-                    for start, stop in self._order.blocks(pool)
+                    for start, stop in blocks[begin:] + blocks[:begin]
                     for view in self._views
                     for first, last in self._kept.stretches(start, stop, self._gap)
                 ]

@@ -10,7 +10,7 @@ __all__ = ["Shares"]
 
 @dataclass(frozen=True)
 class Shares:
-    """How `tokens` tokens, in the order of the epoch, are laid out over the ranks. Arithmetic only.
+    """How `tokens` turns of an epoch, each of which is a token's, are laid out over the ranks. Arithmetic only.
 
     A full step is one batch for each rank, side by side. What is left for the end, fewer tokens than a full step has,
     is shared evenly, so that no two ranks differ by more than one token. Where it would not be one token for each, the
@@ -47,7 +47,7 @@ class Shares:
         return ([full * self.world_size * self.batch_size, *ends])[min(step - full, len(ends))]
 
     def share(self, step: int, rank: int) -> tuple[int, int]:
-        """Say which tokens a rank takes at a step: from `start` to before `stop`."""
+        """Say which turns a rank takes at a step, of those that are dealt then: from `start` to before `stop`."""
         begin = self.seen(step)
         each, more = divmod(self.seen(step + 1) - begin, self.world_size)
         start = begin + rank * each + min(rank, more)

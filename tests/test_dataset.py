@@ -371,6 +371,75 @@ def test_resumed_with_other_ranks_what_is_left_comes_once(store, changes, shuffl
     assert seen == positions(dataset(store, batch_size=100, shuffle=shuffle))
 
 
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 2), (4, 2), (3, 3), (3, 2), (6, 3)])
+def test_machines_have_blocks_of_their_own_and_every_token_comes_once(store, ranks, nodes):
+    options = {"shuffle": "block", "drop": (), "nodes": nodes}
+    shares = [dataset(store, rank=rank, world_size=ranks, batch_size=20, **options) for rank in range(ranks)]
+    block = shares[0]._plan.blocks.tokens
+    for epoch in range(2):
+        found = [list(share) for share in shares]
+        assert len({len(batches) for batches in found}) == 1
+        assert sorted(at for batches in found for at in positions(batches)) == list(range(store.n_tokens))
+        blocks = [{at // block for at in positions(batches[:-2])} for batches in found]
+        alone = [set.union(*blocks[node * ranks // nodes : (node + 1) * ranks // nodes]) for node in range(nodes)]
+        if ranks % nodes == 0:
+            # One that the border of two lanes parts, at most.
+            assert all(len(one & other) <= 1 for one, other in itertools.combinations(alone, 2))
+        # At any time as many pools are mixed as there are machines.
+        assert shares[0].shuffle_quality > dataset(store, shuffle="block", drop=()).shuffle_quality
+        assert {share.epoch for share in shares} == {epoch + 1}
+
+
+def test_resumed_on_other_machines_an_epoch_is_finished_as_it_began(store):
+    def made(ranks, nodes):
+        options = {"world_size": ranks, "nodes": nodes, "shuffle": "block", "batch_size": 24 // ranks}
+        return [dataset(store, rank=rank, **options) for rank in range(ranks)]
+
+    def steps(shares, count=10**6):
+        batches = zip(*(itertools.islice(share, count) for share in shares), strict=True)
+        return [sorted(positions(step)) for step in batches]
+
+    several, one, three = made(4, 2), made(1, 1), made(3, 3)
+    whole = steps(made(4, 2))
+    begun = steps(several, 7)
+    state = several[0].state_dict()
+    assert (state["lanes"], state["step"]) == (2, 7)
+    assert all(share.state_dict() == state for share in several)
+    one[0].load_state_dict(state)
+    begun += steps(one, 5)
+    for share in three:
+        share.load_state_dict(one[0].state_dict())
+    # Step by step the very tokens, but for how the rest at the end is shared.
+    rest = steps(three)
+    assert (begun + rest)[:-2] == whole[:-2]
+    assert sorted(itertools.chain(*begun, *rest)) == sorted(itertools.chain(*whole))
+    # The next epoch is in lanes of the machines that there are now.
+    assert {share.state_dict()["lanes"] for share in three} == {3}
+    assert steps(three) == steps([share for share in made(3, 3) if share.set_epoch(1) is None])
+
+
+def test_where_the_ranks_are_is_found(store, monkeypatch):
+    def lanes(ranks=4, **options):
+        return dataset(store, rank=0, world_size=ranks, shuffle="block", **options).state_dict()["lanes"]
+
+    for names in (("WORLD_SIZE", "GROUP_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")):
+        assert lanes() == 1
+        with monkeypatch.context() as patch:
+            patch.setenv(names[0], "4")
+            assert lanes() == 1
+            patch.setenv(names[1], "2")
+            assert (lanes(), lanes(nodes=4)) == (2, 4)
+            # These are not the ranks that it started.
+            assert lanes(ranks=2) == 1
+            for odd, found in (("", 1), ("0", 1), ("-3", 1), ("two", 1), ("9", 4)):
+                patch.setenv(names[1], odd)
+                assert lanes() == found
+    # Only blocks are dealt out.
+    assert dataset(store, rank=0, world_size=4, nodes=2).state_dict()["lanes"] == 1
+    with pytest.raises(mmcache.ArgumentError, match="nodes is 5: expected a whole number from 1 to 4"):
+        lanes(nodes=5)
+
+
 def test_a_state_of_another_order_is_refused(store):
     state = dataset(store, seed=1).state_dict()
     with pytest.raises(mmcache.ArgumentError, match="seed is 1, here 2"):
@@ -450,7 +519,7 @@ def test_blocks_are_read_ahead_once_and_in_order(store, monkeypatch):
     monkeypatch.setattr(SiteView, "read_ahead", record)
     data = dataset(store, shuffle="block", batch_size=20, drop=())
     assert data._plan.blocks == (4, 10)
-    order, needed = data._plan.order(0), set()
+    order, needed = data._plan.order(data._position), set()
     for number, batch in enumerate(data):
         there = {(site, at) for site, start, stop in reads for at in range(start, stop)}
         assert {(site, at) for site in SITES for at in batch.positions.tolist()} <= there
@@ -461,6 +530,27 @@ def test_blocks_are_read_ahead_once_and_in_order(store, monkeypatch):
     covered = sorted((site, at) for site, start, stop in reads for at in range(start, stop))
     assert covered == sorted((site, at) for site in SITES for at in range(store.n_tokens))
     assert max(stop - start for _, start, stop in reads) == 4
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 2)])
+def test_ranks_of_a_machine_begin_at_different_blocks_of_a_pool(store, monkeypatch, ranks, nodes):
+    reads = []
+    monkeypatch.setattr(SiteView, "read_ahead", lambda self, start, stop: reads.append((self.name, start, stop)))
+    firsts = []
+    for rank in range(ranks):
+        options = {"rank": rank, "world_size": ranks, "nodes": nodes, "shuffle": "block", "drop": ()}
+        data = dataset(store, batch_size=10, **options)
+        reads.clear()
+        next(iter(data))
+        assert_quiet()
+        order = data._plan.order(data._position)
+        lane = rank * nodes // ranks
+        blocks = order.blocks(order.pool(order.lanes.begin(lane)))
+        # All of the pool, whoever begins where.
+        assert set(blocks) <= {(start, stop) for _, start, stop in reads}
+        firsts.append(reads[0][1:])
+        assert firsts[-1] == blocks[len(blocks) * (rank % 2) // 2]
+    assert len(set(firsts)) == ranks
 
 
 def test_an_error_in_reading_ahead_is_raised(store, monkeypatch):
@@ -537,7 +627,7 @@ def test_what_it_says_of_itself(store):
     # Every piece is as long as one pool: a uniform shuffle.
     assert dataset(store, shuffle="block", buffer_bytes=1 << 30).shuffle_quality > 0.99
     assert isinstance(iter(data), BatchFeed)
-    assert data._position == Position(0, 0, 0)
+    assert data._position == Position(0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(

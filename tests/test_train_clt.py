@@ -1,12 +1,13 @@
 """The transcoder's trainer: killed and resumed it is the run that never was; what it saves is what was measured."""
 
 import fcntl
-import importlib.util
 import itertools
 import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,19 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from support import FORKS, damage, flip, python, without_sync
+from support import FORKS, damage, flip, without_sync
+from trainer import LAYERS, SCRIPT, WIDTH, command, files, load_script, log, make_store, run
 
 import mmcache
 from mmcache.split import Split, members
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_clt.py"
-LAYERS, WIDTH = 3, 8
-SMALL = {"features": 24, "batch-size": 64, "k": 4, "steps": 40, "checkpoint-every": 7}
 KINDS = ("jumprelu", "topk")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_clt", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script()
 
 
 @pytest.fixture(autouse=True)
@@ -46,25 +42,6 @@ def _quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def make_store(path, lengths=(40,) * 60, *, sites=("mlp_in", "mlp_out"), widths=(WIDTH, WIDTH), **options):
-    """Make a store whose MLPs are some: a layer's output is a function of its own input, and neither is normalised."""
-    generator = torch.Generator().manual_seed(0)
-    mlps = [
-        [torch.randn(size, generator=generator) / 3 for size in ((widths[0], 8), (8, widths[1]))] for _ in range(LAYERS)
-    ]
-    scale = torch.tensor([9, 1, 0.1])[:, None, None]
-    with mmcache.create(
-        path, sites=dict(zip(sites, widths, strict=True)), n_layers=LAYERS, special_tokens=[0], **options
-    ) as writer:
-        for length in lengths:
-            tokens = torch.randint(1, 90, (length,), generator=generator)
-            tokens[0] = 0
-            reads = torch.randn(LAYERS, length, widths[0], generator=generator) * scale
-            writes = [(rows @ into).relu() @ out + 3 for rows, (into, out) in zip(reads, mlps, strict=True)]
-            writer.append(tokens, dict(zip(sites, (reads, torch.stack(writes)), strict=True)))
-    return mmcache.open(path)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -72,35 +49,11 @@ def store(tmp_path_factory):
         return make_store(tmp_path_factory.mktemp("clt") / "acts", dtype=torch.bfloat16)
 
 
-def command(store, out, **options):
-    named = {"store": getattr(store, "path", store), "out": out} | SMALL | options
-    return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def run(script, store, out, **options):
-    """Run the script in this process."""
-    done = CliRunner().invoke(script.main, command(store, out, **options))
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done
-
-
 def refusal(script, store, out, **options):
     """Run it, and give what it said when it refused."""
     done = run(script, store, out, **options)
     assert done.exit_code == 2, done.output
     return done.stderr
-
-
-def files(out):
-    """Give what a run leaves, but for the checkpoint, which is zipped; nothing half-written may be there."""
-    found = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "checkpoint.pt"}
-    layers = [f"W_{part}_{layer}.safetensors" for part in ("dec", "enc") for layer in range(LAYERS)]
-    assert sorted(found) == [*layers, "config.yaml", "evaluation.json", "log.jsonl"]
-    return found
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def killed_run(script, arguments, countdown):
@@ -124,8 +77,9 @@ def killed_run(script, arguments, countdown):
         code = 1
         try:
             torch.set_num_threads(1)
-            script.Run.take, script.publish = deadly(script.Run.take), deadly(script.publish)
-            Path.rename = deadly(Path.rename)
+            script.Run.take, Path.rename = deadly(script.Run.take), deadly(Path.rename)
+            for module in script.publishers:
+                module.publish = deadly(module.publish)
             code = CliRunner().invoke(script.main, arguments).exit_code
         finally:
             os._exit(code)
@@ -166,7 +120,7 @@ def test_the_seed_matters_and_how_often_it_is_saved_does_not(script, store, tmp_
 
 def test_rates_rise_and_fall_and_the_penalty_rises(script, store, tmp_path, monkeypatch):
     real, seen = script.Run.take, []
-    losses = script.losses
+    losses = script.steps.losses
 
     def take(self, batch):
         found = real(self, batch)
@@ -178,7 +132,7 @@ def test_rates_rise_and_fall_and_the_penalty_rises(script, store, tmp_path, monk
         return losses(clt, reads, writes, penalty)
 
     monkeypatch.setattr(script.Run, "take", take)
-    monkeypatch.setattr(script, "losses", penalised)
+    monkeypatch.setattr(script.steps, "losses", penalised)
     assert run(script, store, tmp_path / "out", steps=20, lr=0.01, sparsity=0.5).exit_code == 0
     np.testing.assert_allclose(seen[::2], [0.5 * step / 20 for step in range(1, 21)])
     np.testing.assert_allclose(seen[1::2], [0.005] + [0.01] * 16 + [0.0075, 0.005, 0.0025])
@@ -265,7 +219,7 @@ def test_circuit_tracer_loads_it(script, store, tmp_path, kind):
 
 def transcoder(script, k, seed=0):
     torch.manual_seed(seed)
-    clt = script.CrossLayerTranscoder(LAYERS, WIDTH, 12, k)
+    clt = script.clt.CrossLayerTranscoder(LAYERS, WIDTH, 12, k)
     with torch.no_grad():
         for parameter in clt.parameters():
             parameter.copy_(torch.randn_like(parameter) / 2)
@@ -290,19 +244,19 @@ def test_folded_it_does_to_raw_rows_what_it_did_to_scaled_ones(script, k):
 def test_the_gradient_of_jumprelu_is_the_formulas(script, offset, threshold, upstream):
     value = torch.tensor(threshold - 1.5 + offset, dtype=torch.float64, requires_grad=True)
     edge = torch.tensor(threshold, dtype=torch.float64, requires_grad=True)
-    found = script.JumpReLU.apply(value, edge)
+    found = script.clt.JumpReLU.apply(value, edge)
     found.backward(torch.tensor(upstream, dtype=torch.float64))
-    over, near = value.item() > threshold, abs(value.item() - threshold) < script.BANDWIDTH / 2
+    over, near = value.item() > threshold, abs(value.item() - threshold) < script.clt.BANDWIDTH / 2
     assert found.item() == (value.item() if over else 0)
     assert value.grad.item() == (upstream if over else 0)
-    assert edge.grad.item() == (-upstream * threshold / script.BANDWIDTH if near else 0)
+    assert edge.grad.item() == (-upstream * threshold / script.clt.BANDWIDTH if near else 0)
 
 
 def test_the_gradient_of_the_threshold_is_that_of_the_mean(script):
     # The mean over rows is smooth where no single row is: values uniform on [0, 3] have the density 1/3.
     values = torch.linspace(0, 3, 300_001, dtype=torch.float64)
     edge = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
-    script.JumpReLU.apply(values, edge.expand_as(values)).mean().backward()
+    script.clt.JumpReLU.apply(values, edge.expand_as(values)).mean().backward()
     means = [(values * (values > at)).mean().item() for at in (1.15, 1.25)]
     assert edge.grad.item() == pytest.approx((means[1] - means[0]) / 0.1, rel=1e-3)
     assert edge.grad.item() == pytest.approx(-1.2 / 3, rel=1e-3)
@@ -328,7 +282,7 @@ def test_topk_keeps_what_writes_most_and_remembers_how_much_that_was(script):
 @pytest.mark.parametrize("k", [None, 3])
 def test_the_loss_is_its_formula(script, k):
     clt, (reads, writes) = transcoder(script, k), torch.randn(2, 20, LAYERS, WIDTH)
-    found = {name: value.item() for name, value in script.losses(clt, reads, writes, 0.25).items()}
+    found = {name: value.item() for name, value in script.clt.losses(clt, reads, writes, 0.25).items()}
     before, active = (part.detach().double() for part in clt.encode(reads))
     norms, edges = clt.norms().detach().double(), clt.thresholds().detach().double()
     error = revival = sparsity = 0.0
@@ -476,7 +430,8 @@ def test_a_single_sequence_is_trained_on_and_not_measured(script, tmp_path):
 
 
 def test_as_a_command(store, tmp_path):
-    code = "import runpy, sys; sys.argv[:2] = [sys.argv[1]]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = python(code, SCRIPT, *command(store, tmp_path / "out", steps=3))
+    words = [sys.executable, SCRIPT, *command(store, tmp_path / "out", steps=3)]
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "held-out tokens: mean explained variance" in " ".join(done.stdout.split())

@@ -1,0 +1,1 @@
+"""The parts of the cross-layer transcoder's trainer, `scripts/train_clt.py`."""

@@ -1,0 +1,78 @@
+"""The processes that train together: those that torchrun started, on one machine or several, or this one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+import mmcache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["RankLostError", "Ranks", "together"]
+
+# Sent in one go.
+_PIECE = 256 << 20
+
+
+class RankLostError(mmcache.MmcacheError):
+    """Another rank has ended, and said why."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is, and where it computes."""
+
+    rank: int
+    count: int
+    device: str
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make a tensor the sum of those of all ranks, the same bits on each, and give it."""
+        if self.count > 1:
+            with _others():
+                distributed.all_reduce(tensor)
+        return tensor
+
+    def spread(self, data: bytes) -> bytes:
+        """Give each rank what the first one has."""
+        with _others():
+            distributed.broadcast(size := torch.tensor(len(data)), 0)
+            everything = torch.frombuffer(bytearray(data or int(size)), dtype=torch.uint8)
+            for start in range(0, len(everything), _PIECE):
+                distributed.broadcast(everything[start : start + _PIECE], 0)
+        return everything.numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(f"another rank has ended: see what it said ({error})") from error
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, if it did: by nccl on CUDA, where each takes its own device, else by gloo.
+
+    After an error the group is left as it is: others may wait in it, until torchrun ends them.
+    """
+    if not distributed.is_torchelastic_launched():
+        yield Ranks(0, 1, device)
+        return
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        torch.cuda.set_device(device)
+    with _others():
+        # What is on the CPU, such as a checkpoint, goes by gloo in any case.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+    distributed.destroy_process_group()

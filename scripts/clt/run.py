@@ -1,0 +1,233 @@
+"""A training run: steps, on one process or several, with checkpoints from which it goes on exactly."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from crc32c import crc32c
+from rich.progress import Progress
+
+import mmcache
+from clt.outcome import READS, WRITES
+from clt.transcoder import CrossLayerTranscoder, losses
+from mmcache.draft import publish, remove_drafts
+from mmcache.files import make_folder
+
+if TYPE_CHECKING:
+    from io import FileIO
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from clt.ranks import Ranks
+
+__all__ = ["Run"]
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class Run:
+    """A training run: what it trains, on what, how far it is, and the folder that it keeps itself in.
+
+    A step has the same tokens on however many ranks: each takes its share of them, and all have the mean's gradients.
+    The first rank keeps the folder.
+
+    Raises:
+        ArgumentError, ShapeError: the options or the store's sites do not make a transcoder.
+    """
+
+    log: FileIO  # open while it trains
+
+    def __init__(self, data: mmcache.ActivationDataset, options: SimpleNamespace, ranks: Ranks) -> None:
+        self.data, self.options, self.out, self.ranks = data, options, options.out, ranks
+        sites = [data.store[site] for site in (READS, WRITES)]
+        n_layers, _, d_model = sites[0].shape
+        features = options.features or 8 * d_model
+        topk = options.activation == "topk"
+        if sites[1].shape[2] != d_model:
+            raise mmcache.ShapeError(f"{READS} is {d_model} wide, and {WRITES} {sites[1].shape[2]}: expected the same")
+        if topk and options.k > features:
+            raise mmcache.ArgumentError(f"--k is {options.k}: a layer has {features} features")
+        torch.manual_seed(options.seed)
+        # Drawn on the CPU, so that a seed gives the same weights on every device.
+        clt = CrossLayerTranscoder(n_layers, d_model, features, options.k if topk else None)
+        self.clt = clt.to(ranks.device)
+        self.optimizer = torch.optim.AdamW(self.clt.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
+        self.step, self.steps = 0, options.steps or options.epochs * len(data)
+        reads, writes = (site.statistics for site in sites)
+        # Inputs get the norm sqrt(d_model). Outputs get the variance 1 whatever their mean, so that all layers count
+        # alike, and a layer's error is the part of its variance that is not explained.
+        deviation = writes.std.square().mean(dim=1, keepdim=True).sqrt()
+        self.scales = [
+            scale.to(self.clt.b_dec) for scale in (reads.normalizer("scalar")[1], (1 / deviation).expand_as(writes.std))
+        ]
+        said = [part.numpy().tobytes() for found in (reads, writes) for part in (found.mean, found.std)]
+        # All that the losses depend on; which tokens there are, and in which order, the feed's own state has too.
+        self.settings = {
+            "store": hashlib.sha256(b"".join(said)).hexdigest(),
+            "features": features,
+            "steps": self.steps,
+            **{name: getattr(options, name) for name in ("activation", "batch_size", "lr", "seed")},
+            "k" if topk else "sparsity": options.k if topk else options.sparsity,
+        }
+
+    def save(self) -> bytes:
+        """Make the log durable up to here, then the state, and give that; a crash leaves the old checkpoint or the new.
+
+        Only the first rank does, since all have the same state.
+        """
+        if self.ranks.rank:
+            return b""
+        os.fsync(self.log.fileno())
+        state = {
+            "settings": self.settings,
+            "step": self.step,
+            "log": os.fstat(self.log.fileno()).st_size,
+            "clt": self.clt.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "feed": self.data.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        torch.save(state, file := io.BytesIO())
+        publish(self.out / CHECKPOINT, file.getvalue() + crc32c(file.getvalue()).to_bytes(4, "big"))
+        return file.getvalue()
+
+    def load(self) -> None:
+        """Go on from the checkpoint, if there is one; the log loses what came after it.
+
+        Raises:
+            PlanMismatchError: as `restore`.
+            CorruptError: it is damaged, or the log is not the one it was made with.
+        """
+        path = self.out / CHECKPOINT
+        if not path.exists():
+            self.log.truncate(0)
+            return
+        data = path.read_bytes()
+        if len(data) <= 4 or crc32c(data[:-4]) != int.from_bytes(data[-4:], "big"):
+            raise mmcache.CorruptError(f"{path} is damaged: remove it to begin anew")
+        there = self.restore(data[:-4])
+        if os.fstat(self.log.fileno()).st_size < there["log"]:
+            raise mmcache.CorruptError(f"{self.log.name} is shorter than at {path}: remove that to begin anew")
+        self.log.truncate(there["log"])
+
+    def restore(self, data: bytes) -> dict[str, Any]:
+        """Go on from a state, and give it.
+
+        Raises:
+            PlanMismatchError: it was made with other settings.
+        """
+        there: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        pairs = [(name, there["settings"].get(name), now) for name, now in self.settings.items()]
+        differ = [f"{name} was {then}, and is {now}" for name, then, now in pairs if then != now]
+        if differ:
+            path = self.out / CHECKPOINT
+            raise mmcache.PlanMismatchError(f"{path} is of another run: {'; '.join(differ)}. Take another --out")
+        self.clt.load_state_dict(there["clt"])
+        self.optimizer.load_state_dict(there["optimizer"])
+        self.data.load_state_dict(there["feed"])
+        torch.set_rng_state(there["random"])
+        self.step = there["step"]
+        return there
+
+    def gradients(self, reads: torch.Tensor, writes: torch.Tensor, penalty: float) -> dict[str, torch.Tensor]:
+        """Leave the gradients of the step's loss with the parameters; give the loss and its parts.
+
+        On several ranks they are those of the mean over all their tokens, of which one may have none at the end of an
+        epoch. Under TopK each rank chooses among its own, and the cutoff is the mean of theirs.
+        """
+        self.optimizer.zero_grad()
+        names, mine = ("loss", "error", "l0"), len(reads)
+        if self.ranks.count == 1:
+            found = losses(self.clt, reads, writes, penalty)
+            found["loss"].backward()
+            return {name: found[name].detach() for name in names}
+        zero = torch.zeros((), device=reads.device)
+        found = losses(self.clt, reads, writes, penalty) if mine else dict.fromkeys(names, zero)
+        numbers = torch.stack([*(found[name].detach() for name in names), zero + 1]).double() * mine
+        *parts, total = self.ranks.sum(numbers)
+        if mine:
+            (found["loss"] * (mine / total)).backward()
+        for parameter in self.clt.parameters():
+            parameter.grad = self.ranks.sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        if self.clt.k is not None:
+            self.clt.cutoff.copy_(self.ranks.sum(self.clt.cutoff * (mine / total)))
+        return {name: part / total for name, part in zip(names, parts, strict=True)}
+
+    def take(self, batch: mmcache.Batch) -> dict[str, float]:
+        """Take one step, and give what it is logged with."""
+        # Warm-up over the first tenth, decay over the last fifth, the penalty rising all the way (Anthropic, as above).
+        share = min(1.0, (self.step + 1) / (0.1 * self.steps), (self.steps - self.step) / (0.2 * self.steps))
+        self.optimizer.param_groups[0]["lr"] = self.options.lr * share
+        reads, writes = (batch[site] * scale for site, scale in zip((READS, WRITES), self.scales, strict=True))
+        if self.step == 0:
+            self.clt.b_dec.data.copy_(self._mean(writes))
+        penalty = self.options.sparsity * (self.step + 1) / self.steps
+        found = self.gradients(reads, writes, penalty)
+        self.optimizer.step()
+        self.step += 1
+        numbers = torch.stack(list(found.values())).tolist()
+        if not all(map(math.isfinite, numbers)):
+            raise mmcache.NonFiniteError(
+                f"the loss of step {self.step} is {numbers[0]}: see `mmcache stats {self.data.store.path}` for values "
+                f"that are not finite or that never vary, or take a lower --lr and another --out"
+            )
+        return {"step": self.step, **dict(zip(found, numbers, strict=True))}
+
+    def _mean(self, rows: torch.Tensor) -> torch.Tensor:
+        """Give the mean of the rows of all ranks."""
+        if self.ranks.count == 1:
+            return rows.mean(dim=0)
+        return self.ranks.sum(rows.sum(dim=0)) / self.ranks.sum(torch.tensor(float(len(rows)), device=rows.device))
+
+    def _begin(self) -> None:
+        """Go on from the checkpoint, and make one, so that the settings are there before any step.
+
+        Raises:
+            LockedError: another run has the folder.
+        """
+        if not self.ranks.rank:
+            try:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise mmcache.LockedError(f"another run is writing to {self.out}: take another --out") from error
+            remove_drafts(self.out)
+            self.load()
+        state = self.save()
+        if self.ranks.count > 1:
+            # From the first one's memory: a folder that machines share may show each of them something else.
+            state = self.ranks.spread(state)
+            if self.ranks.rank:
+                self.restore(state)
+
+    def train(self, console: Console) -> None:
+        """Take all steps that are left, with checkpoints; the first of them says the settings, before any step.
+
+        Raises:
+            LockedError: another run has the folder.
+        """
+        log = Path(os.devnull)
+        if not self.ranks.rank:
+            make_folder(self.out)
+            log = self.out / "log.jsonl"
+        with log.open("ab", buffering=0) as self.log, Progress(console=console) as bar:
+            self._begin()
+            task = bar.add_task("", total=self.steps, completed=self.step)
+            while self.step < self.steps:
+                for batch in itertools.islice(self.data, self.steps - self.step):
+                    taken = self.take(batch)
+                    self.log.write(json.dumps(taken).encode() + b"\n")
+                    bar.update(task, completed=self.step)
+                    if self.step % max(1, self.steps // 20) == 0:
+                        bar.print("  ".join(f"{name} {value:.6g}" for name, value in taken.items()))
+                    if self.step % self.options.checkpoint_every == 0 or self.step == self.steps:
+                        self.save()
