@@ -23,6 +23,7 @@ from mmcache.errors import (
 )
 from mmcache.files import remove_tree
 from mmcache.grown import claim, close_after
+from mmcache.html import cache_html
 from mmcache.layer_writer import LayerWriter
 from mmcache.manifest import Manifest
 from mmcache.names import check_site_name
@@ -66,7 +67,9 @@ class FullActivationCache:
     """
 
     def __init__(self, writer: LayerWriter | None, view: SiteView | None, path: Path) -> None:
-        self._writer, self._view, self._path = writer, view, path
+        self._writer, self._read, self._path = writer, view, path
+        # What `_read` shows of a cache that is being filled.
+        self._shown: Manifest | None = None
         self._closed = False
         self._remove: weakref.finalize[[LayerWriter, Path], FullActivationCache] | None = None
 
@@ -155,11 +158,22 @@ class FullActivationCache:
         if self._writer is None:
             raise ReadOnlyError(f"the cache {self._path} was opened for reading: make one with with_capacity")
         self._writer.push(tensor)
+
+    @property
+    def _view(self) -> SiteView | None:
+        """What is there to read; None for no layers. Made when it is asked for: pushing takes no time for it."""
+        if self._writer is None or self._closed:
+            return self._read
         manifest = self._writer.manifest
-        site, seq_len = next(iter(manifest.sites)), manifest.n_tokens or 0
-        folder = ShardFolder(self._path, manifest, site, seq_len, wait=self._writer.wait)
-        # Nothing here points back at the cache: a temporary one goes with its last reference.
-        self._view = SiteView(site, folder, "layer", manifest.layers, lambda _: (0, seq_len), _all, length="seq_len")
+        if manifest.layers and manifest is not self._shown:
+            site, seq_len = next(iter(manifest.sites)), manifest.n_tokens or 0
+            folder = ShardFolder(self._path, manifest, site, seq_len, wait=self._writer.wait)
+            # Nothing here points back at the cache: a temporary one goes with its last reference.
+            self._read = SiteView(
+                site, folder, "layer", manifest.layers, lambda _: (0, seq_len), _all, length="seq_len"
+            )
+            self._shown = manifest
+        return self._read
 
     def _check_open(self) -> None:
         if self._closed:
@@ -167,9 +181,10 @@ class FullActivationCache:
 
     def _known(self, what: str) -> SiteView:
         self._check_open()
-        if self._view is None:
+        view = self._view
+        if view is None:
             raise EmptyCacheError(f"the cache {self._path} is empty: it has no {what} before the first push")
-        return self._view
+        return view
 
     def get_layer(self, layer: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """Read a layer: `[seq_len, d_model]`, or None where it is not cached.
@@ -252,6 +267,10 @@ class FullActivationCache:
             f"seq_len={self.seq_len}, d_model={self.d_model}, dtype={self.dtype})"
         )
 
+    def _repr_html_(self) -> str:
+        state = "closed" if self._closed else "open for reading" if self._writer is None else "being filled"
+        return cache_html(self._path, state, self._view)
+
     def flush(self) -> None:
         """Return when everything pushed so far is durable, and counts after a crash.
 
@@ -267,7 +286,7 @@ class FullActivationCache:
         """Flush, and let the cache go; a temporary one is removed. Safe to call twice. Errors as `flush`."""
         if self._closed:
             return
-        self._closed, self._view = True, None
+        self._closed, self._read = True, None
         try:
             if self._writer is not None:
                 self._writer.close()

@@ -60,10 +60,10 @@ class LayerWriter(GrownStore):
         slot = len(manifest.layers)
         if manifest.shard_tokens is None:
             manifest = self._first(tensor)
+            make_folder(self._path / self._site)
         manifest = replace(manifest, layers=(*manifest.layers, slot))
         spec = manifest.spec(self._site)
         pipeline, stager = self._start(spec.row_bytes)
-        make_folder(self._path / self._site)
         seals = []
         with self._whole("push"):
             for block in range(spec.blocks(len(tensor))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import crc32c
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from mmcache.page_cache import PageCachePolicy
 
 __all__ = ["Seal", "ShardWriter"]
+
+
+@lru_cache(maxsize=8)
+def _layout(spec: ShardSpec, rows: int) -> Layout:
+    """Give a layout; that of full shards, of which there are many, is computed once."""
+    return Layout(spec, rows)
 
 
 class ShardWriter:
@@ -63,12 +70,15 @@ class ShardWriter:
         self._written = 0
         self._crcs: list[int] = []
         self._crc = 0
-        width = spec.row_shape[-1]
-        self._moments = Moments(spec.stat_layers, width, spec.chunk_rows) if spec.stat_layers else None
         self._tail = b""
-        reserve = Layout(spec, rows).size if rows else 0
+        reserve = _layout(spec, rows).size if rows else 0
         self._policy, self._direct = policy, False
         self._draft = Draft(path, reserve=reserve)
+
+    @cached_property
+    def _moments(self) -> Moments | None:
+        spec = self.spec
+        return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows) if spec.stat_layers else None
 
     def carry(self, overflow: np.ndarray) -> None:
         """Go on counting from the overflow of the shard that this one replaces. Before anything is staged."""
@@ -106,7 +116,7 @@ class ShardWriter:
 
     def finish_digest(self) -> None:
         """Compute what stands behind the rows."""
-        layout = Layout(self.spec, self._digested)
+        layout = _layout(self.spec, self._digested)
         padding = layout.chunk_padding()
         if padding:
             self._crcs.append(crc32c.crc32c(padding, self._crc))
@@ -114,18 +124,19 @@ class ShardWriter:
         if self._inspect is not None and statistics is not None:
             self._inspect(statistics)
         self._tail = layout.tail(self._crcs, statistics)
+        # Not needed any more, and the writer is kept until it is published.
         self._moments = None
 
     def finish_write(self) -> None:
         """Write what stands behind the rows, and the header."""
-        header = Layout(self.spec, self._digested).header(self._metadata)
+        header = _layout(self.spec, self._digested).header(self._metadata)
         for part, offset in ((self._tail, HEADER_BYTES + self._written), (header, 0)):
             self._draft.write(np.frombuffer(part, np.uint8), offset, direct=self._direct)
         self._tail = b""
 
     def publish(self) -> None:
         """Make the file durable and give it its name."""
-        self._draft.publish(Layout(self.spec, self._digested).size, durable=self._durable)
+        self._draft.publish(_layout(self.spec, self._digested).size, durable=self._durable)
 
     def discard(self) -> None:
         """Leave nothing behind. Only while no thread of the pipeline can touch the shard."""

@@ -124,6 +124,7 @@ class Stager:
         rows, done = len(parts[0]), 0
         whole_rows = max(PAGE // math.gcd(spec.row_bytes, PAGE), WHOLE_ROWS)
         on_cuda = parts[0].device.type == "cuda"
+        plain = _plain(parts, spec.dtype.torch)
         while done < rows:
             job = self._job or self._next(pin=on_cuda)
             start = job.begin(shard)
@@ -138,9 +139,13 @@ class Stager:
                 self._set_aside()
                 continue
             stop = start + fit * spec.row_bytes
-            into = job.slot.tensor[start:stop].view(spec.dtype.torch).view(fit, *spec.row_shape)
-            wanted = [part[done : done + fit] for part in parts]
-            overflow = self._copy_from_cuda(job, into, wanted) if on_cuda else _copy(into, wanted)
+            overflow = None
+            if plain is None:
+                into = job.slot.tensor[start:stop].view(spec.dtype.torch).view(fit, *spec.row_shape)
+                wanted = [part[done : done + fit] for part in parts]
+                overflow = self._copy_from_cuda(job, into, wanted) if on_cuda else _copy(into, wanted)
+            else:
+                _copy_plain(job.slot.memory[start:stop], [bits[done : done + fit] for bits in plain], spec.row_shape)
             job.add(shard, start, stop, None if keep is None else keep[done : done + fit], overflow)
             shard.staged += fit
             done += fit
@@ -213,9 +218,18 @@ def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
     return torch.finfo(source).max > torch.finfo(target).max
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    bits: np.ndarray = tensor.detach().view(_INTEGERS[tensor.dtype.itemsize]).numpy()
-    return bits
+def _plain(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> list[np.ndarray] | None:
+    """Give the bits of rows of host memory that need no cast, as integers; None where one of them is anything else."""
+    if any(part.dtype != dtype or part.device.type != "cpu" or part.is_neg() for part in parts):
+        return None
+    return [part.detach().view(_INTEGERS[dtype.itemsize]).numpy() for part in parts]
+
+
+def _copy_plain(into: np.ndarray, parts: list[np.ndarray], row_shape: tuple[int, ...]) -> None:
+    """Copy bits into slot memory, `[bytes]` uint8. By numpy: torch's threads would wait for each other beside ours."""
+    view = into.view(parts[0].dtype).reshape(-1, *row_shape)
+    for layer, part in enumerate(parts):
+        np.copyto(view if view.ndim == 2 else view[:, layer], part)
 
 
 def _within(rows: torch.Tensor, most: float) -> bool:
@@ -229,11 +243,7 @@ def _copy(into: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor | None:
     views = [into] if into.ndim == 2 else list(into.unbind(1))
     counted = None
     for layer, (view, part) in enumerate(zip(views, parts, strict=True)):
-        if part.dtype == view.dtype and part.device.type == "cpu" and not part.is_neg():
-            # torch would copy with the user's threads, which wait for each other beside ours.
-            np.copyto(_bits(view), _bits(part))
-        else:
-            view.copy_(part)
+        view.copy_(part)
         if _narrows(part.dtype, into.dtype) and not _within(part, torch.finfo(into.dtype).max):
             if counted is None:
                 counted = torch.zeros(len(views), dtype=torch.int64)
