@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import shutil
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 __all__ = [
     "O_DIRECT",
     "check_folder",
+    "count_names",
     "explained",
     "free_bytes",
     "list_names",
     "make_folder",
     "map_file",
+    "name_batches",
     "open_file",
     "read_file",
     "read_page",
@@ -47,6 +50,10 @@ O_DIRECT: int = 0 if PORTABLE else getattr(os, "O_DIRECT", 0)
 # might lead out of it.
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
 _PIECE = 8 << 20
+# So far apart are the pages that are looked at, and how one is: without waiting for it.
+_SAMPLE, _NO_WAIT = 256 << 10, 0 if PORTABLE else getattr(os, "RWF_NOWAIT", 0)
+# Names that are in memory at a time where there may be millions.
+_NAMES = 1 << 14
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -97,9 +104,26 @@ def sync_folder(path: Path) -> None:
 def list_names(path: Path) -> list[str]:
     """List the names in a folder, without `.` and `..`; a folder that is not there has none."""
     try:
-        return os.listdir(path)  # noqa: PTH208 -- a million names need no Path objects
+        return os.listdir(path)  # noqa: PTH208 -- names need no Path objects
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def name_batches(path: Path) -> Iterator[list[str]]:
+    """Give the names in a folder, as `list_names`, some thousands at a time: for folders that hold millions."""
+    try:
+        entries = os.scandir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        names = (entry.name for entry in entries)
+        while batch := list(itertools.islice(names, _NAMES)):
+            yield batch
+
+
+def count_names(path: Path) -> int:
+    """Count the names in a folder."""
+    return sum(map(len, name_batches(path)))
 
 
 def remove_file(path: Path) -> None:
@@ -236,13 +260,32 @@ def set_aside(path: Path, into: Path) -> Path:
 
 
 def read_through(fd: int, start: int, stop: int) -> None:
-    """Read the bytes from `start` to `stop` into the page cache, and nowhere else that is kept; blocks until then."""
+    """Read the bytes from `start` to `stop` into the page cache, and nowhere else that is kept; blocks until then.
+
+    Pieces that are there already, as far as some of their pages tell, are not copied once more.
+    """
     piece = anonymous(min(_PIECE, max(1, stop - start)))
     while start < stop:
-        done = os.preadv(fd, [piece[: stop - start].data], start)
+        size = min(len(piece), stop - start)
+        if _seems_cached(fd, start, start + size):
+            start += size
+            continue
+        done = os.preadv(fd, [piece[:size].data], start)
         if not done:
             return  # the file ends; whoever reads the rows is told
         start += done
+
+
+def _seems_cached(fd: int, start: int, stop: int) -> bool:
+    """Tell whether bytes are in the page cache, by a page here and there; False where the system does not say."""
+    if not _NO_WAIT:
+        return False
+    byte = bytearray(1)
+    try:
+        # What is missing is asked of the disk by that: best where the reading begins.
+        return all(os.preadv(fd, [byte], at, _NO_WAIT) for at in (*range(start, stop, _SAMPLE), stop - 1))
+    except OSError:
+        return False
 
 
 def map_file(path: Path, *, what: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import IncompleteError
-from mmcache.listing import present_shards
+from mmcache.listing import listed_shards
 from mmcache.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ def _site(folder: Path, manifest: Manifest, site: str) -> dict[str, Any]:
     said = {"d_model": manifest.sites[site], "shards": manifest.n_shards(site), "bytes": manifest.array_bytes(site)}
     if manifest.shard_tokens is None or not said["shards"]:
         return said | {"missing": 0, "present": []}
-    there = present_shards(folder, manifest, site)
     blocks = manifest.spec(site).blocks(manifest.n_tokens or 0)
     stretches = min(_STRETCHES, blocks)
     # A stretch of blocks each, as even as can be.
     edges = np.arange(stretches + 1) * blocks // stretches
-    found = np.searchsorted(edges, np.array([block for _, block in there], np.int64), side="right") - 1
-    counts = np.bincount(found, minlength=stretches) / (np.diff(edges) * len(manifest.slots(site)))
-    return said | {"missing": said["shards"] - len(there), "present": counts.tolist()}
+    counts = np.zeros(stretches, np.int64)
+    for _, block in listed_shards(folder, manifest, site, manifest.n_tokens or 0):
+        counts += np.bincount(np.searchsorted(edges, block, side="right") - 1, minlength=stretches)
+    parts = counts / (np.diff(edges) * len(manifest.slots(site)))
+    return said | {"missing": said["shards"] - int(counts.sum()), "present": parts.tolist()}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mmcache.errors import DiskFullError
 from mmcache.files import free_bytes
 from mmcache.format import Layout
-from mmcache.listing import missing_shards
+from mmcache.listing import present_shards
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mmcache.manifest import Manifest
@@ -18,49 +21,57 @@ if TYPE_CHECKING:
 __all__ = ["bytes_to_write", "check_room", "missing_of", "shards_from"]
 
 
-def missing_of(path: Path, manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
-    """List the missing shards of each site of a plan, as (slot, block)."""
-    return {site: missing_shards(path, manifest, site, manifest.n_tokens or 0) for site in manifest.sites}
+def missing_of(path: Path, manifest: Manifest, sites: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Tell which shards of some sites of a plan (None: of all) are missing: `[slots, blocks]` bool."""
+    names = manifest.sites if sites is None else sites
+    found = {site: present_shards(path, manifest, site, manifest.n_tokens or 0) for site in names}
+    return {site: np.logical_not(there, out=there) for site, there in found.items()}
 
 
-def bytes_to_write(manifest: Manifest, missing: dict[str, list[tuple[int, int]]]) -> int:
-    """Add up the sizes of the files of shards that are missing."""
+def bytes_to_write(manifest: Manifest, shards: dict[str, np.ndarray]) -> int:
+    """Add up the sizes of the files of some shards of each site, such as those that are missing."""
     needed = 0
-    for site, shards in missing.items():
-        spec = manifest.spec(site)
-        rows = [spec.rows_in_block(block, manifest.n_tokens or 0) for _, block in shards]
-        needed += sum(Layout(spec, some).size * rows.count(some) for some in set(rows))
+    for site, which in shards.items():
+        spec, total = manifest.spec(site), manifest.n_tokens or 0
+        # All but those of the last block are full, and so of one size.
+        for block, count in ((0, which[:, :-1].sum()), (which.shape[1] - 1, which[:, -1:].sum())):
+            if count:
+                needed += int(count) * Layout(spec, spec.rows_in_block(block, total)).size
     return needed
 
 
-def shards_from(path: Path, manifest: Manifest, first: int) -> dict[str, list[tuple[int, int]]]:
-    """List the shards of each site that are there, as (slot, block), from block `first` on."""
-    found = {}
-    for site, missing in missing_of(path, manifest).items():
-        blocks = range(first, manifest.spec(site).blocks(manifest.n_tokens or 0))
-        found[site] = sorted({(slot, block) for slot in manifest.slots(site) for block in blocks} - set(missing))
+def shards_from(path: Path, manifest: Manifest, first: int) -> dict[str, np.ndarray]:
+    """Tell which shards of each site, from block `first` on, are there: `[slots, blocks]` bool."""
+    found = {site: present_shards(path, manifest, site, manifest.n_tokens or 0) for site in manifest.sites}
+    for there in found.values():
+        there[:, :first] = False
     return found
 
 
 def check_room(
-    path: Path, manifest: Manifest, *, replacing: tuple[Manifest, int] | None = None
-) -> dict[str, list[tuple[int, int]]]:
-    """List the missing shards of each site, as (slot, block), and refuse if the disk has no room for them.
+    path: Path,
+    manifest: Manifest,
+    missing: dict[str, np.ndarray] | None = None,
+    *,
+    replacing: tuple[Manifest, int] | None = None,
+) -> None:
+    """Refuse if the disk has no room for the shards that are missing.
 
     Args:
         path: the store.
         manifest: its plan, which need not have been written yet.
+        missing: of each site, `[slots, blocks]` bool; None to look.
         replacing: the plan before it and a block: shards of that plan from there on will be removed first.
 
     Raises:
         DiskFullError: with the bytes needed and free.
     """
-    missing, free = missing_of(path, manifest), free_bytes(path)
+    missing, free = missing_of(path, manifest) if missing is None else missing, free_bytes(path)
     if replacing is not None:
         old, first = replacing
         free += bytes_to_write(old, shards_from(path, old, first))
-        anew = shards_from(path, manifest, first)
-        missing = {site: sorted({*shards, *anew[site]}) for site, shards in missing.items()}
+        for site in missing:
+            missing[site][:, first:] = True
     needed = bytes_to_write(manifest, missing)
     if needed > free:
         raise DiskFullError(
@@ -70,4 +81,3 @@ def check_room(
             f"(which is another plan, and needs another path)",
             str(path),
         )
-    return missing

@@ -8,7 +8,6 @@ import torch
 
 from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
-from mmcache.listing import missing_shards
 from mmcache.memory import anonymous
 from mmcache.shards import ShardFolder
 
@@ -96,8 +95,7 @@ class Selection:
     def _check_complete(self) -> None:
         wanted = [slot for slot, _ in self.groups()]
         for site in self.views:
-            missing = missing_shards(self.store.path, self.manifest, site, self.n_tokens)
-            gone = sum(slot in wanted for slot, _ in missing)
+            gone = int((~self.store.shards(site).present()[wanted]).sum())
             if gone:
                 raise IncompleteError(
                     f"{self.store.path}: {gone} shards of {site} that are needed are not there yet. Run the same "

@@ -11,17 +11,16 @@ import torch
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.files import (
-    advise_random,
     check_folder,
-    list_names,
+    count_names,
     map_file,
     open_file,
     read_page,
     read_through,
     read_whole,
 )
-from mmcache.format import HEADER_BYTES, STATISTICS, Layout, parse_header
-from mmcache.listing import present_shards
+from mmcache.format import HEADER_BYTES, Layout, parse_header
+from mmcache.listing import count_shards, present_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
 
-__all__ = ["BRIEF", "MANY", "ShardFolder"]
+__all__ = ["MANY", "ShardFolder"]
 
 # Numbers, or rows, from which on memory is not taken for what a root says alone, which may be a stranger's.
 MANY = 1 << 24
-# Statistics that are not by dimension.
-BRIEF = STATISTICS[3:]
+# Shards that many of them may be of, for each file that is there.
+_SPARSE = 100
 
 
 def _bad_chunk(file: Path, number: int) -> CorruptError:
@@ -43,15 +42,6 @@ def _bad_chunk(file: Path, number: int) -> CorruptError:
         f"{file}: inner chunk {number} does not match its checksum; set the file aside, as `mmcache repair` does, "
         f"and make it again"
     )
-
-
-def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Give tensors that follow each other as arrays of the data's own memory."""
-    begin, found = layout.tensors[names[0]][2], {}
-    for name in names:
-        code, shape, start, stop = layout.tensors[name]
-        found[name] = np.frombuffer(data, f"<{code[0].lower()}8", (stop - start) // 8, start - begin).reshape(shape)
-    return found
 
 
 class ShardFolder:
@@ -85,7 +75,7 @@ class ShardFolder:
         # What was checked: a file that is the same as then need not be again.
         self._met: dict[tuple[int, int], tuple[int, int, int]] = {}
 
-    def _file(self, slot: int, block: int) -> tuple[Path, str]:
+    def file(self, slot: int, block: int) -> tuple[Path, str]:
         """Give a shard's path, once it is in place, and what it is."""
         if self._wait is not None:
             self._wait(slot, block)
@@ -94,7 +84,7 @@ class ShardFolder:
 
     def _check(self, slot: int, block: int, head: bytes, size: int) -> Layout:
         """Check a shard's header and size, and give its layout."""
-        file, _ = self._file(slot, block)
+        file, _ = self.file(slot, block)
         expected = self.spec.rows_in_block(block, self.rows)
         likely = self._full if expected == self.spec.shard_rows else Layout(self.spec, expected)
         metadata = self._manifest.shard_metadata(self._array, block, slot)
@@ -115,7 +105,7 @@ class ShardFolder:
             CorruptError: it is not what belongs there.
             OSError: `direct` was asked for, and the file system has no direct reads.
         """
-        file, what = self._file(slot, block)
+        file, what = self.file(slot, block)
         met = self._met.get((slot, block))
         fd, status = open_file(file, what=what, direct=direct, known=met is not None)
         try:
@@ -128,9 +118,23 @@ class ShardFolder:
             raise
         return fd, status
 
-    def present(self) -> list[tuple[int, int]]:
-        """List the site's shards that are there, as (slot, block), in order, from one listing."""
-        return sorted(present_shards(self._path, self._manifest, self._array))
+    def count(self) -> int:
+        """Count the shards that are there, from one listing."""
+        return count_shards(self._path, self._manifest, self._array, self.rows)
+
+    def present(self) -> np.ndarray:
+        """Tell which shards are there: `[slots, blocks]` bool, from one listing; `in_order` names them.
+
+        Raises:
+            IncompleteError: the root counts so many that hardly any of them can be there.
+        """
+        shards = self.spec.blocks(self.rows) * len(self._manifest.slots(self._array))
+        if shards >= MANY and shards > MANY + _SPARSE * (files := count_names(self._path / self._array)):
+            raise IncompleteError(
+                f"{self._path / self._array} has {files} files, and {shards} shards are counted: `mmcache verify` "
+                f"lists what is missing"
+            )
+        return present_shards(self._path, self._manifest, self._array, self.rows)
 
     def believe(self, numbers: int, slot: int, position: int) -> None:
         """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.
@@ -147,7 +151,7 @@ class ShardFolder:
         Raises:
             IncompleteError: there are fewer.
         """
-        files = len(list_names(self._path / self._array))
+        files = count_names(self._path / self._array)
         blocks = self.spec.blocks(stop) - start // self.spec.shard_rows
         if blocks > files:
             raise IncompleteError(
@@ -161,7 +165,7 @@ class ShardFolder:
         Raises:
             IncompleteError, CorruptError, OSError: as `open_file`.
         """
-        file, what = self._file(slot, block)
+        file, what = self.file(slot, block)
         fd, status = open_file(file, what=what, direct=direct)
         try:
             return fd, self._check(slot, block, read_page(fd), status.size)
@@ -177,7 +181,7 @@ class ShardFolder:
         Raises:
             IncompleteError, CorruptError: as `open_file`; a checksum differs, or the file ends before it should.
         """
-        file, _ = self._file(slot, block)
+        file, _ = self.file(slot, block)
         fd, layout = self.open_layout(slot, block)
         try:
             _, _, start, _ = layout.tensors["crc32c"]
@@ -198,7 +202,7 @@ class ShardFolder:
 
     def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
         """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
-        file, what = self._file(slot, block)
+        file, what = self.file(slot, block)
         pages = map_file(file, what=what)
         return pages, self._check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
 
@@ -228,48 +232,8 @@ class ShardFolder:
         for number, wanted in enumerate(pages[start:stop].view("<u4")):
             at = HEADER_BYTES + number * step
             if crc32c.crc32c(pages[at : at + step].data) != wanted:
-                raise _bad_chunk(self._file(slot, block)[0], number)
+                raise _bad_chunk(self.file(slot, block)[0], number)
         return self._rows(pages, block)
-
-    def statistics(self, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
-        """Read the statistics of one shard, their checksum compared: the arrays of `Moments.arrays`.
-
-        They are of all rows in the file, whose number comes with them: after a crash these may be more than count.
-
-        Raises:
-            IncompleteError, CorruptError: as `open_file`; the checksum differs.
-        """
-        found, digest, layout = self._read_statistics(slot, block, STATISTICS)
-        if crc32c.crc32c(found) != digest:
-            raise CorruptError(
-                f"{self._file(slot, block)[0]}: its statistics do not match their checksum; "
-                f"set the file aside and make it again"
-            )
-        return _arrays(found, layout, STATISTICS), layout.rows
-
-    def brief(self, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
-        """Read what of one shard's statistics is not by dimension: norms and counts, a few KiB; else as `statistics`.
-
-        The checksum is of all statistics, and not compared: `mmcache verify` does it.
-        """
-        found, _, layout = self._read_statistics(slot, block, BRIEF)
-        return _arrays(found, layout, BRIEF), layout.rows
-
-    def _read_statistics(self, slot: int, block: int, names: tuple[str, ...]) -> tuple[bytearray, int, Layout]:
-        """Read tensors that follow each other, and the checksum of all of them."""
-        fd, layout = self.open_layout(slot, block)
-        try:
-            # What a disk would read ahead is activations, which nobody asked for.
-            advise_random(fd)
-            start, stop = layout.tensors[names[0]][2], layout.tensors[names[-1]][3]
-            found, digest = bytearray(stop - start), bytearray(4)
-            there = read_whole(fd, memoryview(found), start)
-            there = there and read_whole(fd, memoryview(digest), layout.tensors["statistics_crc32c"][2])
-        finally:
-            close_read(fd)
-        if not there:
-            raise CorruptError(f"{self._file(slot, block)[0]} was cut short while it was read")
-        return found, int.from_bytes(digest, "little"), layout
 
     def read_through(self, slot: int, start: int, stop: int) -> None:
         """Read rows from `start` to `stop` for nothing but their being in the page cache afterwards.
@@ -285,19 +249,6 @@ class ShardFolder:
                 read_through(fd, HEADER_BYTES + first * spec.row_bytes, HEADER_BYTES + last * spec.row_bytes)
             finally:
                 close_read(fd)
-
-    def overflow(self, slot: int, block: int) -> np.ndarray:
-        """Count, per layer, the values that became infinite in the cast, among the rows that count.
-
-        Where a crash left more rows in the file, there are no more of them than infinities in those that count.
-        """
-        found, rows = self.statistics(slot, block)
-        counted = self.spec.rows_in_block(block, self.rows)
-        overflow = found["overflow"]
-        if rows > counted:
-            values = self.open(slot, block).view(counted, self.spec.stat_layers, -1)
-            overflow = np.minimum(overflow, values.isinf().sum(dim=(0, 2)).numpy())
-        return overflow
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Read rows into memory of the caller's own, checksums compared: `[stop - start, *row_shape]`.

@@ -30,7 +30,7 @@ REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EAGAIN, errno.EN
 # How many places are looked at to tell whether all is in memory.
 SAMPLES = 8
 # Shards that a window has places for, two bytes each; a root that counts more is hardly true.
-_MOST_PLACES = 1 << 22
+_MOST_PLACES = 1 << 23
 # Page tables are filled for so many shards at a time, which takes 2 to 12 ms each.
 _MOST_POPULATED = 64
 

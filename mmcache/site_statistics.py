@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, IncompleteError
+from mmcache.listing import in_order
+from mmcache.shard_statistics import overflow, shard_statistics
 from mmcache.statistics import Moments, merge_moments
 
 if TYPE_CHECKING:
@@ -117,10 +119,10 @@ def merge_site(
         IncompleteError: no shard is there at all.
     """
     slots = [_Merged() for _ in range(n_layers if layout == "layer" else 1)]
-    for slot, block in folder.present():
+    for slot, block in in_order(folder.present()):
         if blocks is not None and block not in blocks:
             continue
-        found, rows = folder.statistics(slot, block)
+        found, rows = shard_statistics(folder, slot, block)
         start, counted = block * folder.spec.shard_rows, folder.spec.rows_in_block(block, folder.rows)
         if rows > counted:
             found = _anew(folder, slot, block, keep(start, start + counted))
@@ -151,5 +153,5 @@ def _anew(folder: ShardFolder, slot: int, block: int, keep: np.ndarray) -> dict[
     rows = folder.checked(slot, block)
     flat = rows.contiguous().view(torch.uint8).numpy().reshape(-1).view(spec.dtype.numpy)
     moments.add(flat.reshape(len(rows), spec.stat_layers, spec.row_shape[-1]), keep)
-    moments.add_overflow(folder.overflow(slot, block))
+    moments.add_overflow(overflow(folder, slot, block))
     return moments.arrays(block * spec.shard_rows)

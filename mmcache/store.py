@@ -13,7 +13,8 @@ import torch
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import CorruptError, IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.flags import counted
-from mmcache.listing import present_shards
+from mmcache.html import store_html
+from mmcache.listing import count_shards
 from mmcache.manifest import Manifest, read_manifest
 from mmcache.sequences import Location, Sequences
 from mmcache.shards import MANY, ShardFolder
@@ -232,6 +233,8 @@ class Store:
             f"n_tokens={self.n_tokens}, n_sequences={self.n_sequences}, dtype={self.dtype}, layout={self.layout!r})"
         )
 
+    _repr_html_ = store_html
+
     def to_xarray(self, *, dtype: torch.dtype | str | None = None) -> xarray.Dataset:
         """Give a lazy dataset, sites read as `dtype` (None: as stored). All about it: `xarray_view.as_dataset`."""
         from mmcache.xarray_view import as_dataset  # noqa: PLC0415 -- an extra, and slow to import
@@ -243,7 +246,7 @@ class Store:
         """Count the shards of a site that have not been written yet, from one listing of its folder."""
         if self._manifest.shard_tokens is None:
             return 0
-        return self.n_shards(site) - len(present_shards(self.path, self._manifest, site))
+        return self.n_shards(site) - count_shards(self.path, self._manifest, site, self.n_tokens)
 
     def d_model(self, site: str) -> int | None:
         """Give the width of a site; None for a cache that nothing was pushed to.
@@ -301,10 +304,10 @@ def open_store(path: str | os.PathLike[str], *, partial: bool = False, check: bo
     store = Store(folder, manifest, check=check)
     if manifest.kind == "planned" and manifest.n_tokens is None:
         raise IncompleteError(f"{folder} is still being planned: run the same `mmcache extract` again")
-    for site in store.sites:
-        gone, all_of_them = store.missing(site), store.n_shards(site)
-        if partial or not gone:
+    for site in () if partial else store.sites:
+        if not (gone := store.missing(site)):
             continue
+        all_of_them = store.n_shards(site)
         if manifest.kind == "grown":
             raise CorruptError(
                 f"{folder}: {gone} of {all_of_them} shards of {site} are gone. Restore them, or open it with "

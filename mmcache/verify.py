@@ -12,12 +12,14 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmcache.crew import Crew
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, MmcacheError
-from mmcache.files import list_names
+from mmcache.files import count_names, list_names
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format import ids_digest
-from mmcache.listing import expected_shards, missing_shards, present_shards
+from mmcache.listing import listed_shards, present_shards
 from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
@@ -142,21 +144,22 @@ class _Verification:
     def _check_array(self, array: str, crew: Crew) -> None:
         manifest, rows = self._manifest, self._manifest.rows(array)
         expected = manifest.spec(array).blocks(rows) * len(manifest.slots(array))
-        there = len(list_names(self._path / array))
-        if expected > _BELIEVABLE + there * 100:
+        files = count_names(self._path / array)
+        if expected > _BELIEVABLE + files * 100:
             self._find(
-                "metadata", ROOT, f"it counts {expected} shards of {array}, which has {there} files", array=array
+                "metadata", ROOT, f"it counts {expected} shards of {array}, which has {files} files", array=array
             )
             return
-        gone = set(missing_shards(self._path, manifest, array, rows))
+        there = present_shards(self._path, manifest, array, rows)
         try:
             folder = ShardFolder(self._path, manifest, array, rows)
         except CorruptError as error:
             self._find("foreign", array, str(error), array=array)
             return
         asked: deque[tuple[tuple[int, int], Future[tuple[list[str], int]]]] = deque()
-        for shard in expected_shards(manifest, array, rows):
-            if shard in gone:
+        for number in range(there.size):
+            shard = divmod(number, there.shape[1])
+            if not there[shard]:
                 self._find_shard("missing", array, shard, "it is not there")
                 continue
             asked.append((shard, crew.submit(self._look, array, folder, *shard)))
@@ -165,7 +168,8 @@ class _Verification:
         while asked:
             self._note(array, *asked.popleft())
         if manifest.kind == "planned" and array in manifest.sites:
-            for slot, block in sorted(present_shards(self._path, manifest, array, expected=False)):
+            surplus = listed_shards(self._path, manifest, array, rows, expected=False)
+            for slot, block in sorted(pair for some in surplus for pair in np.stack(some, axis=1).tolist()):
                 file = f"{array}/{manifest.shard_key(array, block, slot)}"
                 self._find("unexpected", file, "the plan has no such shard", array=array)
 

@@ -442,6 +442,18 @@ def test_folders_are_made_with_all_above_them_and_made_durable(tmp_path, monkeyp
         files.make_folder(tmp_path / "file")
 
 
+@pytest.mark.parametrize("at_a_time", [1, 3, 5, 7])
+def test_names_come_some_at_a_time_and_each_once(tmp_path, monkeypatch, at_a_time):
+    monkeypatch.setattr(files, "_NAMES", at_a_time)
+    for name in "abcde":
+        (tmp_path / name).touch()
+    batches = list(files.name_batches(tmp_path))
+    assert sorted(name for batch in batches for name in batch) == [*"abcde"]
+    assert [len(batch) for batch in batches[:-1]] == [at_a_time] * (len(batches) - 1)
+    assert files.count_names(tmp_path) == 5
+    assert list(files.name_batches(tmp_path / "none")) == list(files.name_batches(tmp_path / "a")) == []
+
+
 def test_names_and_trees(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / ".lock").touch()
@@ -454,3 +466,39 @@ def test_names_and_trees(tmp_path):
     files.remove_tree(tmp_path / "a")
     files.remove_tree(tmp_path / "a")
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not files._NO_WAIT, reason="the system does not say what is in memory")
+def test_what_is_in_memory_is_not_read_through_again(tmp_path, monkeypatch):
+    piece = files._PIECE
+    path, read, real = tmp_path / "file", [], os.preadv
+    path.write_bytes(some_bytes(2 * piece + 10_000).tobytes())
+
+    def record(fd, into, offset, flags=0):
+        done = real(fd, into, offset, flags)
+        if not flags:
+            read.append((offset, done))
+        return done
+
+    with path.open("rb") as file:
+        fd = file.fileno()
+        os.fsync(fd)
+        files.read_through(fd, 0, 2 * piece + 10_000)
+        try:
+            real(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError:
+            pytest.skip("this file system does not say what is in memory")
+        monkeypatch.setattr(os, "preadv", record)
+        files.read_through(fd, 5000, 2 * piece + 10_000)
+        assert read == []
+        # The second piece goes: it comes again, and nothing of the others.
+        os.posix_fadvise(fd, piece, piece, os.POSIX_FADV_DONTNEED)
+        with pytest.raises(BlockingIOError):
+            real(fd, [bytearray(1)], piece + 5 * PAGE, os.RWF_NOWAIT)
+        files.read_through(fd, 0, 2 * piece + 10_000)
+        assert read == [(piece, piece)]
+        # Where the system does not say, all is read; behind the end of the file, nothing.
+        monkeypatch.setattr(files, "_NO_WAIT", 0)
+        read.clear()
+        files.read_through(fd, 0, 3 * piece)
+        assert read == [(0, piece), (piece, piece), (2 * piece, 10_000), (2 * piece + 10_000, 0)]

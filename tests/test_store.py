@@ -597,3 +597,33 @@ def test_layers_are_numbers_of_the_model(tmp_path):
     with mmcache.open(path) as store:
         assert store.layers == (0, 1, 2, 3, 4)
         assert store.layers == store["mlp_in"].layers == store["mlp_out"].layers
+
+
+def test_pieces_of_tokens_and_flags_are_read_alone(tmp_path):
+    twin = Twin({"a": 8}, 2, torch.float32, special=(3,))
+    with mmcache.create(
+        tmp_path / "acts", sites={"a": 8}, n_layers=2, dtype=torch.float32, special_tokens=[3]
+    ) as writer:
+        for seed, length in enumerate((300, 20, 500)):
+            fill(twin, writer, length, seed=seed)
+    store = mmcache.open(tmp_path / "acts")
+    for start, stop in ((0, 820), (299, 301), (5, 5), (819, 820)):
+        assert store.read_tokens(start, stop).tolist() == twin.tokens[start:stop]
+        assert store.read_flags(start, stop).tolist() == twin.flags[start:stop]
+    assert store._tokens is None, "the others were left where they are"
+    assert [store.locate(at).token_id for at in (0, 310, -1)] == [twin.tokens[at] for at in (0, 310, -1)]
+    assert store.tokens.tolist() == twin.tokens
+    assert store.read_tokens(7, 9).tolist() == twin.tokens[7:9]
+    assert store.counted(0, 820).tolist() == [not flag & 3 for flag in twin.flags]
+    assert store.shards("a").present().tolist() == [[True]]
+    assert store.manifest.n_tokens == 820
+
+
+def test_pieces_of_a_cache_are_unknown(tmp_path):
+    with mmcache.FullActivationCache.with_capacity(1, tmp_path / "acts") as cache:
+        cache.push(torch.randn(50, 4))
+    store = mmcache.open(tmp_path / "acts")
+    assert store.read_tokens(3, 6).tolist() == [-1] * 3
+    assert store.read_flags(3, 6).tolist() == [0] * 3
+    with pytest.raises(mmcache.UnknownSiteError):
+        store.shards("b")
