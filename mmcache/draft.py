@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import secrets
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.files import O_DIRECT, explained, list_names, sync_folder
+from mmcache.files import O_DIRECT, explained, name_batches, sync_folder
 from mmcache.geometry import PAGE
 from mmcache.syscalls import LINUX, PORTABLE
 
@@ -32,21 +33,24 @@ _SEALED = 0o444
 _DONT_CACHE = 0x80
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what writers that died left half-written. A draft that a live writer holds is left alone."""
-    for name in list_names(folder):
-        if not (name.startswith(".") and name.endswith(_DRAFT)):
-            continue
-        path = folder / name
+def remove_drafts(folder: Path) -> list[str]:
+    """Remove what writers that died left half-written, and give the names of the files that live ones are writing."""
+    alive = []
+    # What is removed while the folder is read may or may not be met, and the others are met once.
+    names = itertools.chain.from_iterable(name_batches(folder))
+    for name in (name for name in names if name.startswith(".") and name.endswith(_DRAFT)):
         # Whatever cannot be locked or removed is only litter, and no reason to stop.
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            fd = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 # Shared: NFS gives an exclusive lock only to those who may write, and a draft may be sealed.
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                path.unlink()
+                (folder / name).unlink()
+            except BlockingIOError:
+                alive.append(name[1:].removesuffix(_DRAFT).rpartition(".")[0])
             finally:
                 os.close(fd)
+    return alive
 
 
 class Draft:

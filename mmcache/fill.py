@@ -1,29 +1,25 @@
-"""One process's work on a planned store: the batches that its missing shards need, in order.
-
-Each batch is a function of the plan alone: batch number `b` is sequences `b * batch_size` to
-`(b + 1) * batch_size`, padded on the right to the longest, whoever runs it and whenever.
-"""
+"""One worker's part in a planned store: the batches that its missing shards need, in order."""
 
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from mmcache.block import Block
-from mmcache.draft import remove_drafts
-from mmcache.errors import NonFiniteError
-from mmcache.flags import counted
-from mmcache.format import ids_digest
+from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.geometry import PAGE
+from mmcache.listing import is_there
+from mmcache.manifest import read_manifest
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
-from mmcache.shards import ShardFolder
 from mmcache.staging import Stager
+from mmcache.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -33,64 +29,24 @@ if TYPE_CHECKING:
 
     from mmcache.capture import Captured
     from mmcache.manifest import Manifest
+    from mmcache.ranks import Rank
+    from mmcache.token_batches import Batches
 
-__all__ = ["Batches", "Fill", "NonFiniteWarning", "forward"]
+__all__ = ["Fill", "NonFiniteWarning", "forward"]
+
+# Seconds between two looks at what others make.
+_LOOK_AGAIN = 1.0
+
+
+class Tell(Protocol):
+    """Is told how far a job is."""
+
+    def __call__(self, done: int, ran: int, *, waits: bool) -> None:
+        """Hear of the tokens that are done, those that were run here, and whether others are waited for."""
 
 
 class NonFiniteWarning(UserWarning):
     """NaN or infinity among the activations: counted and located, and left out of the statistics."""
-
-
-class _Window:
-    """A column read piece by piece: the last shard that was asked for is kept."""
-
-    def __init__(self, path: Path, manifest: Manifest, array: str, rows: int) -> None:
-        self._folder = ShardFolder(path, manifest, array, rows)
-        self._block, self._rows = -1, np.empty(0)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        size = self._folder.spec.shard_rows
-        parts = []
-        while start < stop:
-            block, row = divmod(start, size)
-            if block != self._block:
-                self._block, self._rows = block, self._folder.checked(0, block).numpy().copy()
-            parts.append(self._rows[row : row + stop - start])
-            start += len(parts[-1])
-        return np.concatenate(parts)
-
-
-class Batches:
-    """The batches of a plan, as token ids, in memory that does not grow with the corpus."""
-
-    def __init__(self, path: Path, manifest: Manifest, batch_size: int) -> None:
-        self._size, self._sequences = batch_size, manifest.n_sequences
-        total = manifest.n_tokens or 0
-        self._spans = _Window(path, manifest, "sequences", manifest.n_sequences)
-        self._tokens = _Window(path, manifest, "tokens", total)
-        self._flags = _Window(path, manifest, "flags", total)
-
-    def spans(self) -> Iterator[np.ndarray]:
-        """Give start, stop and document of the sequences of each batch: `[sequences, 3]`."""
-        for first in range(0, self._sequences, self._size):
-            yield self._spans.read(first, min(first + self._size, self._sequences))
-
-    def ids(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give ids and attention mask of a batch: `[sequences, longest]` int64, padded on the right with 0."""
-        lengths = spans[:, 1] - spans[:, 0]
-        ids = np.zeros((len(spans), int(lengths.max())), np.int64)
-        tokens = self._tokens.read(int(spans[0, 0]), int(spans[-1, 1]))
-        for row, (start, stop) in enumerate(spans[:, :2] - spans[0, 0]):
-            ids[row, : stop - start] = tokens[start:stop]
-        return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-
-    def digest(self, start: int, stop: int) -> str:
-        """Hash the ids of some tokens, as a shard's header says them."""
-        return ids_digest(self._tokens.read(start, stop))
-
-    def keep(self, spans: np.ndarray) -> np.ndarray:
-        """Tell which tokens of a batch count in the statistics: `[tokens]` bool."""
-        return counted(self._flags.read(int(spans[0, 0]), int(spans[-1, 1])))
 
 
 def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndarray, device: torch.device) -> None:
@@ -116,6 +72,7 @@ class Fill:
         run: runs one batch, given its spans: afterwards `captured` has its activations.
         captured: the sites.
         strict: refuse NaN and infinity instead of counting them.
+        rank: which of how many workers this is.
     """
 
     def __init__(
@@ -127,101 +84,164 @@ class Fill:
         captured: Captured,
         *,
         strict: bool,
+        rank: Rank,
     ) -> None:
         self._path, self._manifest, self._batches, self._run = path, manifest, batches, run
         self._captured, self._strict = captured, strict
+        self.batch_size = batches.size
         self._shard, self._total = manifest.shard_tokens or 1, manifest.n_tokens or 0
         self._block: Block | None = None
         self._bad: list[str] = []
         self._warned = False
-        for site in manifest.sites:
-            remove_drafts(path / site)
-        self._missing = check_room(path, manifest)
-        self._wanted: dict[int, set[tuple[str, int]]] = {}
-        for site, shards in self._missing.items():
-            for slot, block in shards:
-                self._wanted.setdefault(block, set()).add((site, slot))
-        self.bytes = bytes_to_write(manifest, self._missing)
-        self.shards = sum(map(len, self._missing.values()))
-        self.tokens = sum(self._rows_of(block) for block in self._wanted)
+        self._alone = rank.of == 1
+        self._turns = Turns(path, manifest, rank)
+        missing = self._turns.missing
+        # Others have taken the room for theirs already.
+        free = {site: shards & ~self._turns.held for site, shards in missing.items()}
+        check_room(path, manifest, free)
+        self.bytes = bytes_to_write(manifest, missing)
+        self.shards = sum(int(shards.sum()) for shards in missing.values())
+        self.tokens = self._tokens_of(self._turns.wanted)
 
-    def run(self, tell: Callable[[int, int], None]) -> None:
-        """Fill what is missing; blocks until it is durable.
+    def run(self, tell: Tell, only: np.ndarray | None = None) -> None:
+        """Fill what is missing; blocks until all of it is durable, whoever makes it.
 
         Args:
-            tell: called after each batch with the tokens that went into shards, and those that were run.
+            tell: called after each batch with the tokens that went into shards (of all workers, where there are
+                several), and those that were run here.
+            only: make these blocks, ascending, and leave the others alone; None for all.
         """
-        if not self._wanted:
+        if not self.shards:
             return
-        policy = PageCachePolicy(self.bytes)
-        pipeline = Pipeline(max(SLOT_BYTES, -(-self._manifest.widest_row() // PAGE) * PAGE))
-        stager = Stager(pipeline)
-        done = ran = 0
+        self._policy = PageCachePolicy(self.bytes)
+        self._pipeline = Pipeline(max(SLOT_BYTES, -(-self._manifest.widest_row() // PAGE) * PAGE))
+        self._stager = Stager(self._pipeline)
+        self._told, self._done, self._ran = time.monotonic(), 0, 0
         try:
-            for spans in self._needed():
-                self._run(spans)
-                done += self._scatter(spans, pipeline, stager, policy)
-                ran += int(spans[-1, 1] - spans[0, 0])
-                tell(done, ran)
-                self._warn()
-            pipeline.drain()
+            if only is None:
+                self._take_turns(tell)
+            else:
+                self._make(only[self._turns.wanted[only]], tell)
+            self._pipeline.drain()
             self._warn()
         finally:
-            pipeline.close()
+            self._pipeline.close()
             if self._block is not None:
                 self._block.discard()
+
+    def _take_turns(self, tell: Tell) -> None:
+        idle = False
+        while self._turns.wanted.any():
+            turn = self._turns.take()
+            if len(turn):
+                self._make(turn, tell)
+            else:
+                # What is left is under way: here, or elsewhere, where its maker may yet die.
+                self._pipeline.drain()
+                time.sleep(_LOOK_AGAIN if idle else 0)
+                self._tell(tell, waits=idle)
+            idle = not len(turn)
+            self._turns.look()
+        if not self._alone:
+            tell(self.tokens, self._ran, waits=False)
+
+    def _make(self, turn: np.ndarray, tell: Tell) -> None:
+        """Make some blocks, up to one that somebody else has made meanwhile."""
+        self._turn = np.zeros_like(self._turns.wanted)
+        self._turn[turn] = True
+        for spans in self._needed():
+            self._run(spans)
+            self._scatter(spans)
+            self._ran += int(spans[-1, 1] - spans[0, 0])
+            self._tell(tell)
+            self._warn()
+
+    def _tell(self, tell: Tell, *, waits: bool = False) -> None:
+        """Say how far it is. Of what others make is told what is there, which is looked at now and then."""
+        if self._alone:
+            tell(self._done, self._ran, waits=waits)
+            return
+        began = time.monotonic()
+        if began >= self._told:
+            self._turns.look()
+            self._told = began + max(_LOOK_AGAIN, 50 * (time.monotonic() - began))
+        tell(self.tokens - self._tokens_of(self._turns.wanted), self._ran, waits=waits)
+
+    def _tokens_of(self, blocks: np.ndarray) -> int:
+        """Add up the tokens of some blocks: `[blocks]` bool."""
+        return int(blocks[:-1].sum()) * self._shard + int(blocks[-1:].sum()) * self._rows_of(len(blocks) - 1)
 
     def _rows_of(self, block: int) -> int:
         return min(self._shard, self._total - block * self._shard)
 
     def _needed(self) -> Iterator[np.ndarray]:
-        """Give the batches that have rows in any of the shards that are missing."""
-        last = max(self._wanted)
-        for spans in self._batches.spans():
-            first = int(spans[0, 0]) // self._shard
-            if first > last:
+        """Give the batches that have rows in any of the blocks of this turn, which may end early."""
+        first = int(self._turn.argmax())
+        for spans in self._batches.spans(first * self._shard):
+            block = int(spans[0, 0]) // self._shard
+            if not self._turn[block:].any():
                 return
-            if any(block in self._wanted for block in range(first, -(-int(spans[-1, 1]) // self._shard))):
+            if self._turn[block : -(-int(spans[-1, 1]) // self._shard)].any():
                 yield spans
 
-    def _scatter(self, spans: np.ndarray, pipeline: Pipeline, stager: Stager, policy: PageCachePolicy) -> int:
-        """Hand the rows of a batch to the blocks that they belong to; give how many were wanted."""
-        acts = {site: self._captured[site] for site in self._manifest.sites if self._missing[site]}
+    def _scatter(self, spans: np.ndarray) -> None:
+        """Hand the rows of a batch to the blocks that they belong to."""
+        acts = {site: self._captured[site] for site in self._turns.missing}
         keep, base = self._batches.keep(spans), int(spans[0, 0])
-        fresh = 0
         for row, (start, stop, _) in enumerate(spans.tolist()):
             at = start
             while at < stop:
                 number = at // self._shard
                 end = min(stop, (number + 1) * self._shard)
-                if number in self._wanted:
-                    block = self._open(number, start, policy)
+                block = self._open(number, start) if self._turn[number] else None
+                if block is not None:
                     part = slice(at - start, end - start)
                     rows = {site: [layer[row, part] for layer in layers] for site, layers in acts.items()}
-                    block.append(stager, [(rows, keep[at - base : end - base])])
-                    fresh += end - at
+                    block.append(self._stager, [(rows, keep[at - base : end - base])])
+                    self._done += end - at
                     if block.rows == self._rows_of(number):
-                        block.seal(pipeline, stager)
-                        self._block = None
+                        self._seal(block)
                 at = end
-        stager.settle()
-        return fresh
+        self._stager.settle()
 
-    def _open(self, number: int, context: int, policy: PageCachePolicy) -> Block:
-        """Give the block that is being filled; a new one begins in the context that begins at `context`."""
+    def _open(self, number: int, context: int) -> Block | None:
+        """Give the block that is being filled; a new one begins in the context that begins at `context`.
+
+        None where somebody else has made some of it since it was looked: then the turn ends.
+        """
         if self._block is None:
+            missing = self._turns.missing.items()
+            only = {(site, slot) for site, shards in missing for slot in np.flatnonzero(shards[:, number]).tolist()}
+            self._check_plan()
+            if not only or any(is_there(self._path, self._manifest, site, slot, number) for site, slot in only):
+                self._turn[number:] = False
+                return None
             rows = self._rows_of(number)
             self._block = Block(
                 self._path,
                 self._manifest,
                 number,
-                policy,
+                self._policy,
                 rows=rows,
                 ids=self._batches.digest(context, number * self._shard + rows),
-                only=self._wanted[number],
+                only=only,
                 inspect=self._inspect,
             )
         return self._block
+
+    def _seal(self, block: Block) -> None:
+        self._check_plan()
+        block.seal(self._pipeline, self._stager)
+        self._block = None
+
+    def _check_plan(self) -> None:
+        """Refuse to go on where somebody made the plan another one meanwhile: its last shards are not those of ours."""
+        ours, now = self._manifest, read_manifest(self._path)
+        if (ours.n_tokens, ours.n_sequences, ours.shard_tokens) != (now.n_tokens, now.n_sequences, now.shard_tokens):
+            raise PlanMismatchError(
+                f"{self._path} was given another plan while it was filled: {ours.n_tokens} tokens then, "
+                f"{now.n_tokens} now. Run the command that changed it, or the one of the plan that is there now"
+            )
 
     def _inspect(self, site: str, slot: int, statistics: Mapping[str, np.ndarray]) -> None:
         layers: Collection[int] = (

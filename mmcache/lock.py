@@ -1,4 +1,4 @@
-"""The right to write to a grown store: one process at a time."""
+"""The right to write to a grown store, or to plan one: one process at a time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import fcntl
 import json
 import os
 import socket
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Self
 
-from mmcache.errors import LockedError
+from mmcache.errors import LockedError, WriteError
 from mmcache.files import explained
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 __all__ = ["FolderLock"]
+
+# Seconds between two tries.
+_AGAIN = 0.2
 
 
 class FolderLock:
@@ -25,6 +30,7 @@ class FolderLock:
 
     Raises:
         LockedError: another writer has it; the error names its process and host.
+        WriteError: the folder cannot be written to, or its file system has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +47,14 @@ class FolderLock:
                 raise LockedError(
                     error.errno, f"another writer has this store open ({holder}); close it first", str(folder)
                 ) from error
+            except OSError as error:
+                os.close(fd)
+                raise WriteError(
+                    error.errno,
+                    f"this file system gives no locks ({error.strerror}), by which writers keep out of each other's "
+                    f"way: mount it with locks, or put the store on another",
+                    str(folder),
+                ) from error
             if self._is_current(fd):
                 self._fd = fd
             else:
@@ -50,6 +64,20 @@ class FolderLock:
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+    @classmethod
+    def wait(cls, folder: Path, waiting: Callable[[], None]) -> Self:
+        """Take the lock; blocks while somebody else has it, and calls `waiting` now and then.
+
+        Raises:
+            WriteError: as above.
+        """
+        while True:
+            try:
+                return cls(folder)
+            except LockedError:
+                waiting()
+                time.sleep(_AGAIN)
 
     def _is_current(self, fd: int) -> bool:
         try:

@@ -7,19 +7,20 @@ differs is refused.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from mmcache.contexts import Contexts
 from mmcache.draft import publish, remove_drafts
 from mmcache.dtypes import BY_NAME
-from mmcache.errors import PlanMismatchError, ReadOnlyError
+from mmcache.errors import LockedError, PlanMismatchError, ReadOnlyError, StoreExistsError
 from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.format import ids_digest
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
+from mmcache.listing import in_order
 from mmcache.lock import FolderLock
 from mmcache.manifest import Manifest, array_json, is_store, read_manifest
 from mmcache.names import RESERVED
@@ -35,58 +36,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.corpus import Document
+    from mmcache.settings import Settings
 
-__all__ = ["Settings", "open_plan"]
+__all__ = ["open_plan"]
 
 _REMEDY = "Give the settings of the store, or choose another path."
 _ACCEPT = (
     "These may change the last bits of an activation. Set them as they were, or go on all the same with "
     "--accept-numerics (accept_numerics=True), which is recorded."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an extraction was asked for, its model and tokenizer already looked at.
-
-    `identity`, `numerics` and `record` are as `provenance` says; the sites (`modules`: the modules of each) and the
-    corpus belong to the identity too, and are compared apart. `vocabulary` is how many ids the model knows.
-    """
-
-    identity: dict[str, Any]
-    modules: dict[str, list[str]]
-    numerics: dict[str, Any]
-    record: dict[str, Any]
-    widths: dict[str, int]
-    max_tokens: int | None
-    special_tokens: tuple[int, ...]
-    vocabulary: int | None
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own layer numbers."""
-        return tuple(self.identity["layers"])
-
-    @property
-    def dtype(self) -> str:
-        """The storage dtype, by name."""
-        return str(self.identity["dtype"])
-
-    @property
-    def layout(self) -> Literal["layer", "token"]:
-        """The layout."""
-        layout: Literal["layer", "token"] = self.identity["layout"]
-        return layout
-
-    @property
-    def shard_tokens(self) -> int | None:
-        """Tokens a shard, if that was asked for."""
-        asked: int | None = self.identity["shard_tokens"]
-        return asked
-
-    def contexts(self, tokenizer: Any) -> Contexts:
-        """Give what cuts documents into contexts."""
-        return Contexts(tokenizer, self.identity["context_length"], self.vocabulary, pack=self.identity["pack"])
 
 
 def open_plan(
@@ -97,8 +55,11 @@ def open_plan(
     *,
     accept_numerics: bool,
     tokenised: Callable[[int], None],
+    waiting: Callable[[], None],
 ) -> Manifest:
     """Give the plan at `path`: a new one, or the one that is there if it was made with the same settings.
+
+    Blocks while another process plans there.
 
     Args:
         path: the store.
@@ -107,36 +68,52 @@ def open_plan(
         documents: the corpus; read once, to be tokenised or to be compared.
         accept_numerics: go on although numerics differ, and record it.
         tokenised: called now and then with the tokens so far.
+        waiting: called now and then while another worker plans.
 
     Raises:
         PlanMismatchError: the store was planned with other settings, which are listed.
         StoreExistsError, ReadOnlyError: the path is taken by something that is no extraction.
-        LockedError: another process is planning it at the moment.
+        LockedError: it is to grow while others fill it.
         CorpusError: the corpus cannot be read, or has no tokens.
     """
     for folder in (path, *(path / array for array in (*settings.widths, *RESERVED))):
         remove_drafts(folder)
-    if not is_store(path):
-        claim(path, tuple(settings.widths))
-        shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, None)
-    else:
+    manifest = None
+    if is_store(path) or not _claimed(path, settings):
         manifest = _known(path, settings)
         restore_tokenizer(path, manifest, tokenizer)
-        if manifest.n_tokens is not None and not _changes(manifest, settings):
-            check_corpus(path, Tokenised.of(manifest), documents)
-            return _with_numerics(path, manifest, settings, accept=accept_numerics)
-    make_folder(path)
-    lock = FolderLock(path)
+    if manifest is None or _changes(manifest, settings):
+        make_folder(path)
+        # Of workers that begin together, one plans; the others wait, and find the plan.
+        lock = FolderLock.wait(path, waiting)
+        try:
+            manifest = _known(path, settings) if is_store(path) else _begun(path, settings)
+            if _changes(manifest, settings):
+                manifest = _with_numerics(path, manifest, settings, accept=accept_numerics)
+                if manifest.n_tokens is None or _grows(manifest, settings):
+                    return _tokenised(path, manifest, settings, tokenizer, documents, tokenised)
+                check_corpus(path, Tokenised.of(manifest), documents)
+                return _with_sites(path, manifest, settings)
+        finally:
+            lock.release()
+    check_corpus(path, Tokenised.of(manifest), documents)
+    return _with_numerics(path, manifest, settings, accept=accept_numerics)
+
+
+def _claimed(path: Path, settings: Settings) -> bool:
+    """Check that a store may be made at a path; False where another worker has begun to meanwhile.
+
+    Raises:
+        StoreExistsError: something else is there.
+    """
     try:
-        # Behind the lock the root may be another than before it.
-        manifest = _known(path, settings) if is_store(path) else _begun(path, settings)
-        manifest = _with_numerics(path, manifest, settings, accept=accept_numerics)
-        if manifest.n_tokens is None or _grows(manifest, settings):
-            return _tokenised(path, manifest, settings, tokenizer, documents, tokenised)
-        check_corpus(path, Tokenised.of(manifest), documents)
-        return _with_sites(path, manifest, settings)
-    finally:
-        lock.release()
+        claim(path, tuple(settings.widths))
+    except StoreExistsError:
+        if is_store(path):
+            return False
+        raise
+    shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, None)
+    return True
 
 
 def _known(path: Path, settings: Settings) -> Manifest:
@@ -164,7 +141,7 @@ def _compare_sites(path: Path, manifest: Manifest, settings: Settings) -> None:
     stored, asked = set(manifest.source["modules"]), set(settings.modules)
     incomplete = stored
     if manifest.n_tokens is not None:
-        incomplete = {site for site, shards in missing_of(path, manifest).items() if shards}
+        incomplete = {site for site, missing in missing_of(path, manifest).items() if missing.any()}
     if _grows(manifest, settings):
         why = "It can grow with the sites that it has, and be given others after that. "
     elif incomplete - asked or (incomplete and asked - stored):
@@ -182,16 +159,20 @@ def _grows(manifest: Manifest, settings: Settings) -> bool:
 
 
 def _changes(manifest: Manifest, settings: Settings) -> bool:
-    return _grows(manifest, settings) or bool(set(settings.modules) - set(manifest.sites))
+    """Tell whether there is something to be planned, not only to be filled."""
+    return manifest.n_tokens is None or _grows(manifest, settings) or bool(set(settings.modules) - set(manifest.sites))
 
 
 def _with_numerics(path: Path, manifest: Manifest, settings: Settings, *, accept: bool) -> Manifest:
-    source = manifest.source
-    if settings.numerics in [source["numerics"], *source["accepted"]]:
+    source, numerics = manifest.source, settings.numerics
+    if settings.any_batch:
+        # Whoever planned it may have found another size to be the quickest.
+        numerics = {**numerics, "batch_size": source["numerics"]["batch_size"]}
+    if numerics in [source["numerics"], *source["accepted"]]:
         return manifest
     if not accept:
-        compare(path, "numerics", source["numerics"], settings.numerics, _ACCEPT)
-    manifest = replace(manifest, source={**source, "accepted": [*source["accepted"], settings.numerics]})
+        compare(path, "numerics", source["numerics"], numerics, _ACCEPT)
+    manifest = replace(manifest, source={**source, "accepted": [*source["accepted"], numerics]})
     publish(path / ROOT, manifest.to_json())
     return manifest
 
@@ -249,11 +230,23 @@ def _tokenised(
     source |= save_tokenizer(path, tokenizer)
     manifest = replace(manifest, source=source).with_geometry(shard, state.tokens)
     if old.n_tokens is not None:
+        _check_idle(path, old)
         first = _first_unfinished(path, old, manifest)
         # Before anything is removed: what is refused must leave the store as it was.
         check_room(path, manifest, replacing=(old, first))
         _drop(path, old, first)
     return _published(path, manifest)
+
+
+def _check_idle(path: Path, manifest: Manifest) -> None:
+    """Refuse to replace shards that somebody is making at this moment."""
+    held = [f"{site}/{name}" for site in manifest.sites for name in remove_drafts(path / site)]
+    if held:
+        raise LockedError(
+            errno.EWOULDBLOCK,
+            f"other processes are making shards of this store ({held[0]}): let them finish before it grows",
+            str(path),
+        )
 
 
 def _first_tokens(path: Path, manifest: Manifest) -> str:
@@ -288,8 +281,8 @@ def _first_unfinished(path: Path, old: Manifest, new: Manifest) -> int:
 
 def _drop(path: Path, old: Manifest, first: int) -> None:
     """Remove the shards from block `first` on, before the longer plan is written: so they are missing at worst."""
-    for site, shards in shards_from(path, old, first).items():
-        for slot, block in shards:
+    for site, there in shards_from(path, old, first).items():
+        for slot, block in in_order(there):
             remove_file(path / site / old.shard_key(site, block, slot))
         sync_folder(path / site)
 

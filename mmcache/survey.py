@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmcache.capture import Captured
     from mmcache.contexts import Context
     from mmcache.fill import Fill
-    from mmcache.plan import Settings
+    from mmcache.settings import Settings
 
 __all__ = ["Survey", "quickest_batch", "survey_contexts", "survey_plan"]
 

@@ -26,9 +26,9 @@ from mmcache.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
-from mmcache.extract import Extraction
 from mmcache.fill import NonFiniteWarning
 from mmcache.flags import BOS, SPECIAL
+from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 
 pytest.importorskip("transformers")
@@ -617,7 +617,7 @@ def test_the_quickest_batch_size_is_measured_once_and_kept(tmp_path, monkeypatch
     assert size >= 1
     assert size & (size - 1) == 0
     (tmp_path / "store" / "mlp_in" / "c.0.1.0").unlink()
-    module = importlib.import_module("mmcache.extract")  # the name at the front door is the function
+    module = importlib.import_module("mmcache.job")
     monkeypatch.setattr(module, "quickest_batch", lambda *_: pytest.fail("measured again"))
     assert extract(tmp_path / "store", **settings).source["numerics"]["batch_size"] == size
 

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from mmcache.errors import (
     CorruptError,
     DiskFullError,
     IncompleteError,
-    LockedError,
     MmcacheError,
     PlanMismatchError,
     ReadOnlyError,
@@ -202,7 +202,7 @@ def other_numerics(monkeypatch, field):
         monkeypatch.setattr(sys.modules["transformers"], "__version__", "another")
     else:
         # There is one kind of device in this machine.
-        module = importlib.import_module("mmcache.extract")
+        module = importlib.import_module("mmcache.job")
         real = module.numerics
         monkeypatch.setattr(module, "numerics", lambda *given: {**real(*given), field: "another"})
     return {}
@@ -524,15 +524,28 @@ def test_a_path_that_is_taken_is_refused(tmp_path):
     assert small.identities(tmp_path / "grown") == before
 
 
-def test_one_process_plans_at_a_time_and_any_number_fill(complete, begun, tmp_path):
+def test_one_process_plans_at_a_time_and_the_others_find_its_plan(complete, begun, tmp_path):
     path = tmp_path / "store"
     path.mkdir()
     lock = FolderLock(path)
-    try:
-        with pytest.raises(LockedError, match="another writer has this store open"):
-            extract(path)
-    finally:
-        lock.release()
+    waiting, found = threading.Event(), []
+    job = threading.Thread(
+        target=lambda: found.append(extract(path, progress=lambda at: waiting.set() if at.phase == "wait" else None))
+    )
+    job.start()
+    assert waiting.wait(60)
+    assert not found
+    # What the one that plans does meanwhile is not done again.
+    shutil.copytree(begun, path, dirs_exist_ok=True)
+    before = small.identities(path / "tokens")
+    lock.release()
+    job.join(60)
+    assert found[0].n_tokens == mmcache.open(complete).n_tokens
+    assert small.identities(path / "tokens") == before
+    small.assert_same_store(path, complete)
+
+
+def test_filling_needs_no_lock(complete, begun):
     lock = FolderLock(begun)
     try:
         extract(begun)
@@ -550,8 +563,8 @@ def test_what_killed_jobs_left_half_written_is_removed(begun):
     assert len(folders) > 8
     for folder in folders:
         (folder / ".zarr.json.0123abcd.tmp").write_bytes(b"{")
-    # A live one holds a lock on what it is writing.
-    live = draft.Draft(begun / "mlp_in" / "c.0.3.0")
+    # A live one holds a lock on what it is writing: here on what is there already.
+    live = draft.Draft(begun / "mlp_in" / min(path.name for path in (begun / "mlp_in").glob("c.*")))
     extract(begun)
     assert list(begun.rglob("*.tmp")) == [live._temporary]
     live.discard()

@@ -15,10 +15,11 @@ import torch
 
 from benchmarks.measure import Plan, Row, Skip, compare, seconds
 from mmcache.capture import capture
-from mmcache.extract import Extraction
-from mmcache.fill import Batches, forward
+from mmcache.fill import forward
+from mmcache.job import Extraction
 from mmcache.loading import load_tokenizer
 from mmcache.manifest import read_manifest
+from mmcache.token_batches import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,56 @@
+"""What an extraction was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mmcache.contexts import Contexts
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an extraction was asked for, its model and tokenizer already looked at.
+
+    `identity`, `numerics` and `record` are as `provenance` says; the sites (`modules`: the modules of each) and the
+    corpus belong to the identity too, and are compared apart. `vocabulary` is how many ids the model knows;
+    `any_batch` says that the batch size was not asked for, but found.
+    """
+
+    identity: dict[str, Any]
+    modules: dict[str, list[str]]
+    numerics: dict[str, Any]
+    record: dict[str, Any]
+    widths: dict[str, int]
+    max_tokens: int | None
+    special_tokens: tuple[int, ...]
+    vocabulary: int | None
+    any_batch: bool = False
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own layer numbers."""
+        return tuple(self.identity["layers"])
+
+    @property
+    def dtype(self) -> str:
+        """The storage dtype, by name."""
+        return str(self.identity["dtype"])
+
+    @property
+    def layout(self) -> Literal["layer", "token"]:
+        """The layout."""
+        layout: Literal["layer", "token"] = self.identity["layout"]
+        return layout
+
+    @property
+    def shard_tokens(self) -> int | None:
+        """Tokens a shard, if that was asked for."""
+        asked: int | None = self.identity["shard_tokens"]
+        return asked
+
+    def contexts(self, tokenizer: Any) -> Contexts:
+        """Give what cuts documents into contexts."""
+        return Contexts(tokenizer, self.identity["context_length"], self.vocabulary, pack=self.identity["pack"])

@@ -1,0 +1,84 @@
+"""Which blocks a worker makes next, beside others that make the same store.
+
+Workers agree on nothing. Each takes its part, by its rank, of the blocks that are missing and that nobody is making;
+when it has made those, or meets one that is there meanwhile, it looks again. So a worker that is slow, late or dead is
+made up for by those that are done, until nothing is missing. Who makes a shard does not matter: it is the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmcache.draft import remove_drafts
+from mmcache.room import missing_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmcache.manifest import Manifest
+    from mmcache.ranks import Rank
+
+__all__ = ["Turns"]
+
+_KEY = re.compile(r"c\.\d{1,18}\.(\d{1,18})\.0", re.ASCII)
+# Seconds for which a worker leaves blocks to the one whose part they are, for each rank between the two.
+_PATIENCE = 2.0
+
+
+class Turns:
+    """The turns of one worker at a planned store. Used by one thread.
+
+    Args:
+        path: the store.
+        manifest: its plan.
+        rank: which worker this is.
+
+    As of the last look, `missing` tells which shards were missing of each site of which some were in the beginning,
+    `[slots, blocks]` bool; `wanted` tells of which blocks some were, `[blocks]` bool, and `held` which of these
+    somebody was making.
+    """
+
+    missing: dict[str, np.ndarray]
+    wanted: np.ndarray
+    held: np.ndarray
+
+    def __init__(self, path: Path, manifest: Manifest, rank: Rank) -> None:
+        self._path, self._manifest, self._rank = path, manifest, rank
+        self._idle_since: float | None = None
+        self.missing = dict.fromkeys(manifest.sites, np.empty(0, bool))
+        self.look()
+        # The others are complete, and a job that adds sites captures only its own.
+        self.missing = {site: shards for site, shards in self.missing.items() if shards.any()}
+
+    def look(self) -> None:
+        """See what is there now; removes what dead writers left half-made."""
+        # Before the shards: one that is published in between is neither being made nor missing.
+        names = [name for site in self.missing for name in remove_drafts(self._path / site)]
+        self.missing = missing_of(self._path, self._manifest, tuple(self.missing))
+        shard, total = self._manifest.shard_tokens or 1, self._manifest.n_tokens or 0
+        self.wanted = np.zeros(-(-total // shard), bool)
+        for shards in self.missing.values():
+            self.wanted |= shards.any(axis=0)
+        keys = (_KEY.fullmatch(name) for name in names)
+        blocks = np.array([int(key[1]) for key in keys if key], np.int64)
+        self.held = np.zeros_like(self.wanted)
+        self.held[blocks[blocks < len(self.held)]] = True
+        self.held &= self.wanted
+
+    def take(self) -> np.ndarray:
+        """Give the blocks that are this worker's now, ascending; none where others are making all that is missing."""
+        blocks, rank = np.flatnonzero(self.wanted & ~self.held), self._rank
+        part = blocks[len(blocks) * rank.number // rank.of : len(blocks) * (rank.number + 1) // rank.of]
+        if len(part) or not len(blocks):
+            self._idle_since = None
+            return part
+        # There are fewer than workers. Whose they are begins at once; who is further away has waited longer by then.
+        now = time.monotonic()
+        self._idle_since = now if self._idle_since is None else self._idle_since
+        owners = -(-(np.arange(len(blocks)) + 1) * rank.of // len(blocks)) - 1
+        near = (rank.number - owners) % rank.of * _PATIENCE <= now - self._idle_since
+        return blocks[near][:1]
