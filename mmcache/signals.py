@@ -43,10 +43,13 @@ def stoppable(left: str) -> Iterator[None]:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in before:
-            signal.signal(number, stop)
-        yield
+        try:
+            for number in before:
+                signal.signal(number, stop)
+            yield
+        finally:
+            told = math.inf  # nothing is left that could be stopped
     finally:
-        told = math.inf  # nothing is left that could be stopped
+        # Reached also where a signal came in the line above.
         for number, handler in before.items():
             signal.signal(number, handler)

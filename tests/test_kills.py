@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import selectors
 import signal
 import subprocess
@@ -26,6 +27,7 @@ def serve():
     import transformers  # noqa: PLC0415 -- in the process that forks only
 
     from mmcache import cli, draft, tokenise  # noqa: PLC0415
+    from mmcache.commands import extraction  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     tokenise._TOKENS_A_COMMIT = 300  # so that tokenising, too, is killed between two commits
@@ -37,7 +39,7 @@ def serve():
         ready, tell = os.pipe()
         pid = os.fork()
         if not pid:
-            become(asked, cli, draft, tell)
+            become(asked, extraction, draft, tell)
             cli.main()
         os.close(tell)
         os.read(ready, 1)
@@ -50,14 +52,14 @@ def answer(number):
     sys.stdout.flush()
 
 
-def become(asked, cli, draft, tell):
+def become(asked, extraction, draft, tell):
     """Be a process of its own: its streams, its arguments, and where it kills itself."""
     sys.argv = ["mmcache", *asked["start"]]
     for stream, path in ((0, os.devnull), (1, os.devnull), (2, asked["errors"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # what comes before or after the job is Python's business, not the job's
-    stoppable, publish, left = cli.stoppable, draft.Draft.publish, asked["writes"]
+    stoppable, publish, left = extraction.stoppable, draft.Draft.publish, asked["writes"]
 
     @contextlib.contextmanager
     def telling(out):
@@ -74,7 +76,7 @@ def become(asked, cli, draft, tell):
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cli.stoppable, draft.Draft.publish = telling, counted
+    extraction.stoppable, draft.Draft.publish = telling, counted
 
 
 class Runner:
@@ -180,7 +182,9 @@ def check_left(runner, path, number, code, litter):
         return
     assert code == 128 + number, errors
     assert f"mmcache: stopped. What is finished is in {path}; the same command goes on from there" in errors
-    assert "Traceback" not in errors
+    # Python itself may tell of an event loop of zarr's that was half made when the signal came.
+    told = re.sub(r"Exception ignored in: .*BaseEventLoop.__del__.*\nTraceback.*\n(?: .*\n)+\S.*\n", "", errors)
+    assert "Traceback" not in told, errors
     assert drafts(path) <= litter
 
 

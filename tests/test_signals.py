@@ -39,17 +39,22 @@ def test_it_ends_the_block_and_says_which_it_was(heard, number):
 
 def test_a_second_one_does_not_interrupt_the_tidying_up(heard):
     tidied = []
-    with pytest.raises(Stopped), stoppable("left"):
+
+    def work():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
             tidied.append(True)
+
+    with pytest.raises(Stopped), stoppable("left"):
+        work()
     assert tidied
     assert not heard
 
 
-def test_one_that_comes_while_the_block_is_left_is_told_too(heard, monkeypatch):
+@pytest.mark.usefixtures("heard")
+def test_one_that_comes_while_the_block_is_left_is_told_too(monkeypatch):
     leaving = contextlib._GeneratorContextManager.__exit__.__code__
     ends = []
     for at in range(1, 200):
@@ -77,3 +82,50 @@ def test_one_that_comes_while_the_block_is_left_is_told_too(heard, monkeypatch):
     # Both while it could still be stopped, and when that was over.
     assert ends[-1] == "over"
     assert {0, 128 + signal.SIGTERM} <= set(ends)
+
+
+class _OutsideError(Exception):
+    """What a signal raises that comes before the command heeds it, or after."""
+
+
+def _outside(*_):
+    raise _OutsideError
+
+
+def _signal_at(at):
+    """A trace function that sends SIGTERM at step `at` of the interpreter in the guard around a job."""
+    return at_opcode(
+        at, lambda code: code.co_name in {"stoppable", "stop"}, lambda: signal.raise_signal(signal.SIGTERM)
+    )
+
+
+def _end_of_a_job(out, at):
+    """How the guard around an empty job ends if a signal comes at step `at`, and how many steps it took."""
+    enter, steps = _signal_at(at)
+    trace = sys.gettrace()
+    try:
+        sys.settrace(enter)
+        with stoppable(str(out)):
+            pass
+    except Stopped as stopped:
+        return 128 + stopped.number, steps()
+    except _OutsideError:
+        return "outside", steps()
+    finally:
+        sys.settrace(trace)
+    return "done", steps()
+
+
+def test_a_signal_at_the_very_begin_or_end_of_a_job_is_heeded_or_comes_too_late(tmp_path):
+    before, ends = signal.signal(signal.SIGTERM, _outside), []
+    try:
+        _, steps = _end_of_a_job(tmp_path, 0)
+        for at in range(1, steps + 1):
+            ends.append(_end_of_a_job(tmp_path, at)[0])
+            assert signal.signal(signal.SIGTERM, _outside) is _outside
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    # And nothing else: no signal is told as a traceback.
+    assert set(ends) == {"outside", 143, "done"}
+    assert ends.count(143) > 5
+    assert ends[0] == ends[-1] == "outside"
