@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mmcache.dtypes import register_bfloat16
 
 if TYPE_CHECKING:
+    from mmcache import view
     from mmcache.cache import FullActivationCache
     from mmcache.capture import Captured, capture
     from mmcache.corpus import read_texts
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
         WriteError,
     )
     from mmcache.export import Exported, export
-    from mmcache.extract import Progress, extract
+    from mmcache.extract import extract
     from mmcache.fill import NonFiniteWarning
     from mmcache.findings import Finding, Report
+    from mmcache.job import Progress
     from mmcache.repair import Loss, Repaired, repair
     from mmcache.site_view import SiteView
     from mmcache.split import Split
@@ -91,7 +93,7 @@ _PLACES = {
     "WriteError": "errors",
     "Exported": "export",
     "export": "export",
-    "Progress": "extract",
+    "Progress": "job",
     "extract": "extract",
     "NonFiniteWarning": "fill",
     "Finding": "findings",
@@ -156,6 +158,7 @@ __all__ = [
     "read_texts",
     "repair",
     "verify",
+    "view",
 ]
 
 
@@ -171,7 +174,9 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a name stands for, or a module of the package."""
+    """Import what a name stands for."""
+    if name == "view":
+        return importlib.import_module("mmcache.view")
     if name not in _PLACES:
         raise AttributeError(f"module 'mmcache' has no attribute {name!r}")
     module = importlib.import_module(f"mmcache.{_PLACES[name]}")

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmcache.files import make_folder
+from mmcache.shard_statistics import overflow
 from mmcache.shard_writer import Seal, ShardWriter
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Block:
         """
         for (site, slot), shard in self._shards.items():
             rows = old[site].checked(slot, self.number)
-            shard.carry(old[site].overflow(slot, self.number))
+            shard.carry(overflow(old[site], slot, self.number))
             stager.stage(shard, rows.unbind(1) if self._token_layout else [rows], keep)
         self.rows = len(keep)
 

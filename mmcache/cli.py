@@ -11,6 +11,7 @@ import click
 
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
 from mmcache.signals import Stopped
+from mmcache.visible import visible_lines
 
 __all__ = ["main"]
 
@@ -21,6 +22,9 @@ _COMMANDS = {
     "info": "info",
     "show": "look",
     "stats": "look",
+    "view": "page",
+    "top": "search",
+    "find": "search",
     "export": "care",
     "verify": "care",
     "repair": "care",
@@ -51,7 +55,7 @@ class _Group(click.Group):
             click.echo(f"mmcache: stopped. {stopped.left}", err=True)
             sys.exit(128 + stopped.number)
         except MmcacheError as error:
-            click.echo(f"mmcache: {error}", err=True)
+            click.echo(f"mmcache: {visible_lines(str(error))}", err=True)
             # What was found on the disk or in the data is a finding, the rest is about how it was asked.
             sys.exit(1 if isinstance(error, CorruptError | IncompleteError | NonFiniteError | WriteError) else 2)
 

@@ -10,6 +10,7 @@ import torch
 
 from mmcache.devices import fill_device, is_cpu, own_copy
 from mmcache.errors import ArgumentError, DtypeError, OutOfRangeError, ShapeError
+from mmcache.html import site_html
 from mmcache.positions import Positions, whole_positions
 from mmcache.site_rows import best_reader
 from mmcache.site_statistics import merge_site
@@ -97,6 +98,8 @@ class SiteView:
     def __repr__(self) -> str:
         return f"SiteView({self.name!r}, shape={self.shape}, dtype={self.dtype}, layout={self._layout!r})"
 
+    _repr_html_ = site_html
+
     def __len__(self) -> int:
         return len(self._slots)
 
@@ -132,9 +135,8 @@ class SiteView:
     def _slot(self, layer: SupportsIndex) -> int:
         slot = self._find(layer)
         if slot is None:
-            there = self.layers
-            plain = there == tuple(range(len(there)))
-            what = f"n_layers={len(there)}" if plain else f"layers={list(there)}"
+            plain = self.layers == tuple(range(len(self)))
+            what = f"n_layers={len(self)}" if plain else f"layers={list(self.layers)}"
             raise OutOfRangeError(f"layer {layer} not in cache ({what})")
         return slot
 

@@ -171,6 +171,7 @@ OURS = {
     "feed": ["cold feed", "warm feed"],
     "busy": ["busy gather", "busy row", "busy feed"],
     "shards": ["open 1000 shards", "row of 1000 shards"],
+    "looking": ["info", "map", "map, bytes read", "zoom"],
     "growth": [],
     "gpu": [],
 }

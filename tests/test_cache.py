@@ -29,6 +29,7 @@ from support import (
 import mmcache
 from mmcache import FullActivationCache
 from mmcache.draft import Draft
+from mmcache.shard_statistics import shard_statistics
 from mmcache.shards import ShardFolder
 from mmcache.store import open_store
 
@@ -56,7 +57,7 @@ def statistics(path, layer, block=0):
     """Read the statistics that one shard carries."""
     store = open_store(path)
     folder = ShardFolder(store.path, store._manifest, store.sites[0], store.n_tokens)
-    return folder.statistics(layer, block)[0]
+    return shard_statistics(folder, layer, block)[0]
 
 
 # candle-mi's own checks

@@ -1,7 +1,6 @@
 """Every command: data on stdout, progress on stderr, exit 0 fine, 1 findings, 2 usage."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from support import at_opcode
 
 import mmcache
 from mmcache.cli import main
-from mmcache.signals import stoppable
 
 small = pytest.importorskip("small")
 
+# They are imported as they are asked for, so the group itself lists none.
+COMMANDS = main.list_commands(None)
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -194,7 +193,7 @@ def test_a_narrow_terminal_is_no_reason_to_crash(acts, monkeypatch):
 
 def test_every_command_stands_in_the_readme():
     text = README.read_text()
-    for command in main.commands:
+    for command in COMMANDS:
         assert command in text, command
 
 
@@ -298,11 +297,11 @@ def test_python_m_mmcache_is_the_command_and_nothing_but_data_is_on_stdout(model
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", main.commands)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     shown = run(command, "--help").stdout
     assert "Usage:" in shown
-    assert ("--json" in shown) == any("--json" in option.opts for option in main.commands[command].params)
+    assert ("--json" in shown) == any("--json" in option.opts for option in main.get_command(None, command).params)
 
 
 @pytest.mark.parametrize("width", ["20", "60", "200"])
@@ -329,50 +328,3 @@ def test_no_number_is_cut_in_two_on_a_common_terminal(acts, monkeypatch):
             # Half a number is another number: 0.5 and 67 in the next line read as 0.5.
             for value in (found.min_norm[layer], found.max_norm[layer], found.std[layer].max()):
                 assert f"{float(value):.3g}" in words
-
-
-class _OutsideError(Exception):
-    """What a signal raises that comes before the command heeds it, or after."""
-
-
-def _outside(*_):
-    raise _OutsideError
-
-
-def _signal_at(at):
-    """A trace function that sends SIGTERM at step `at` of the interpreter in the guard around a job."""
-    return at_opcode(
-        at, lambda code: code.co_name in {"stoppable", "stop"}, lambda: signal.raise_signal(signal.SIGTERM)
-    )
-
-
-def _end_of_a_job(out, at):
-    """How the guard around an empty job ends if a signal comes at step `at`, and how many steps it took."""
-    enter, steps = _signal_at(at)
-    trace = sys.gettrace()
-    try:
-        sys.settrace(enter)
-        with stoppable(str(out)):
-            pass
-    except SystemExit as stopped:
-        return stopped.code, steps()
-    except _OutsideError:
-        return "outside", steps()
-    finally:
-        sys.settrace(trace)
-    return "done", steps()
-
-
-def test_a_signal_at_the_very_begin_or_end_of_a_job_is_heeded_or_comes_too_late(tmp_path):
-    before, ends = signal.signal(signal.SIGTERM, _outside), []
-    try:
-        _, steps = _end_of_a_job(tmp_path, 0)
-        for at in range(1, steps + 1):
-            ends.append(_end_of_a_job(tmp_path, at)[0])
-            assert signal.signal(signal.SIGTERM, _outside) is _outside
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    # And nothing else: no signal is told as a traceback.
-    assert set(ends) == {"outside", 143, "done"}
-    assert ends.count(143) > 5
-    assert ends[0] == ends[-1] == "outside"

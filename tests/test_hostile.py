@@ -28,13 +28,38 @@ from broken import MAKERS
 from support import widened
 
 import mmcache
-from mmcache.view import json_ready, overview, statistics_view
+from mmcache.view import (
+    apart,
+    dimension,
+    dimensions,
+    find,
+    health,
+    json_ready,
+    norms,
+    overview,
+    sequence,
+    statistics_view,
+    token,
+    top,
+)
 
 # Of each kind of store: in the suite, and with --slow, where all kinds together make 50,000.
 MUTANTS = (60, 10_000)
 # Seconds that a reader may take, and bytes that it may take beyond the first ones.
 LONGEST, MOST = 1.0, 200 << 20
 
+# What the terminal, notebooks and the page are drawn from.
+LOOKS = (
+    lambda store, site: norms(store, site).to_json(),
+    lambda store, site: norms(store, site, stop=16).to_json(),
+    lambda store, site: health(store, site).to_json(),
+    lambda store, site: apart(store, site).to_json(),
+    lambda store, site: dimensions(store, site).to_json(),
+    lambda store, site: dimension(store, site, store.layers[0], 0).to_json(),
+    lambda store, site: sequence(store, site, store.layers[0], 0).to_json(),
+    lambda store, site: token(store, site, 0).to_json(),
+    lambda store, site: top(store, site, store.layers[0], 0).to_json(),
+)
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 255, 4096, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**47, 2**48 - 1, 2**48, 2**53, 2**63 - 1,
     2**63, 2**64 - 1, 2**64, 10**30, -(2**63), 0.5, 1e308, float("inf"), float("nan"),
@@ -164,6 +189,9 @@ def _look(path):
         *(lambda site=site: store[site].get_position(store.layers[-1], -1) for site in store.sites),
         *(lambda site=site: store[site].gather([0, store.n_tokens - 1, 0]) for site in store.sites),
         *(lambda site=site: statistics_view(store, site) for site in store.sites),
+        *(lambda site=site, view=view: view(store, site) for site in store.sites for view in LOOKS),
+        lambda: find(store, token=3).to_json(),
+        lambda: find(store, "a").to_json(),
     ):
         try:
             ask()
@@ -211,6 +239,7 @@ def test_what_a_stranger_wrote_is_read_or_refused(made, tmp_path, request):
     before, slowest = memory(), (0.0, None)
     roots = [path / "zarr.json"] * 6
     files = [*path.rglob("zarr.json"), *path.rglob("c.*"), *(path / "statistics").rglob("0"), *roots]
+    files += (path / "tokenizer").glob("*")
     files = [file for file in files if file.is_file()]
     dice = random.Random(7)  # noqa: S311
     for number in range(widened(request, MUTANTS)):

@@ -19,16 +19,18 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 # Each knows only those above it. A new module gets a place here: as high as what it imports allows.
 ORDER = [
-    "errors", "dtypes", "geometry", "format", "memory", "page_cache", "dlpack", "syscalls", "descriptor", "held",
-    "aio", "runs", "direct", "window", "files", "draft", "lock", "sums", "statistics", "signed", "names",
-    "manifest", "listing", "tokenizer_file", "shards", "site_statistics", "summary", "devices", "positions",
-    "shard_maps", "checked_rows", "site_map", "row_pieces", "site_rows", "site_view", "together", "flags",
-    "sequences", "xarray_view", "store", "headers", "selection", "outbox", "export", "permutation", "split", "kept",
-    "order", "shares", "feed_plan", "crew", "read_ahead", "buffers", "conversion", "training_batch", "fetcher",
-    "batch_feed", "feed_options", "dataset", "findings", "shard_check", "verify", "repair", "pipeline",
-    "shard_writer", "staging", "block", "columns", "grown", "batch", "writer", "layer_writer", "cache", "wrappers",
-    "families", "sites", "capture", "corpus", "contexts", "loading", "provenance", "tokenise", "room", "plan",
-    "fill", "survey", "extract", "plain", "overview", "view", "terminal", "signals", "commands", "cli", "__main__",
+    "errors", "units", "html", "dtypes", "geometry", "format", "memory", "page_cache", "dlpack", "syscalls",
+    "descriptor", "held", "aio", "runs", "direct", "window", "files", "draft", "lock", "sums", "statistics", "signed",
+    "names", "manifest", "listing", "tokenizer_file", "shards", "shard_statistics", "site_statistics", "summary",
+    "devices", "positions", "shard_maps", "checked_rows", "site_map", "row_pieces", "site_rows", "site_view",
+    "together", "flags", "sequences", "xarray_view", "store", "headers", "selection", "outbox", "export",
+    "permutation", "split", "kept", "lanes", "order", "shares", "feed_plan", "crew", "read_ahead", "buffers",
+    "conversion", "training_batch", "fetcher", "batch_feed", "feed_options", "dataset", "findings", "shard_check",
+    "verify", "repair", "pipeline", "shard_writer", "staging", "block", "columns", "grown", "batch", "writer",
+    "layer_writer", "cache", "wrappers", "families", "sites", "capture", "corpus", "contexts", "loading",
+    "provenance", "tokenise", "room", "settings", "plan", "ranks", "turns", "token_batches", "threads", "fill",
+    "survey", "job", "extract", "plain", "overview", "view", "visible", "tables", "heat", "terminal", "passages",
+    "charts", "progress", "signals", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 # What is imported only when it is used.
@@ -102,7 +104,7 @@ def test_what_is_imported_late_is_what_is_said():
             seen |= {alias.asname or alias.name: node.module.removeprefix("mmcache.") for alias in node.names}
     seen.pop("register_bfloat16")
     assert seen == mmcache._PLACES
-    assert set(seen) == set(mmcache.__all__)
+    assert {*seen, "view"} == set(mmcache.__all__)
 
 
 def test_a_function_is_not_hidden_by_the_module_it_is_in():
@@ -112,6 +114,8 @@ def test_a_function_is_not_hidden_by_the_module_it_is_in():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 5
+    done = subprocess.run([sys.executable, "-c", "import mmcache; mmcache.view.health"], check=False)
+    assert done.returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mmcache.nothing
 

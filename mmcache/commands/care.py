@@ -12,9 +12,10 @@ from rich.console import Console
 
 from mmcache.commands.shared import DTYPES, JSON, LEVEL, PATH, layer_numbers, names, print_json
 from mmcache.export import export as export_store
+from mmcache.progress import BytesBar
 from mmcache.repair import repair as repair_store
 from mmcache.signals import stoppable
-from mmcache.terminal import BytesBar, draw_exported, draw_repaired, draw_report
+from mmcache.terminal import draw_exported, draw_repaired, draw_report
 from mmcache.verify import verify as verify_store
 
 if TYPE_CHECKING:

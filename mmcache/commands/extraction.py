@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -14,14 +14,20 @@ from rich.console import Console
 from mmcache.capture import probe
 from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_json
 from mmcache.corpus import read_texts
-from mmcache.extract import Extraction
+from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
-from mmcache.manifest import is_store, read_manifest
 from mmcache.overview import overview
 from mmcache.plain import sites_table
+from mmcache.progress import ProgressBar
+from mmcache.ranks import find_rank
 from mmcache.signals import stoppable
 from mmcache.sites import describe, resolve
-from mmcache.terminal import ProgressBar, draw_overview, draw_rows, draw_survey
+from mmcache.tables import draw_rows
+from mmcache.terminal import draw_overview, draw_survey
+from mmcache.threads import plan_threads
+
+if TYPE_CHECKING:
+    from mmcache.ranks import Rank
 
 __all__ = ["extract", "sites"]
 
@@ -68,9 +74,11 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
 
 
 def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
-    console = Console(stderr=True)
-    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    _plan_threads(out)
+    rank = find_rank()
+    # One worker tells how far all of them are.
+    console = Console(stderr=True, quiet=rank.number > 0)
+    device = options["device"] or _device(rank)
+    plan_threads(out, rank)
     job = Extraction(
         load_model(model, options["compute_dtype"]),
         load_tokenizer(model),
@@ -103,18 +111,19 @@ def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, 
             planned=lambda survey: draw_survey(console, survey),
             progress=bar.update,
         )
+    if rank.number > 0:
+        return
     if as_json:
         print_json(overview(store.path))
     else:
         draw_overview(Console(), overview(store.path))
 
 
-def _plan_threads(out: Path) -> None:
-    """Compute with as many threads as the plan says: another number may change the last bits."""
-    if is_store(out):
-        threads = read_manifest(out).source.get("numerics", {}).get("threads")
-        if isinstance(threads, int) and threads > 0:
-            torch.set_num_threads(threads)
+def _device(rank: Rank) -> str:
+    """Give each of the workers on a machine a device of its own, as long as there are enough."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{rank.local % torch.cuda.device_count()}" if rank.launcher else "cuda"
 
 
 @click.command()

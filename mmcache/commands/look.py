@@ -8,20 +8,35 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from mmcache.commands.shared import JSON, PATH, SITE, print_json
+from mmcache.charts import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
+from mmcache.commands.shared import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
+from mmcache.passages import draw_sequence, draw_show, draw_token
 from mmcache.store import open_store
-from mmcache.terminal import draw_show, draw_statistics
-from mmcache.view import layer_view, row_view, statistics_view
+from mmcache.view import (
+    Words,
+    apart,
+    dimensions,
+    health,
+    layer_view,
+    load_direction,
+    norms,
+    row_view,
+    sequence,
+    statistics_view,
+    token,
+)
+from mmcache.view.words import surroundings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mmcache.store import Store
+    from mmcache.view import View
+
 __all__ = ["show", "stats"]
 
-
-def _one_site(path: Path, site: str | None) -> tuple[Any, list[str]]:
-    store = open_store(path, partial=True)
-    return store, [site] if site else list(store.sites)
+# Stretches of a norm map in JSON; of so few tokens, each is drawn.
+_BINS = 240
 
 
 @click.command()
@@ -29,33 +44,110 @@ def _one_site(path: Path, site: str | None) -> tuple[Any, list[str]]:
 @click.argument("layer", type=int)
 @click.argument("position", type=int, required=False)
 @SITE
+@click.option("--every-layer", is_flag=True, help="The token at POSITION in all layers.")
+@click.option("--sequence", "number", type=int, help="The text of this sequence, coloured by a number.")
+@click.option(
+    "--by", type=click.Choice(["norm", "value", "difference"]),
+    help="Of a sequence: which number; the difference is from the layer before.  [norm, or value where one is named]",
+)  # fmt: skip
+@click.option("--dimension", type=int, help="Of a sequence: the value of this dimension.")
+@DIRECTION
+@click.option("--start", type=int, default=0, help="Of a sequence: from this of its tokens on.")
+@CONTEXT
 @JSON
-def show(path: Path, layer: int, position: int | None, site: str | None, as_json: bool) -> None:
-    """Show LAYER of a store, or its row at POSITION (negative: from the end, written after `--`)."""
-    store, names = _one_site(path, site)
-    views = [
-        layer_view(store, name, layer) if position is None else row_view(store, name, layer, position) for name in names
-    ]
-    if as_json:
-        print_json(views)
-        return
+def show(path: Path, layer: int, position: int | None, site: str | None, as_json: bool, **options: Any) -> None:
+    """Show LAYER of a store, its row at POSITION (negative: from the end, written after `--`), or a sequence's text."""
+    _check_show(position, options)
+    store = open_store(path, partial=True)
     console = Console()
-    for view in views:
-        draw_show(console, view)
+    if options["number"] is not None:
+        view = _sequence(store, one_site(store, site), layer, options)
+        print_json(view.to_json()) if as_json else draw_sequence(console, view)
+    elif position is not None and options["every_layer"]:
+        name = one_site(store, site)
+        store[name].rows_of([layer])
+        view = token(store, name, position, context=options["context"])
+        print_json(view.to_json()) if as_json else draw_token(console, view, layer)
+    else:
+        names = [site] if site else list(store.sites)
+        views = [_rows(store, name, layer, position, options["context"]) for name in names]
+        if as_json:
+            print_json(views)
+            return
+        for summary in views:
+            draw_show(console, summary)
+
+
+def _check_show(position: int | None, options: dict[str, Any]) -> None:
+    if options["number"] is not None and (position is not None or options["every_layer"]):
+        raise click.UsageError("POSITION and --every-layer show a token, --sequence a text: one of them")
+    if position is None and options["every_layer"]:
+        raise click.UsageError("--every-layer shows one token: POSITION is missing")
+    asked = [name for name in ("by", "dimension", "direction") if options[name] is not None]
+    if options["number"] is None and (asked or options["start"]):
+        raise click.UsageError(f"--{(asked or ['start'])[0]} is about a sequence's text: --sequence is missing")
+    if options["dimension"] is not None and options["direction"] is not None:
+        raise click.UsageError("--dimension and --direction: one of them")
+    named = options["dimension"] is not None or options["direction"] is not None
+    if options["by"] is not None and (options["by"] == "value") != named:
+        raise click.UsageError("--by value is the value of a --dimension or a --direction, and nothing else is")
+
+
+def _sequence(store: Store, site: str, layer: int, options: dict[str, Any]) -> View:
+    direction = options["dimension"]
+    if options["direction"] is not None:
+        direction = load_direction(options["direction"])
+    by = options["by"] or ("norm" if direction is None else "value")
+    return sequence(store, site, layer, options["number"], by=by, direction=direction, start=options["start"])
+
+
+def _rows(store: Store, site: str, layer: int, position: int | None, context: int) -> dict[str, Any]:
+    if position is None:
+        return layer_view(store, site, layer)
+    view = row_view(store, site, layer, position)
+    if not store.has_tokens:
+        return view
+    return view | surroundings(store, view["position"], context, Words(store))
 
 
 @click.command()
 @PATH
 @SITE
+@click.option("--start", type=int, help="Only the norm map, from this position on.")
+@click.option("--stop", type=int, help="Only the norm map, to before this position.")
 @JSON
-def stats(path: Path, site: str | None, as_json: bool) -> None:
+def stats(path: Path, site: str | None, start: int | None, stop: int | None, as_json: bool) -> None:
     """Print each layer's norms, spread and health, from the statistics that the shards carry."""
-    store, names = _one_site(path, site)
-    views = [statistics_view(store, name) for name in names]
+    store = open_store(path, partial=True)
+    found = []
+    for name in [site] if site else store.sites:
+        record = statistics_view(store, name)
+        found.append(record)
+        if as_json:
+            views = [_norms(store, name, start, stop, _BINS), *(view(store, name) for view in _WHOLE)]
+            record |= {view.name: view.to_json() for view in views}
+        elif start is None and stop is None:
+            _draw(Console(), store, record)
+        else:
+            draw_norms(Console(), _norms(store, name, start, stop, map_width(Console())))
     if as_json:
-        print_json(views)
-    else:
-        for view in views:
-            draw_statistics(Console(), view)
-    if any(row["non_finite"] for view in views for row in view["layers"]):
+        print_json(found)
+    if any(row["non_finite"] for record in found for row in record["layers"]):
         sys.exit(1)
+
+
+_WHOLE = (health, apart, dimensions)
+
+
+def _norms(store: Store, site: str, start: int | None, stop: int | None, bins: int) -> View:
+    first, last = start or 0, store.n_tokens if stop is None else stop
+    return norms(store, site, start=first, stop=last, bins=_BINS if last - first <= _BINS else bins)
+
+
+def _draw(console: Console, store: Store, record: dict[str, Any]) -> None:
+    site = record["site"]
+    draw_statistics(console, record)
+    draw_norms(console, norms(store, site, bins=map_width(console)))
+    draw_health(console, health(store, site))
+    draw_apart(console, apart(store, site))
+    draw_dimensions(console, dimensions(store, site))

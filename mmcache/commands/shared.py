@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmcache.plain import json_ready
+from mmcache.visible import plain_json, visible
 
-__all__ = ["DTYPES", "JSON", "LEVEL", "PATH", "SITE", "layer_numbers", "names", "print_json"]
+if TYPE_CHECKING:
+    from mmcache.store import Store
+
+__all__ = [
+    "CONTEXT",
+    "DIRECTION",
+    "DTYPES",
+    "JSON",
+    "LEVEL",
+    "PATH",
+    "SITE",
+    "layer_numbers",
+    "names",
+    "one_site",
+    "print_json",
+]
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
@@ -20,11 +36,31 @@ LEVEL = click.option(
     help="Every byte, or presence, sizes, headers and metadata.",
 )  # fmt: skip
 SITE = click.option("--site", help="Only this site.")
+CONTEXT = click.option(
+    "--context", type=click.IntRange(min=0), default=12, show_default=True, help="Tokens before and behind each."
+)
+DIRECTION = click.option(
+    "--direction", type=click.Path(path_type=Path), metavar="FILE",
+    help="The dot product with the vector in a .npy or .safetensors file.",
+)  # fmt: skip
 
 
 def print_json(data: Any) -> None:
     """Print plain data as JSON; NaN and infinities as zarr writes them."""
-    click.echo(json.dumps(json_ready(data), indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(plain_json(json.dumps(json_ready(data), indent=2, ensure_ascii=False, allow_nan=False)))
+
+
+def one_site(store: Store, site: str | None) -> str:
+    """Give the site asked for, or the only one.
+
+    Raises:
+        UsageError: there are several.
+    """
+    if site is None and len(store.sites) > 1:
+        raise click.UsageError(
+            f"the store has several sites: choose one with --site ({visible(', '.join(store.sites))})"
+        )
+    return store.sites[0] if site is None else site
 
 
 def names(text: str) -> list[str]:

@@ -99,7 +99,9 @@ def _values(look: Look, positions: np.ndarray, by: str, direction: Direction | N
         return look.scores(positions, resolve_direction(look, direction))[:, 0]
     if by == "difference":
         rows = look.rows(positions)
-        found: np.ndarray = np.linalg.norm(rows[:, 1] - rows[:, 0], axis=-1)
+        # Of infinities there is none, which is what NaN says.
+        with np.errstate(invalid="ignore"):
+            found: np.ndarray = np.linalg.norm(rows[:, 1] - rows[:, 0], axis=-1)
         return found
     raise ArgumentError(f"by is {by!r}: expected 'norm', 'value' or 'difference'")
 
@@ -127,20 +129,23 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
 
     Raises:
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        ArgumentError: `context` below 0.
     """
     look = Look(store, site)
     place = store.locate(position)
     position %= store.n_tokens
     rows = look.rows(np.array([position]))[0]
     norm = np.linalg.norm(rows, axis=-1)
+    # Rows of zeros or infinities have no cosine, those of infinities no deviation: NaN says so.
     with np.errstate(divide="ignore", invalid="ignore"):
+        mean, std = rows.mean(axis=-1), rows.std(axis=-1)
         cosine = np.concatenate([[np.nan], (rows[1:] * rows[:-1]).sum(axis=-1) / (norm[1:] * norm[:-1])])
     largest = np.argsort(-np.nan_to_num(np.abs(rows), nan=np.inf), axis=-1, kind="stable")[:, :_LARGEST]
     data = {
         "site": site, "position": position, "sequence": place.sequence, "offset": place.offset,
         "counts": bool(counted(store.read_flags(position, position + 1).numpy())[0]),
         "token": place.token_id, **surroundings(store, position, context, words or Words(store)),
-        "layers": look.layers, "norm": norm, "mean": rows.mean(axis=-1), "std": rows.std(axis=-1), "cosine": cosine,
+        "layers": look.layers, "norm": norm, "mean": mean, "std": std, "cosine": cosine,
         "largest": [
             [{"dimension": int(at), "value": float(row[at])} for at in line]
             for row, line in zip(rows, largest, strict=True)

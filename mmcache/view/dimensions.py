@@ -36,8 +36,9 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
     look = Look(store, site, layers)
     found, sampled = look.statistics()
     mean, std = found.mean.numpy()[look.slots], found.std.numpy()[look.slots]
-    rms = np.sqrt(np.square(mean) + np.square(std))
-    median = np.nanmedian(rms, axis=1) if np.isfinite(rms).any() else np.full(len(rms), np.nan)
+    rms = np.hypot(mean, std)
+    # NaN where no row of a layer counts.
+    median = np.median(rms, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         # A layer whose median is zero has outliers without measure.
         ratios = np.where(rms == 0, 0.0, rms / median[:, None])

@@ -53,11 +53,15 @@ def find(
     which it begins), `tokens` (how many it touches), `sequence`, `offset`, `before`, `text`, `after`.
 
     Raises:
-        ArgumentError: neither or both of text and token; an empty text; a text, while the store keeps no tokenizer.
+        ArgumentError: neither or both of text and token; an empty text; a text, while the store keeps no tokenizer; a
+            number below 0.
         CorruptError: tokens or sequences are damaged.
     """
     if (text is None) == (token is None) or text == "":
         raise ArgumentError("find takes a text that is not empty, or token=, the id of one: exactly one of them")
+    for name, number in (("start", start), ("most_tokens", most_tokens), ("most", most)):
+        if number < 0:
+            raise ArgumentError(f"{name} is {number}: expected 0 or more")
     words = words or Words(store)
     if text is not None and not words.known:
         raise ArgumentError(f"{store.path} keeps no tokenizer, so its text is not known: search with token=, by id")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.shard_statistics import brief_statistics
 from mmcache.view.base import View
 from mmcache.view.look import Look
 
@@ -73,16 +74,19 @@ def _layer(found: SiteStatistics, slot: int, layer: int) -> dict[str, Any]:
 
 def _places(look: Look) -> tuple[list[dict[str, Any]], str | None]:
     """Ask the shards which of them have such rows."""
-    shards = look.folder.present()
+    there = look.folder.present()
+    shards = np.flatnonzero(there)
     chosen = shards
     if len(shards) > _MOST_SHARDS:
-        chosen = [shards[at] for at in np.linspace(0, len(shards) - 1, _MOST_SHARDS).astype(int)]
+        chosen = shards[np.linspace(0, len(shards) - 1, _MOST_SHARDS).astype(int)]
     places = []
-    for slot, block in chosen:
-        brief, rows = look.folder.brief(slot, block)
+    for slot, block in (divmod(number, there.shape[1]) for number in chosen.tolist()):
+        brief, rows = brief_statistics(look.folder, slot, block)
         look.bytes_read += sum(array.nbytes for array in brief.values())
-        bad = np.flatnonzero(brief["non_finite"] + brief["zero_rows"])
         first = block * look.folder.spec.shard_rows
+        if rows > look.folder.spec.rows_in_block(block, look.store.n_tokens):
+            brief = _counted_anew(look, slot, block)
+        bad = np.flatnonzero(brief["non_finite"] + brief["zero_rows"])
         places += [
             {
                 "layer": look.store.layers[slot + int(at)],
@@ -96,6 +100,16 @@ def _places(look: Look) -> tuple[list[dict[str, Any]], str | None]:
     places.sort(key=lambda place: (place["layer"], place["tokens"]))
     said = None if len(chosen) == len(shards) else f"{len(chosen):,} of {len(shards):,} shards were asked where"
     return places, said
+
+
+def _counted_anew(look: Look, slot: int, block: int) -> dict[str, np.ndarray]:
+    """Count the bad rows of a shard in which a crash left more rows than count: its statistics are of all of them."""
+    values = look.folder.open(slot, block).view(-1, look.folder.spec.stat_layers, look.view.d_model)
+    look.bytes_read += values.nbytes
+    broken = ~values.isfinite().all(dim=-1).numpy()
+    first = np.where(broken.any(axis=0), block * look.folder.spec.shard_rows + broken.argmax(axis=0), -1)
+    zeros = (values == 0).all(dim=-1).sum(dim=0).numpy()
+    return {"non_finite": broken.sum(axis=0), "first_non_finite": first, "zero_rows": zeros}
 
 
 def _recount(layer: dict[str, Any], places: list[dict[str, Any]]) -> None:

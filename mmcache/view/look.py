@@ -91,11 +91,8 @@ class Look:
     @cached_property
     def blocks(self) -> np.ndarray:
         """Blocks of which the shards of all layers asked for are there: `[n]` int64, ascending."""
-        wanted = {0} if self.store.layout == "token" else set(self.slots)
-        there = [block for slot, block in self.folder.present() if slot in wanted]
-        numbers, counts = np.unique(np.array(there, np.int64), return_counts=True)
-        whole: np.ndarray = numbers[counts == len(wanted)]
-        return whole
+        wanted = [0] if self.store.layout == "token" else self.slots
+        return np.flatnonzero(self.folder.present()[wanted].all(axis=0))
 
     def span(self, start: int, stop: int | None) -> tuple[int, int]:
         """Check a range of positions: `start` to before `stop`, None for the end."""
@@ -169,7 +166,9 @@ class Look:
             elif isinstance(direction, int):
                 out[start : start + some] = rows[:, :, direction]
             else:
-                out[start : start + some] = (rows * direction).sum(axis=-1)
+                # Zero times infinity: NaN says so.
+                with np.errstate(invalid="ignore"):
+                    out[start : start + some] = (rows * direction).sum(axis=-1)
         return out
 
     def statistics(self) -> tuple[SiteStatistics, str | None]:
@@ -180,15 +179,15 @@ class Look:
         found = load_summary(self.store.path, self.store.manifest, self.site)
         if found is not None:
             return found, None
-        shards = self.folder.present()
+        there = self.folder.present()
+        shards, blocks = int(there.sum()), np.flatnonzero(there.any(axis=0))
         layout = Layout(self.folder.spec, self.folder.spec.shard_rows)
         size = layout.tensors["statistics_crc32c"][3] - layout.tensors["count"][2]
-        if len(shards) * size <= self.budget:
-            self.bytes_read += len(shards) * size
+        if shards * size <= self.budget:
+            self.bytes_read += shards * size
             return self.view.statistics, None
-        blocks = sorted({block for _, block in shards})
-        some = max(1, self.budget // (size * max(1, len(shards) // len(blocks))))
-        chosen = [blocks[at] for at in np.linspace(0, len(blocks) - 1, some).astype(int)]
+        some = max(1, self.budget // (size * max(1, shards // len(blocks))))
+        chosen = blocks[np.linspace(0, len(blocks) - 1, some).astype(int)].tolist()
         return self._merged(chosen), f"the statistics of {len(set(chosen)):,} of {len(blocks):,} blocks, evenly spread"
 
     def _merged(self, blocks: Collection[int]) -> SiteStatistics:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmcache.errors import ArgumentError
 from mmcache.flags import counted
+from mmcache.shard_statistics import brief_statistics
 from mmcache.view.base import View
 from mmcache.view.look import Look
 from mmcache.view.words import Words
@@ -108,15 +109,17 @@ def _of_chunks(look: Look, start: int, stop: int, bins: int) -> tuple[dict[str, 
     blocks, asked = _chosen(look, first, last, each)
     sums = np.zeros((2, len(look.slots), n_bins))
     least, most = np.full((2, len(look.slots), n_bins), np.nan)
+    left_out = 0
     for block in blocks:
         chunks = block * spec.chunks_per_shard + np.arange(spec.chunks_per_shard)
         for at, slot in enumerate([0] if look.store.layout == "token" else look.slots):
-            brief, rows = look.folder.brief(slot, block)
+            brief, rows = brief_statistics(look.folder, slot, block)
             look.bytes_read += sum(array.nbytes for array in brief.values())
             # Of a shard that is ahead of the commit, only inner chunks that count whole.
             whole = -(-rows // spec.chunk_rows)
             if rows > spec.rows_in_block(block, total):
                 whole = spec.rows_in_block(block, total) // spec.chunk_rows
+                left_out = spec.rows_in_block(block, total) % spec.chunk_rows
             here = (chunks[:whole] >= first) & (chunks[:whole] < last)
             into = (chunks[:whole][here] - first) // each
             found = brief["norms"][:whole][here]
@@ -132,8 +135,10 @@ def _of_chunks(look: Look, start: int, stop: int, bins: int) -> tuple[dict[str, 
     data = {
         "level": "chunks", "edges": edges, "mean": mean, "min": least, "max": most, "rows": sums[0].astype(np.int64),
     }  # fmt: skip
-    said = None if asked is None else f"the norms of {len(blocks):,} of {asked:,} shards, evenly spread"
-    return data, said
+    said = [] if asked is None else [f"the norms of {len(blocks):,} of {asked:,} shards, evenly spread"]
+    if left_out:
+        said.append(f"all but the last {left_out:,} tokens: their file holds more than counts")
+    return data, ", ".join(said) or None
 
 
 def _chosen(look: Look, first: int, last: int, each: int) -> tuple[list[int], int | None]:

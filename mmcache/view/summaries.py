@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmcache.view.look import Look
+
 if TYPE_CHECKING:
     from mmcache.store import Store
 
@@ -70,8 +72,11 @@ def row_view(store: Store, site: str, layer: int, position: int) -> dict[str, An
 
 
 def statistics_view(store: Store, site: str) -> dict[str, Any]:
-    """Give the statistics of each layer of a site, merged from its shards; reads no activations."""
-    found = store[site].statistics
+    """Give the statistics of each layer of a site, merged from its shards, or from as many of them as 64 MiB hold.
+
+    Reads no activations; `sampled` says what was left out, or is None.
+    """
+    found, sampled = Look(store, site).statistics()
     scales = found.normalizer("scalar")[1][:, 0]
     layers = []
     for slot, layer in enumerate(store.layers):
@@ -87,11 +92,12 @@ def statistics_view(store: Store, site: str) -> dict[str, Any]:
                 "mean": float(found.mean[slot].mean()),
                 "std": float(std.mean()),
                 "largest_std": {"dimension": int(std.argmax()), "value": float(std.max())},
-                "dead_dimensions": int((std == 0).sum()),
+                # One row alone says nothing about what never changes.
+                "dead_dimensions": int(((std == 0) & (found.count[slot] > 1)).sum()),
                 "zero_rows": int(found.zero_rows[slot]),
                 "non_finite": int(found.non_finite[slot]),
                 "first_non_finite": int(found.first_non_finite[slot]),
                 "overflow": int(found.overflow[slot]),
             }
         )
-    return {"site": site, "d_model": store.d_model(site), "layers": layers}
+    return {"site": site, "d_model": store.d_model(site), "layers": layers, "sampled": sampled}

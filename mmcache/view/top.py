@@ -56,7 +56,7 @@ def top(
     Raises:
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
         ShapeError: the direction does not fit.
-        ArgumentError: `k` below 1.
+        ArgumentError: `k` below 1, `context` below 0.
     """
     if k < 1:
         raise ArgumentError(f"k is {k}: expected 1 or more")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.errors import CorruptError
+from mmcache.errors import ArgumentError, CorruptError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -107,7 +107,13 @@ def _is_byte_level(decoder: Any) -> bool:
 
 
 def surroundings(store: Store, position: int, context: int, words: Words, width: int = 1) -> dict[str, str]:
-    """Give the text of some tokens, and of those around them in the same sequence."""
+    """Give the text of some tokens, and of those around them in the same sequence.
+
+    Raises:
+        ArgumentError: `context` below 0.
+    """
+    if context < 0:
+        raise ArgumentError(f"context is {context}: expected 0 or more")
     span = store.sequences[store.sequences.find(position)]
     first, last = max(span.start, position - context), min(span.stop, position + width + context)
     texts = [words.bytes_of(int(token)) for token in store.read_tokens(first, last)]

@@ -1,0 +1,266 @@
+"""The figure of each view, drawn with plotly: in notebooks, and on the page."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+from mmcache.errors import ArgumentError
+from mmcache.view.style import DARK, LIGHT, colourbar, heat, label, layout, log_range, logs, token_label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mmcache.view.base import View
+    from mmcache.view.style import Style
+
+__all__ = ["draw", "plotly_js"]
+
+# What a figure is made of: traces, and what its layout has of its own.
+_Parts = tuple[list[dict[str, Any]], dict[str, Any]]
+_APART = {0: "", 1: "BOS or special", 2: "first of its sequence", 3: "first of its sequence, BOS or special"}
+_LAYER = {"title": {"text": "layer"}, "type": "category"}
+
+
+def draw(view: View, *, dark: bool = False) -> Figure:
+    """Draw a view. Texts of the store are shown as they are: none of them is taken as markup.
+
+    Args:
+        view: made by a function of `mmcache.view`.
+        dark: light on dark, rather than dark on light.
+
+    Raises:
+        ArgumentError: views of this kind have no figure.
+    """
+    chart = _CHARTS.get(view.name)
+    if chart is None:
+        raise ArgumentError(f"a view of {view.name!r} has no figure: these have one: {', '.join(_CHARTS)}")
+    style = DARK if dark else LIGHT
+    traces, more = chart(view, style)
+    return Figure({"data": traces, "layout": layout(view.title, view.sampled, style, more)})
+
+
+def plotly_js() -> tuple[str, bytes]:
+    """Give plotly.js as the Python package brings it, 5 MB, and its version."""
+    return get_plotlyjs_version(), get_plotlyjs().encode()
+
+
+def _rows_height(rows: int) -> int:
+    return 170 + min(max(24 * rows, 120), 560)
+
+
+def _health(view: View, style: Style) -> _Parts:
+    names = [str(one["layer"]) for one in view["layers"]]
+    kinds = {"non_finite": "rows with NaN or infinity", "zero_rows": "rows of zeros", "n_dead": "dead dimensions"}
+    bars = [
+        {
+            "type": "bar", "name": told, "x": names, "y": np.array([one[kind] for one in view["layers"]]),
+            "marker": {"color": colour},
+        }
+        for (kind, told), colour in zip(kinds.items(), (style.series[3], style.series[1], style.series[0]), strict=True)
+    ]  # fmt: skip
+    return bars, {
+        "xaxis": _LAYER, "yaxis": {"title": {"text": "how many"}, "rangemode": "tozero"}, "barmode": "group",
+        "height": 300,
+    }  # fmt: skip
+
+
+def _norms(view: View, style: Style) -> _Parts:
+    edges, mean = view["edges"], np.asarray(view["mean"], float)
+    z, names = logs(mean), [str(layer) for layer in view["layers"]]
+    single = view["level"] == "tokens"
+    apart = view["apart"] if single else np.zeros(len(edges) - 1, int)
+    low, high = log_range(z[:, apart == 0] if (apart == 0).any() else z)
+    if single:
+        said = [f"position {at:,} · {token_label(text)}{f' · {_APART[int(kind)]}' if kind else ''}"
+                for at, text, kind in zip(edges, view["texts"], apart, strict=False)]  # fmt: skip
+        numbers, told = mean[..., None], "norm %{customdata[0]:.5g}"
+    else:
+        said = [f"positions {a:,} to {b:,}" for a, b in pairwise(edges)]
+        numbers = np.stack([mean, view["min"], view["max"], view["rows"]], axis=-1)
+        told = (
+            "mean %{customdata[0]:.5g}<br>from %{customdata[1]:.5g} to %{customdata[2]:.5g}"
+            "<br>rows that count: %{customdata[3]:,.0f}"
+        )
+    # At most one gap between two tokens: their middles, so that a click says which one.
+    x = edges[:-1] if single else edges
+    traces = [
+        heat(
+            z, low, high, style, x=x, y=names, customdata=numbers.astype(np.float32), hovertext=[said] * len(names),
+            hovertemplate=f"%{{hovertext}}<br>layer %{{y}}<br>{told}<extra></extra>",
+            colorbar=colourbar(low, high, "norm"),
+        )
+    ]  # fmt: skip
+    more: dict[str, Any] = {
+        "xaxis": {"title": {"text": "position"}, "tickformat": ",d", "showgrid": False},
+        "yaxis": {**_LAYER, "showgrid": False},
+        "height": _rows_height(len(names)),
+    }
+    if apart.any():
+        traces.append(_marks(edges, apart, said, style))
+        more["yaxis"]["domain"] = [0, 0.94]
+        bare = dict.fromkeys(("showticklabels", "showgrid", "showline", "zeroline"), False)
+        more["yaxis2"] = {"domain": [0.955, 1], "fixedrange": True, **bare}
+    return traces, more
+
+
+def _marks(edges: np.ndarray, apart: np.ndarray, said: Sequence[str], style: Style) -> dict[str, Any]:
+    """Mark the columns of first and special tokens, on a line of its own above the map."""
+    return {
+        "type": "heatmap", "x": edges[:-1], "y": ["apart"], "z": np.where(apart, 1.0, np.nan)[None], "yaxis": "y2",
+        "colorscale": [[0, style.series[1]], [1, style.series[1]]], "showscale": False, "hovertext": [list(said)],
+        "hovertemplate": "%{hovertext}<extra>left out of the colour range</extra>", "hoverongaps": False,
+    }  # fmt: skip
+
+
+def _line(name: str, x: Sequence[object], y: Any, colour: str, **more: Any) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines+markers", "name": name, "x": [str(one) for one in x],
+        "y": np.asarray(y, float), "line": {"color": colour}, "connectgaps": False, **more,
+    }  # fmt: skip
+
+
+def _apart(view: View, style: Style) -> _Parts:
+    first, special = view["first"], view["special"]
+    lines = [
+        _line("others", view["layers"], view["others"], style.series[0]),
+        _line(f"first of a sequence ({first['tokens']:,})", view["layers"], first["mean"], style.series[1]),
+        _line(f"BOS or special ({special['tokens']:,})", view["layers"], special["mean"], style.series[3],
+              line={"color": style.series[3], "dash": "dot"}),
+    ]  # fmt: skip
+    return lines, {"xaxis": _LAYER, "yaxis": {"title": {"text": "mean norm"}, "type": "log"}, "height": 300}
+
+
+def _dimensions(view: View, style: Style) -> _Parts:
+    ratios = np.asarray(view["ratios"], float)
+    z = logs(ratios)
+    low, high = log_range(z)
+    names, shown = [str(layer) for layer in view["layers"]], [str(int(at)) for at in view["shown"]]
+    trace = heat(
+        z, low, high, style, x=shown, y=names, customdata=ratios[..., None],
+        hovertemplate="dimension %{x}<br>layer %{y}<br>%{customdata[0]:.4g} times the median<extra></extra>",
+        colorbar=colourbar(low, high, "times the median"),
+    )  # fmt: skip
+    return [trace], {
+        "xaxis": {"title": {"text": "dimension"}, "type": "category", "showgrid": False},
+        "yaxis": {**_LAYER, "showgrid": False}, "height": _rows_height(len(names)),
+    }  # fmt: skip
+
+
+def _dimension(view: View, style: Style) -> _Parts:
+    edges, mean, std = np.asarray(view["edges"], float), view["mean"], view["std"]
+    bars = {
+        "type": "bar", "x": (edges[1:] + edges[:-1]) / 2, "y": view["counts"], "width": np.diff(edges),
+        "marker": {"color": style.series[0], "line": {"width": 0}}, "customdata": np.stack([edges[:-1], edges[1:]], 1),
+        "hovertemplate": "%{customdata[0]:.4g} to %{customdata[1]:.4g}<br>%{y:,} tokens<extra></extra>",
+    }  # fmt: skip
+    marked = ((mean, "solid", "mean"), (mean - std, "dot", "-std"), (mean + std, "dot", "+std"))
+    lines = [
+        {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper",
+         "line": {"color": style.series[1], "width": 1.5, "dash": dash},
+         "label": {"text": told, "textposition": "end", "textangle": 0, "font": {"color": style.ink}}}
+        for at, dash, told in marked
+        if np.isfinite(at)
+    ]  # fmt: skip
+    return [bars], {
+        "xaxis": {"title": {"text": "value"}}, "yaxis": {"title": {"text": "tokens"}}, "shapes": lines,
+        "bargap": 0, "height": 280, "showlegend": False,
+    }  # fmt: skip
+
+
+def _sequence(view: View, style: Style) -> _Parts:
+    said = [token_label(text) for text in view["texts"]]
+    bars = {
+        "type": "bar", "x": view["positions"], "y": np.asarray(view["values"], float), "hovertext": said,
+        "marker": {"color": style.series[0]},
+        "hovertemplate": "position %{x:,}<br>%{hovertext}<br>%{y:.5g}<extra></extra>",
+    }  # fmt: skip
+    return [bars], {
+        "xaxis": {"title": {"text": "position"}, "tickformat": ",d"}, "yaxis": {"title": {"text": label(view["by"])}},
+        "bargap": 0, "height": 280, "showlegend": False,
+    }  # fmt: skip
+
+
+def _token(view: View, style: Style) -> _Parts:
+    layers = view["layers"]
+    lines = [
+        _line("norm", layers, view["norm"], style.series[0]),
+        _line("cosine with the layer before", layers, view["cosine"], style.series[1], yaxis="y2"),
+    ]
+    return lines, {
+        "xaxis": {**_LAYER, "anchor": "y2"}, "yaxis": {"title": {"text": "norm"}, "domain": [0.55, 1]},
+        "yaxis2": {"title": {"text": "cosine"}, "domain": [0, 0.45], "range": [-1.05, 1.05]}, "height": 340,
+    }  # fmt: skip
+
+
+def _contexts(rows: Sequence[tuple[str, int, dict[str, Any]]], first: str, style: Style) -> _Parts:
+    """List tokens in their contexts: what is told first of each, its position, and the text."""
+    columns = [
+        [label(told) for told, _, _ in rows],
+        [f"{position:,}" for _, position, _ in rows],
+        [label(_visible(said["before"])[-40:]) for _, _, said in rows],
+        [f"<b>{label(_visible(said['text']))}</b>" for _, _, said in rows],
+        [label(_visible(said["after"])[:40]) for _, _, said in rows],
+    ]
+    table = {
+        "type": "table", "columnwidth": [1.4, 0.8, 3, 1.2, 3],
+        "header": {"values": [first, "position", "before", "token", "after"], "align": "left",
+                   "fill": {"color": style.faint}, "font": {"color": style.ink}},
+        "cells": {"values": columns, "align": ["left", "left", "right", "left", "left"],
+                  "fill": {"color": style.paper}, "font": {"color": style.ink}},
+    }  # fmt: skip
+    return [table], {"height": 160 + min(24 * len(rows), 600), "margin": {"l": 8, "r": 8, "t": 60, "b": 8}}
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+
+
+def _top(view: View, style: Style) -> _Parts:
+    rows = [
+        (f"{band['name']}: {one['value']:.5g}", one["position"], one)
+        for band in view["bands"]
+        for one in band["examples"]
+    ]
+    return _contexts(rows, "value", style)
+
+
+def _find(view: View, style: Style) -> _Parts:
+    rows = [(f"sequence {one['sequence']:,}", one["position"], one) for one in view["matches"]]
+    return _contexts(rows, "where", style)
+
+
+def _lens(view: View, style: Style) -> _Parts:
+    chances, texts = np.asarray(view["probabilities"], float), view["texts"]
+    names = [str(layer) for layer in view["layers"]]
+    trace = {
+        "type": "heatmap", "z": chances, "zmin": 0, "zmax": 1, "colorscale": style.scale, "hoverongaps": False,
+        "x": np.arange(1, chances.shape[1] + 1), "y": names,
+        "text": [[token_label(text) for text in line] for line in texts], "texttemplate": "%{text}",
+        "customdata": np.asarray(view["tokens"])[..., None],
+        "hovertemplate": "layer %{y}, rank %{x}<br>%{text} (id %{customdata[0]})<br>"
+                         "probability %{z:.4f}<extra></extra>",
+        "colorbar": {"title": {"text": "probability", "side": "right"}, "thickness": 12, "outlinewidth": 0},
+    }  # fmt: skip
+    return [trace], {
+        "xaxis": {"title": {"text": "rank"}, "dtick": 1, "showgrid": False}, "yaxis": {**_LAYER, "showgrid": False},
+        "height": _rows_height(len(names)),
+    }  # fmt: skip
+
+
+_CHARTS: dict[str, Callable[[View, Style], _Parts]] = {
+    "health": _health,
+    "norms": _norms,
+    "apart": _apart,
+    "dimensions": _dimensions,
+    "dimension": _dimension,
+    "sequence": _sequence,
+    "token": _token,
+    "top": _top,
+    "find": _find,
+    "lens": _lens,
+}

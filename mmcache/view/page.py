@@ -1,0 +1,234 @@
+"""The page: a store, looked at in the browser. Served on the loopback address alone, to who has the token.
+
+Every panel's data is at `/<panel>.json`, as the view of that name gives it. Nothing is written, and no file but the
+store's, and those given at the start, is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import logging
+import secrets
+import socket
+import threading
+import webbrowser
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+import anyio
+import numpy as np
+import uvicorn
+from anyio.to_thread import run_sync
+from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from mmcache.errors import ArgumentError, MmcacheError
+from mmcache.plain import json_ready
+from mmcache.view.figures import plotly_js
+from mmcache.view.gate import Gate
+from mmcache.view.panels import DRAWING, PANELS, Source, parse
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+    from starlette.types import ASGIApp
+
+    from mmcache.view.base import View
+
+__all__ = ["Page", "serve"]
+
+_ADDRESS = "127.0.0.1"
+_STATIC = Path(__file__).parent / "static"
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# Views that are computed at once.
+_AT_ONCE = 2
+# Of gzip: higher ones take much longer for a few percent.
+_LEVEL = 6
+
+
+class Page:
+    """A page about a store, and its address; `run` serves it.
+
+    Args:
+        source: the store, and what was given with it.
+        port: to serve on; 0 for one that is free.
+
+    Attributes:
+        port: the one that was taken.
+        token: what requests must have.
+
+    Raises:
+        ArgumentError: the port is taken, or may not be used.
+    """
+
+    def __init__(self, source: Source, *, port: int = 0) -> None:
+        self.source = source
+        self._socket = _listening(port)
+        self.port: int = self._socket.getsockname()[1]
+        self.token = secrets.token_urlsafe(32)
+        self._room = anyio.CapacityLimiter(_AT_ONCE)
+        app: ASGIApp = Starlette(
+            routes=[
+                Route("/", functools.partial(_file, name="index.html")),
+                Route("/page.json", self._facts),
+                Route("/plotly.js", self._plotly),
+                Route("/{panel}.json", self._panel),
+                Route("/{name}", _file),
+            ],
+            exception_handlers={MmcacheError: _refused, Exception: _failed},
+        )
+        app = GZipMiddleware(app, minimum_size=500, compresslevel=_LEVEL)
+        config = uvicorn.Config(
+            Gate(app, port=self.port, token=self.token), log_level="warning", access_log=False, lifespan="off",
+            ws="none", server_header=False, timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+
+    @property
+    def url(self) -> str:
+        """The address, with the token."""
+        return f"http://{_ADDRESS}:{self.port}/?token={self.token}"
+
+    def run(self) -> None:
+        """Serve until `stop` is called, or Ctrl-C is pressed: that is raised as KeyboardInterrupt."""
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Let `run` come to its end. May be called from any thread."""
+        self._server.should_exit = True
+
+    async def _facts(self, _request: Request) -> Response:
+        facts = await run_sync(self.source.facts, limiter=self._room)
+        version, _, _ = await run_sync(_packed_plotly)
+        return _json(facts | {"plotly": f"plotly.js?version={version}"})
+
+    async def _panel(self, request: Request) -> Response:
+        panel = PANELS.get(request.path_params["panel"])
+        if panel is None:
+            return _json({"error": f"no such panel: there are {', '.join(PANELS)}"}, 404)
+        given = parse_qsl(request.url.query, keep_blank_values=True)
+        asked = parse([(name, text) for name, text in given if name != "token"], {**panel.parameters, **DRAWING})
+        work = functools.partial(_drawn, lambda: panel.view(self.source, asked), asked)
+        body = await run_sync(work, limiter=self._room, abandon_on_cancel=True)
+        return Response(body, media_type="application/json")
+
+    @staticmethod
+    async def _plotly(request: Request) -> Response:
+        _, plain, packed = await run_sync(_packed_plotly)
+        # Its address changes with its version.
+        headers = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            return Response(packed, media_type="text/javascript", headers=headers | {"Content-Encoding": "gzip"})
+        # Said, so that it is not packed again.
+        return Response(plain, media_type="text/javascript", headers=headers | {"Content-Encoding": "identity"})
+
+
+def _listening(port: int) -> socket.socket:
+    if not 0 <= port < 1 << 16:
+        raise ArgumentError(f"port is {port}: expected 0 to 65535")
+    listener = socket.socket()
+    # So that a page that just ended leaves its port to the next one.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_ADDRESS, port))
+        # From now on requests wait until they are served.
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ArgumentError(f"port {port} cannot be used ({error.strerror}): name another, or none") from error
+    return listener
+
+
+@functools.cache
+def _packed_plotly() -> tuple[str, bytes, bytes]:
+    version, plain = plotly_js()
+    return version, plain, gzip.compress(plain, _LEVEL, mtime=0)
+
+
+@functools.cache
+def _files() -> dict[str, tuple[bytes, str]]:
+    """Read the files of the page: what is not among them cannot be asked for."""
+    return {file.name: (file.read_bytes(), _TYPES[file.suffix]) for file in _STATIC.iterdir() if file.suffix in _TYPES}
+
+
+async def _file(request: Request, name: str | None = None) -> Response:
+    found = _files().get(name or request.path_params["name"])
+    if found is None:
+        return PlainTextResponse("there is no such file\n", 404)
+    return Response(found[0], media_type=found[1])
+
+
+def _drawn(make: Callable[[], View], asked: dict[str, Any]) -> bytes:
+    """Compute a view, and write it as JSON with what was asked for."""
+    view = make()
+    shown = view
+    if asked["brief"]:
+        tables = {name for name, value in view.data.items() if isinstance(value, np.ndarray) and value.ndim > 1}
+        shown = replace(view, data={name: value for name, value in view.data.items() if name not in tables})
+    ready = shown.to_json()
+    if asked["figure"]:
+        ready["figure"] = json.loads(view.figure(dark=asked["dark"]).to_json())
+    return json.dumps(ready, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _json(ready: dict[str, Any], status: int = 200) -> Response:
+    return JSONResponse(json_ready(ready), status)
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    return _json({"error": str(error)}, 400)
+
+
+async def _failed(_request: Request, _error: Exception) -> Response:
+    # The server's log has the traceback; who asks gets none of it.
+    return _json({"error": "this failed inside mmcache: the terminal says how"}, 500)
+
+
+def serve(
+    path: str | os.PathLike[str],
+    *,
+    port: int = 0,
+    open_browser: bool = True,
+    direction: str | os.PathLike[str] | None = None,
+    unembedding: str | None = None,
+    announce: Callable[[str], object] = print,
+) -> None:
+    """Serve the page about a store, until Ctrl-C.
+
+    Args:
+        path: the store's folder; shards may be missing.
+        port: 0 for one that is free.
+        open_browser: open the page in it.
+        direction: a file that `load_direction` reads, for the panels that take one.
+        unembedding: the name of the model whose head the lens uses.
+        announce: is told the address, which has the token in it.
+
+    Raises:
+        MmcacheError: the store, the direction or the model cannot be read.
+        ArgumentError: the port is taken.
+    """
+    source = Source(path, direction, unembedding)
+    page = Page(source, port=port)
+    announce(page.url)
+    # Figures take a while to get ready, and the first one need not wait for that.
+    threading.Thread(target=_packed_plotly, daemon=True).start()
+    if open_browser:
+        # Some browsers keep who opens them waiting until they are closed.
+        threading.Thread(target=webbrowser.open, args=(page.url,), daemon=True).start()
+    try:
+        page.run()
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).debug("ended by Ctrl-C")
+    finally:
+        source.store.close()

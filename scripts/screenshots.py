@@ -1,0 +1,127 @@
+"""Make the README's pictures, of the demo model on Python's own sources: a terminal, and the page.
+
+    python scripts/screenshots.py [--out docs] [--only terminal|page]
+
+The page is drawn by a browser, Chromium or Chrome; with no network, as all of it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import shutil
+import sysconfig
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+import mmcache
+from mmcache.charts import draw_health, draw_norms, draw_statistics, map_width
+from mmcache.loading import load_model, load_tokenizer
+from mmcache.view import health, norms, statistics_view
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from playwright.sync_api import Browser
+
+    from mmcache.store import Store
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Without what a browser asks the world by itself, and without what containers do not have.
+_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run", "--disable-quic",
+)  # fmt: skip
+_NAME = "demo-acts"
+_COLUMNS = 88
+_WINDOW = (1280, 850)
+# A text coloured by its norms, and one of its tokens at every layer.
+_SHOWN = "panel=text&site=mlp_out&layer=2&sequence=3&by=norm&position=1600"
+
+
+def demo_store(path: Path) -> Store:
+    """Make the store of `scripts/demo`."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    files = [*sorted((stdlib / "json").glob("*.py")), *sorted((stdlib / "logging").glob("*.py"))]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    return mmcache.extract(load_model("demo", None), load_tokenizer("demo"), texts, path, sites=("mlp_in", "mlp_out"))
+
+
+def terminal(store: Store, site: str) -> str:
+    """Draw as SVG what `mmcache stats` begins with."""
+    console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor",
+                      no_color=False)  # fmt: skip
+    draw_statistics(console, statistics_view(store, site))
+    draw_norms(console, norms(store, site, bins=map_width(console)))
+    draw_health(console, health(store, site))
+    drawn = console.export_svg(title=f"mmcache stats {_NAME} --site {site}")
+    # Fonts that would come from elsewhere: any monospaced one does, since each line says how wide it is.
+    return re.sub(r"\s*@font-face \{.*?\}|<!--.*?-->\s*", "", drawn, flags=re.DOTALL)
+
+
+def browser_path() -> str | None:
+    """Find the browser; None if there is none."""
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    """Start the browser, and end it."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 -- the terminal needs none
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=browser_path(), args=list(_FLAGS))
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+def page(path: Path, started: Browser, picture: Path) -> None:
+    """Serve the page about a store, and take its picture."""
+    from mmcache.view.page import Page  # noqa: PLC0415 -- the terminal needs none
+    from mmcache.view.panels import Source  # noqa: PLC0415 -- as above
+
+    served = Page(Source(path))
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    try:
+        sheet = started.new_page(viewport={"width": _WINDOW[0], "height": _WINDOW[1]}, color_scheme="light")
+        sheet.goto(f"{served.url}&{_SHOWN}")
+        sheet.wait_for_selector("body[data-ready='1']", state="attached")
+        sheet.screenshot(path=picture)
+        sheet.close()
+    finally:
+        served.stop()
+        thread.join()
+        served.source.store.close()
+
+
+def main() -> None:
+    """Make the pictures that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--only", choices=["terminal", "page"])
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / _NAME
+        store = demo_store(path)
+        if given.only != "page":
+            (given.out / "terminal.svg").write_text(terminal(store, "mlp_out"), encoding="utf-8")
+        store.close()
+        if given.only != "terminal":
+            if browser_path() is None:
+                parser.exit(1, f"the page's picture needs one of {', '.join(_BROWSERS)}\n")
+            with browser() as started:
+                page(path, started, given.out / "page.png")
+
+
+if __name__ == "__main__":
+    main()
