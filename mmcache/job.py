@@ -12,8 +12,9 @@ import torch
 
 from mmcache.capture import capture, probe
 from mmcache.dtypes import activation_dtype
-from mmcache.errors import ArgumentError
+from mmcache.errors import ArgumentError, LockedError
 from mmcache.fill import Fill, forward
+from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
 from mmcache.plan import open_plan
 from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_identity
@@ -185,7 +186,7 @@ class Extraction:
                 tell("wait" if waits else "extract", before + done, total, before, ran, int(done * share))
 
             fill.run(told)
-        return _complete(self._path, keep=rank.number == 0)
+        return _complete(self._path)
 
     def plan(
         self,
@@ -225,13 +226,22 @@ class Extraction:
             )
 
 
-def _complete(path: Path, *, keep: bool) -> Store:
-    """Open the store that is finished now, and (one worker) keep the merged statistics in it."""
+def _complete(path: Path) -> Store:
+    """Open the store that is finished now, and keep the merged statistics in it, if no other worker does."""
     store = open_store(path)
     manifest = read_manifest(path)
-    for site in store.sites if keep else ():
-        if load_summary(path, manifest, site) is None:
-            save_summary(path, manifest, site, store[site].statistics)
+    if all(load_summary(path, manifest, site) is not None for site in store.sites):
+        return store
+    try:
+        lock = FolderLock(path)
+    except LockedError:
+        return store
+    try:
+        for site in store.sites:
+            if load_summary(path, manifest, site) is None:
+                save_summary(path, manifest, site, store[site].statistics)
+    finally:
+        lock.release()
     return store
 
 

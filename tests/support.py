@@ -240,7 +240,7 @@ def abandon(writer):
     inner._closed = True
     inner._lock.release()
     if inner is not writer:
-        writer._closed, writer._view = True, None
+        writer._closed, writer._read = True, None
 
 
 def file_descriptors():

@@ -202,8 +202,8 @@ def test_all_but_the_pages_at_the_ends_of_a_piece_go_to_the_device(tmp_path, mon
 def test_slots_wait_for_each_other_only_while_the_ring_has_room(tmp_path, monkeypatch):
     # The caller's copies come first; but a ring that is full has to be emptied.
     notes, pipeline = [], Pipeline(1 << 18)
-    copy, submit = staging._copy, pipeline.submit
-    monkeypatch.setattr(staging, "_copy", lambda *given: (notes.append("copy"), copy(*given))[1])
+    copy, submit = staging._copy_plain, pipeline.submit
+    monkeypatch.setattr(staging, "_copy_plain", lambda *given: (notes.append("copy"), copy(*given))[1])
     monkeypatch.setattr(pipeline, "submit", lambda job: (notes.append("submit"), submit(job)))
     stager, spec = Stager(pipeline), spec_of(torch.float32, 1024, shard=4096, chunk=512)
     shard = shard_writer(tmp_path / "c", spec)
