@@ -97,3 +97,23 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
 def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path):
     with pytest.raises(WriteError, match="locking the store"):
         FolderLock(tmp_path / "nowhere")
+
+
+def test_who_waits_gets_the_lock_when_it_is_free(tmp_path):
+    before, asked = FolderLock(tmp_path), []
+
+    def waiting():
+        asked.append(True)
+        if len(asked) == 2:
+            before.release()
+
+    FolderLock.wait(tmp_path, waiting).release()
+    assert len(asked) == 2
+    FolderLock.wait(tmp_path, lambda: pytest.fail("nobody has it")).release()
+
+
+def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    with pytest.raises(WriteError, match="gives no locks") as told:
+        FolderLock(tmp_path)
+    assert told.value.filename == str(tmp_path)
