@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Fill", "NonFiniteWarning", "forward"]
 
-# Seconds between two looks at what others make.
-_LOOK_AGAIN = 1.0
+# Seconds between two looks at what others make: in the beginning, and at the most.
+_LOOK_AGAIN, _LOOK_AT_LAST = 1.0, 30.0
 
 
 class Tell(Protocol):
@@ -93,7 +93,7 @@ class Fill:
         self._block: Block | None = None
         self._bad: list[str] = []
         self._warned = False
-        self._alone = rank.of == 1
+        self._rank = rank
         self._turns = Turns(path, manifest, rank)
         missing = self._turns.missing
         # Others have taken the room for theirs already.
@@ -130,19 +130,20 @@ class Fill:
                 self._block.discard()
 
     def _take_turns(self, tell: Tell) -> None:
-        idle = False
+        pause = 0.0
         while self._turns.wanted.any():
             turn = self._turns.take()
             if len(turn):
                 self._make(turn, tell)
+                pause = 0.0
             else:
                 # What is left is under way: here, or elsewhere, where its maker may yet die.
                 self._pipeline.drain()
-                time.sleep(_LOOK_AGAIN if idle else 0)
-                self._tell(tell, waits=idle)
-            idle = not len(turn)
+                time.sleep(pause)
+                self._tell(tell, waits=pause > 0)
+                pause = min(max(_LOOK_AGAIN, 1.5 * pause), _LOOK_AT_LAST)
             self._turns.look()
-        if not self._alone:
+        if self._rank.of > 1:
             tell(self.tokens, self._ran, waits=False)
 
     def _make(self, turn: np.ndarray, tell: Tell) -> None:
@@ -157,12 +158,12 @@ class Fill:
             self._warn()
 
     def _tell(self, tell: Tell, *, waits: bool = False) -> None:
-        """Say how far it is. Of what others make is told what is there, which is looked at now and then."""
-        if self._alone:
+        """Say how far it is. Of what others make is told what is there; the first worker looks at it now and then."""
+        if self._rank.of == 1:
             tell(self._done, self._ran, waits=waits)
             return
         began = time.monotonic()
-        if began >= self._told:
+        if began >= self._told and self._rank.number == 0:
             self._turns.look()
             self._told = began + max(_LOOK_AGAIN, 50 * (time.monotonic() - began))
         tell(self.tokens - self._tokens_of(self._turns.wanted), self._ran, waits=waits)

@@ -147,6 +147,13 @@ def test_stretches_of_which_nothing_is_there_are_dots(store):
     assert "· nothing counts there" in " ".join(found.split())
 
 
+def test_the_ends_of_a_line_are_two_numbers_however_long_they_are(store):
+    view = views.norms(store, SITE, bins=1)
+    data = view.data | {"min": np.full((LAYERS, 1), 1.25e-100), "max": np.full((LAYERS, 1), 1.25e100)}
+    found = told(draw_norms, View("norms", "Norms", "", data), 60)
+    assert [line.split()[-2:] for line in found.splitlines()[2:5]] == [["1.25e-100", "1.25e+100"]] * LAYERS
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_single_tokens_have_a_line_each_with_their_norms_and_what_they_are(store, rows, width):
     view = views.norms(store, SITE, start=295, stop=305)

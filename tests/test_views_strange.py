@@ -58,6 +58,13 @@ def test_a_layer_of_which_nothing_is_finite_is_told_beside_one_that_is_fine(tmp_
     )  # fmt: skip
 
 
+def test_a_row_that_is_infinite_in_two_layers_has_no_difference(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(2, 5, WIDTH))
+    rows[:, 3, 7] = np.inf
+    view = views.sequence(make(tmp_path / "acts", rows), "a", 1, 0, by="difference")
+    assert np.isnan(view["values"]).tolist() == [False, False, False, True, False]
+
+
 @pytest.mark.parametrize("layout", ["token", "layer"])
 def test_one_row_alone_has_no_dead_dimensions(tmp_path, layout):
     store = make(tmp_path / "acts", np.random.default_rng(0).normal(size=(2, 1, WIDTH)), layout)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmcache.plain import json_ready
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from plotly.graph_objects import Figure
 
-__all__ = ["View"]
+__all__ = ["Name", "View", "written"]
+
+
+class Name(str):
+    """The name of a variable, which is written as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def written(view: Callable[..., View], *given: object, **named: object) -> str:
+    """Write the Python that makes a view: its arguments behind the store, in order, then those that are no defaults."""
+    usual = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
+    more = [f"{name}={value!r}" for name, value in named.items() if value != usual[name]]
+    return f"mmcache.view.{view.__name__}({', '.join(['store', *map(repr, given), *more])})"
 
 
 @dataclass(frozen=True, eq=False)

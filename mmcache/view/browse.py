@@ -8,8 +8,8 @@ import numpy as np
 
 from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.flags import counted
-from mmcache.view.base import View
-from mmcache.view.direction import resolve_direction
+from mmcache.view.base import View, written
+from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import Look
 from mmcache.view.words import Words, surroundings
 
@@ -77,7 +77,7 @@ def sequence(
     return View(
         "sequence",
         f"Sequence {number:,} by {by} of {site}, layer {layer}",
-        _python(site, layer, number, by, direction, start),
+        written(sequence, site, layer, number, by=by, direction=named(direction), start=start),
         data,
         None if len(positions) == length else f"tokens {start:,} to {start + len(positions):,} of {length:,}",
         look.bytes_read,
@@ -104,13 +104,6 @@ def _values(look: Look, positions: np.ndarray, by: str, direction: Direction | N
             found: np.ndarray = np.linalg.norm(rows[:, 1] - rows[:, 0], axis=-1)
         return found
     raise ArgumentError(f"by is {by!r}: expected 'norm', 'value' or 'difference'")
-
-
-def _python(site: str, layer: int, number: int, by: str, direction: Direction | None, start: int) -> str:
-    asked = "" if by == "norm" else f", by={by!r}"
-    if direction is not None:
-        asked += f", direction={direction if isinstance(direction, int) else 'direction'}"
-    return f"mmcache.view.sequence(store, {site!r}, {layer}, {number}{asked}{f', start={start}' if start else ''})"
 
 
 def token(store: Store, site: str, position: int, *, context: int = 12, words: Words | None = None) -> View:
@@ -152,4 +145,4 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
         ],
     }  # fmt: skip
     title = f"Token at {position:,} of {site}, every layer"
-    return View("token", title, f"mmcache.view.token(store, {site!r}, {position})", data, None, look.bytes_read)
+    return View("token", title, written(token, site, position, context=context), data, None, look.bytes_read)

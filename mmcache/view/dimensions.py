@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, OutOfRangeError
-from mmcache.view.base import View
+from mmcache.view.base import View, written
 from mmcache.view.look import BUDGET, Look
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
         "site": site, "layers": look.layers, "d_model": look.view.d_model, "median": median, "outliers": outliers,
         "shown": shown, "ratios": ratios[:, shown],
     }  # fmt: skip
-    asked = f", layers={list(layers)}" if layers is not None else ""
-    python = f"mmcache.view.dimensions(store, {site!r}{asked})"
+    python = written(dimensions, site, layers=None if layers is None else list(layers), most=most)
     return View("dimensions", f"Outlier dimensions of {site}", python, data, sampled, look.bytes_read)
 
 

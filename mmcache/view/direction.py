@@ -10,6 +10,7 @@ import safetensors
 import torch
 
 from mmcache.errors import ArgumentError, ShapeError
+from mmcache.view.base import Name
 from mmcache.view.dimensions import check_dimension
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from mmcache.view.look import Look
 
-__all__ = ["Direction", "load_direction", "resolve_direction"]
+__all__ = ["Direction", "load_direction", "named", "resolve_direction"]
 
 # A dimension's number, or a vector.
 Direction = int | np.ndarray | torch.Tensor
@@ -65,3 +66,8 @@ def resolve_direction(look: Look, direction: Direction | None) -> np.ndarray | i
     if vector.shape not in shapes:
         raise ShapeError(f"direction is {vector.shape}: expected {shapes[0]} or {shapes[1]} for {look.site}")
     return vector
+
+
+def named(direction: Direction | None) -> int | Name | None:
+    """Give what a view's Python says of a direction: a dimension's number, or the variable that the vector is in."""
+    return direction if direction is None or isinstance(direction, int) else Name("direction")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.view.base import View
+from mmcache.view.base import View, written
 from mmcache.view.words import Words, surroundings
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ def find(
     return View(
         "find",
         f"{query!r}: {count:,} times in {len(sequences):,} sequences",
-        f"mmcache.view.find(store, {text!r})" if text is not None else f"mmcache.view.find(store, token={token})",
+        written(
+            find, *([] if text is None else [text]), token=token, start=start, most_tokens=most_tokens, most=most,
+            context=context,
+        ),
         {
             "query": query, "count": count, "sequences": len(sequences), "looked": looked,
             "matches": [_place(store, words, position, width, context) for position, width in places],

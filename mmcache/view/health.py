@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.shard_statistics import brief_statistics
-from mmcache.view.base import View
+from mmcache.view.base import View, written
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def health(store: Store, site: str) -> View:
     return View(
         "health",
         f"Health of {site}",
-        f"mmcache.view.health(store, {site!r})",
+        written(health, site),
         {"site": site, "layers": layers, "places": places, "problems": _problems(layers, places)},
         sampled,
         look.bytes_read,

@@ -13,7 +13,7 @@ import torch
 
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
 from mmcache.loading import load_model
-from mmcache.view.base import View
+from mmcache.view.base import Name, View, written
 from mmcache.view.look import Look
 from mmcache.view.words import Words, surroundings
 
@@ -150,5 +150,6 @@ def lens(
         "entropy": -torch.special.xlogy(chances, chances).sum(dim=1).numpy(),
     }  # fmt: skip
     title = f"Logit lens at {position:,} of {site}"
-    python = f"mmcache.view.lens(store, {site!r}, {position}, unembedding)"
+    chosen = None if layers is None else list(layers)
+    python = written(lens, site, position, Name("unembedding"), layers=chosen, k=k)
     return View("lens", title, python, data, None, look.bytes_read)

@@ -9,7 +9,7 @@ import numpy as np
 from mmcache.errors import ArgumentError
 from mmcache.flags import counted
 from mmcache.shard_statistics import brief_statistics
-from mmcache.view.base import View
+from mmcache.view.base import View, written
 from mmcache.view.look import Look
 from mmcache.view.words import Words
 
@@ -67,11 +67,11 @@ def norms(
     start, stop = look.span(start, stop)
     single = stop - start <= bins and (stop - start) * look.record_bytes <= _ROW_BYTES
     data, sampled = _of_tokens(look, start, stop, words) if single else _of_chunks(look, start, stop, bins)
-    asked = f", layers={list(layers)}" if layers is not None else ""
+    chosen = None if layers is None else list(layers)
     return View(
         "norms",
         f"Norms of {site}, positions {start:,} to {stop:,}",
-        f"mmcache.view.norms(store, {site!r}{asked}, start={start}, stop={stop})",
+        written(norms, site, layers=chosen, start=start, stop=stop, bins=bins),
         {"site": site, "layers": look.layers, **data},
         sampled,
         look.bytes_read,
@@ -195,7 +195,7 @@ def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> Vi
     return View(
         "apart",
         f"First and special tokens of {site}",
-        f"mmcache.view.apart(store, {site!r})",
+        written(apart, site, layers=None if layers is None else list(layers)),
         {"site": site, "layers": look.layers, "others": found.mean_norm.numpy()[look.slots], **kinds},
         sampled,
         look.bytes_read,

@@ -119,7 +119,7 @@ class Page:
             return _json({"error": f"no such panel: there are {', '.join(PANELS)}"}, 404)
         given = parse_qsl(request.url.query, keep_blank_values=True)
         asked = parse([(name, text) for name, text in given if name != "token"], {**panel.parameters, **DRAWING})
-        work = functools.partial(_drawn, lambda: panel.view(self.source, asked), asked)
+        work = functools.partial(_drawn, lambda: panel.make(self.source, asked), asked)
         body = await run_sync(work, limiter=self._room, abandon_on_cancel=True)
         return Response(body, media_type="application/json")
 

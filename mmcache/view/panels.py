@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,18 +161,10 @@ class Panel:
     Attributes:
         make: gives the view, from the source and the parameters.
         parameters: by name.
-        unsaid: those of them that the view's `python` does not say by itself.
     """
 
     make: Callable[[Source, dict[str, Any]], View]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    unsaid: tuple[str, ...] = ()
-
-    def view(self, source: Source, asked: dict[str, Any]) -> View:
-        """Give the view, with the Python that gives just that."""
-        view = self.make(source, asked)
-        more = [f", {name}={asked[name]}" for name in self.unsaid if asked[name] != self.parameters[name].default]
-        return replace(view, python=f"{view.python.removesuffix(')')}{''.join(more)})")
 
 
 def parse(given: list[tuple[str, str]], wanted: Mapping[str, Parameter]) -> dict[str, Any]:
@@ -281,21 +273,19 @@ PANELS: dict[str, Panel] = {
     "health": Panel(_health, _SITE),
     "norms": Panel(
         _norms, {**_SITE, **_START, "stop": Parameter("integer"), "bins": Parameter("integer", 240, 1, 2000)},
-        ("bins",),
     ),
     "apart": Panel(_apart, _SITE),
-    "dimensions": Panel(_dimensions, {**_SITE, "most": Parameter("integer", 24, 1, 1000)}, ("most",)),
+    "dimensions": Panel(_dimensions, {**_SITE, "most": Parameter("integer", 24, 1, 1000)}),
     "dimension": Panel(_dimension, {**_LAYER, "dimension": Parameter("integer", 0)}),
     "sequence": Panel(_sequence, {**_LAYER, "sequence": Parameter("integer", 0), "by": _BY, **_DIMENSION, **_START}),
-    "token": Panel(_token, {**_POSITION, **_CONTEXT}, ("context",)),
+    "token": Panel(_token, {**_POSITION, **_CONTEXT}),
     "top": Panel(
-        _top, {**_LAYER, **_DIMENSION, "k": Parameter("integer", 10, 1, 200), **_CONTEXT}, ("k", "context")
+        _top, {**_LAYER, **_DIMENSION, "k": Parameter("integer", 10, 1, 200), **_CONTEXT}
     ),
     "find": Panel(
         _find,
         {"text": Parameter("text", high=10_000), "id": Parameter("integer"), **_START,
          "most": Parameter("integer", 50, 1, 1000), **_CONTEXT},
-        ("start", "most", "context"),
     ),
-    "lens": Panel(_lens, {**_POSITION, "k": Parameter("integer", 8, 1, 50)}, ("k",)),
+    "lens": Panel(_lens, {**_POSITION, "k": Parameter("integer", 8, 1, 50)}),
 }  # fmt: skip

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.view.base import View
-from mmcache.view.direction import resolve_direction
+from mmcache.view.base import View, written
+from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import BUDGET, Look
 from mmcache.view.words import Words, surroundings
 
@@ -78,7 +78,7 @@ def top(
     return View(
         "top",
         f"Tokens by {what} of {site}, layer {layer}",
-        f"mmcache.view.top(store, {site!r}, {layer}, {resolved if isinstance(resolved, int) else 'direction'})",
+        written(top, site, layer, named(resolved), k=k, context=context, budget=budget),
         data,
         sample.said,
         look.bytes_read,
