@@ -76,6 +76,7 @@ class LayerWriter(GrownStore):
                     rows=rows,
                     policy=self._policy,
                     durable=self._durable,
+                    later=True,
                 )
                 stager.stage(shard, [tensor.detach()[first : first + rows]])
                 stager.flush()
@@ -94,8 +95,8 @@ class LayerWriter(GrownStore):
                 f"layer {number} has shape {list(tensor.shape)}: expected [seq_len, d_model], neither of them 0 "
                 f"(a batch of one is squeezed with tensor[0])"
             )
-        activation_dtype(tensor.dtype, what=f"layer {number}")
         if self._pushed is None:
+            activation_dtype(tensor.dtype, what=f"layer {number}")
             return
         expected = [self._manifest.n_tokens, self._manifest.sites[self._site]]
         if list(tensor.shape) != expected:
@@ -103,6 +104,7 @@ class LayerWriter(GrownStore):
                 f"layer {number} has shape {list(tensor.shape)}: expected {expected}, as the layers before it"
             )
         if tensor.dtype != self._pushed:
+            activation_dtype(tensor.dtype, what=f"layer {number}")
             raise DtypeError(f"layer {number} is {tensor.dtype}: expected {self._pushed}, as the layers before it")
 
     def _first(self, tensor: torch.Tensor) -> Manifest:

@@ -33,8 +33,8 @@ def _layout(spec: ShardSpec, rows: int) -> Layout:
 class ShardWriter:
     """One shard that is being filled, in order. Equal, byte for byte, to `format.encode` of the same rows.
 
-    Made in the caller's thread, which meets a full disk there; digested, written and published in the
-    pipeline's threads, each of which touches only its own part of the state.
+    Made in the caller's thread, which meets a full disk there unless it is told to leave that to the write thread;
+    digested, written and published in the pipeline's threads, each of which touches only its own part of the state.
 
     Args:
         path: the final name.
@@ -44,6 +44,7 @@ class ShardWriter:
         rows: rows it will have, where that is known: their space is reserved at once.
         policy: what goes past the page cache.
         durable: sync before the rename.
+        later: make the file when the first bytes are written: a caller who has computed all rows loses nothing by it.
         inspect: called, in the digest thread, with the finished statistics; raising there keeps the shard from
             being published.
     """
@@ -58,6 +59,7 @@ class ShardWriter:
         rows: int | None,
         policy: PageCachePolicy,
         durable: bool,
+        later: bool = False,
         inspect: Callable[[Mapping[str, np.ndarray]], None] | None = None,
     ) -> None:
         self.spec = spec
@@ -71,9 +73,14 @@ class ShardWriter:
         self._crcs: list[int] = []
         self._crc = 0
         self._tail = b""
-        reserve = _layout(spec, rows).size if rows else 0
         self._policy, self._direct = policy, False
-        self._draft = Draft(path, reserve=reserve)
+        self._path, self._rows = path, rows
+        if not later:
+            _ = self._draft
+
+    @cached_property
+    def _draft(self) -> Draft:
+        return Draft(self._path, reserve=_layout(self.spec, self._rows).size if self._rows else 0)
 
     @cached_property
     def _moments(self) -> Moments | None:
@@ -140,7 +147,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Leave nothing behind. Only while no thread of the pipeline can touch the shard."""
-        self._draft.discard()
+        if "_draft" in self.__dict__:
+            self._draft.discard()
 
 
 class Seal:

@@ -709,7 +709,7 @@ def test_a_failure_while_the_ring_is_full_does_not_hang(path, monkeypatch):
 
 
 @pytest.mark.skipif("MMCACHE_PORTABLE" in os.environ, reason="room is reserved where the system can")
-def test_a_full_disk_is_met_before_the_bytes_are_staged(path, monkeypatch):
+def test_a_full_disk_is_met_before_a_byte_is_written(path, monkeypatch):
     cache, tensors = filled(path, layers=1)
     cache.flush()
     before = tree(path)
@@ -718,11 +718,14 @@ def test_a_full_disk_is_met_before_the_bytes_are_staged(path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(Draft, "write", lambda *_, **__: pytest.fail("written without room"))
     with pytest.raises(mmcache.DiskFullError, match="no room while starting the file") as caught:
+        # At the latest then: the file is made behind the call.
         cache.push(tensors[0])
+        cache.flush()
     assert caught.value.filename.endswith("c.1.0.0")
     monkeypatch.undo()
-    with pytest.raises(mmcache.WriteError, match="interrupted half-way"):
+    with pytest.raises(mmcache.DiskFullError, match="an earlier write failed in the background"):
         cache.close()
     assert tree(path) == before
 
