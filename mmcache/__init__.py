@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mmcache.dtypes import register_bfloat16
 
 if TYPE_CHECKING:
-    from mmcache import view
+    from mmcache import cluster, view
     from mmcache.cache import FullActivationCache
     from mmcache.capture import Captured, capture
     from mmcache.corpus import read_texts
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmcache.errors import (
         ArgumentError,
         ClosedError,
+        ClusterError,
         CorpusError,
         CorruptError,
         DiskFullError,
@@ -72,6 +73,7 @@ _PLACES = {
     "ActivationDataset": "dataset",
     "ArgumentError": "errors",
     "ClosedError": "errors",
+    "ClusterError": "errors",
     "CorpusError": "errors",
     "CorruptError": "errors",
     "DiskFullError": "errors",
@@ -118,6 +120,7 @@ __all__ = [
     "Batch",
     "Captured",
     "ClosedError",
+    "ClusterError",
     "CorpusError",
     "CorruptError",
     "DiskFullError",
@@ -151,6 +154,7 @@ __all__ = [
     "Writer",
     "append",
     "capture",
+    "cluster",
     "create",
     "export",
     "extract",
@@ -175,8 +179,8 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     """Import what a name stands for."""
-    if name == "view":
-        return importlib.import_module("mmcache.view")
+    if name in ("cluster", "view"):
+        return importlib.import_module(f"mmcache.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module 'mmcache' has no attribute {name!r}")
     module = importlib.import_module(f"mmcache.{_PLACES[name]}")

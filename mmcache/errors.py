@@ -17,6 +17,7 @@ MmcacheError
 ├── CorruptError (ValueError)              bytes that break the format
 │   └── VersionError                       a format version that this library does not read
 ├── PlanMismatchError (ValueError)         a resume with other settings than the store's
+├── ClusterError (ConnectionError)          a Ray cluster that is not there, or whose machines cannot do the job
 ├── CorpusError (ValueError)               a text source that cannot be read as asked
 ├── NonFiniteError (ArithmeticError)       NaN or infinity where `strict` allows none
 └── WriteError (OSError)                   a failed write; `errno` and `filename` are the system's
@@ -30,6 +31,7 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "ClosedError",
+    "ClusterError",
     "CorpusError",
     "CorruptError",
     "DiskFullError",
@@ -122,6 +124,10 @@ class VersionError(CorruptError):
 
 class PlanMismatchError(MmcacheError, ValueError):
     """A resume with other settings than those the store was planned with."""
+
+
+class ClusterError(MmcacheError, ConnectionError):
+    """A Ray cluster that is not there, or whose machines cannot do the job together."""
 
 
 class CorpusError(MmcacheError, ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from mmcache.errors import ArgumentError, LockedError
 from mmcache.fill import Fill, forward
 from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
-from mmcache.plan import open_plan
+from mmcache.plan import join_plan, open_plan
 from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_identity
 from mmcache.ranks import find_rank
 from mmcache.settings import Settings
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mmcache.manifest import Manifest
     from mmcache.ranks import Rank
 
-__all__ = ["Extraction", "Progress"]
+__all__ = ["Extraction", "Progress", "complete"]
 
 _DEFAULT_CONTEXT = 1024
 
@@ -89,7 +89,7 @@ class Extraction:
         resolved = resolve(self._model, sites, layers)
         if device is not None:
             self._model.to(device)
-        self._device = next((weight.device for weight in self._model.parameters()), torch.device("cpu"))
+        self._device = _device_of(self._model)
         length = _context_length(self._model, context_length)
         with _evaluating(self._model):
             widths = probe(self._model, sites, layers)
@@ -174,7 +174,7 @@ class Extraction:
             tokenised=lambda tokens: tell("tokenise", tokens),
             waiting=lambda: tell("wait"),
         )
-        with self._filling(manifest, rank, strict=strict) as fill:
+        with self.filling(manifest, rank, strict=strict) as fill:
             if planned is not None:
                 planned(survey_plan(self._path, manifest, fill, fill.batch_size))
             total = manifest.n_tokens or 0
@@ -186,7 +186,7 @@ class Extraction:
                 tell("wait" if waits else "extract", before + done, total, before, ran, int(done * share))
 
             fill.run(told)
-        return _complete(self._path)
+        return complete(self._path)
 
     def plan(
         self,
@@ -207,8 +207,20 @@ class Extraction:
             waiting=waiting,
         )
 
+    def join(self, *, accept_numerics: bool = False) -> Manifest:
+        """Compare with the plan that is there; the corpus was compared by whoever planned."""
+        if not accept_numerics:
+            return join_plan(self._path, self._settings, accept_numerics=False)
+        # What is accepted is written down; several workers may come at once.
+        lock = FolderLock.wait(self._path, lambda: None)
+        try:
+            return join_plan(self._path, self._settings, accept_numerics=True)
+        finally:
+            lock.release()
+
     @contextmanager
-    def _filling(self, manifest: Manifest, rank: Rank, *, strict: bool) -> Iterator[Fill]:
+    def filling(self, manifest: Manifest, rank: Rank, *, strict: bool) -> Iterator[Fill]:
+        """Give what fills the missing shards of a plan, with the model hooked and in eval mode."""
         size = manifest.source["numerics"]["batch_size"] if self._settings.any_batch else self._batch_size
         batches = Batches(self._path, manifest, size)
         with (
@@ -226,7 +238,7 @@ class Extraction:
             )
 
 
-def _complete(path: Path) -> Store:
+def complete(path: Path) -> Store:
     """Open the store that is finished now, and keep the merged statistics in it, if no other worker does."""
     store = open_store(path)
     manifest = read_manifest(path)
@@ -257,6 +269,15 @@ def _check_texts(texts: Iterable[Document]) -> None:
         raise ArgumentError(
             f"texts is one {type(texts).__name__}: give a sequence of documents; mmcache.read_texts reads files"
         )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Give the device that ids have to be on: that of the embedding, where a model is on several."""
+    # transformers raises where it cannot tell.
+    with suppress(AttributeError, NotImplementedError):
+        found: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return found
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
 def _context_length(model: nn.Module, asked: int | None) -> int:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mmcache.corpus import Document
     from mmcache.settings import Settings
 
-__all__ = ["open_plan"]
+__all__ = ["join_plan", "open_plan"]
 
 _REMEDY = "Give the settings of the store, or choose another path."
 _ACCEPT = (
@@ -98,6 +98,11 @@ def open_plan(
             lock.release()
     check_corpus(path, Tokenised.of(manifest), documents)
     return _with_numerics(path, manifest, settings, accept=accept_numerics)
+
+
+def join_plan(path: Path, settings: Settings, *, accept_numerics: bool) -> Manifest:
+    """Give the plan that is there, compared as `open_plan` does, but for the corpus: that is the planner's."""
+    return _with_numerics(path, _known(path, settings), settings, accept=accept_numerics)
 
 
 def _claimed(path: Path, settings: Settings) -> bool:

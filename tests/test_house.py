@@ -29,8 +29,9 @@ ORDER = [
     "verify", "repair", "pipeline", "shard_writer", "staging", "block", "columns", "grown", "batch", "writer",
     "layer_writer", "cache", "wrappers", "families", "sites", "capture", "corpus", "contexts", "loading",
     "provenance", "tokenise", "room", "settings", "plan", "ranks", "turns", "token_batches", "threads", "fill",
-    "survey", "job", "extract", "plain", "overview", "view", "visible", "tables", "heat", "terminal", "passages",
-    "charts", "progress", "signals", "commands", "cli", "__main__",
+    "survey", "job", "extract", "cluster_worker", "cluster_pool", "ray_session", "cluster", "plain", "overview",
+    "view", "visible", "tables", "heat", "terminal", "passages", "charts", "progress", "signals", "commands", "cli",
+    "__main__",
 ]  # fmt: skip
 
 # What is imported only when it is used.
@@ -104,7 +105,7 @@ def test_what_is_imported_late_is_what_is_said():
             seen |= {alias.asname or alias.name: node.module.removeprefix("mmcache.") for alias in node.names}
     seen.pop("register_bfloat16")
     assert seen == mmcache._PLACES
-    assert {*seen, "view"} == set(mmcache.__all__)
+    assert {*seen, "cluster", "view"} == set(mmcache.__all__)
 
 
 def test_a_function_is_not_hidden_by_the_module_it_is_in():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ import torch
 from rich.console import Console
 
 from mmcache.capture import probe
+from mmcache.cluster import extract as cluster_extract
+from mmcache.cluster import named
 from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_json
 from mmcache.corpus import read_texts
 from mmcache.job import Extraction
@@ -28,6 +32,8 @@ from mmcache.threads import plan_threads
 
 if TYPE_CHECKING:
     from mmcache.ranks import Rank
+    from mmcache.store import Store
+    from mmcache.survey import Survey
 
 __all__ = ["extract", "sites"]
 
@@ -58,6 +64,17 @@ def _batch_size(text: str) -> Any:
 @click.option("--shard-tokens", type=int, help="Tokens a shard.  [256 MiB of the widest site]")
 @click.option("--max-tokens", type=int, help="Store whole contexts up to this many tokens; may grow later.")
 @click.option("--device", help="Where the model runs.  [cuda if there is one, else cpu]")
+@click.option("--device-map", help="Put a wide model on several GPUs, as transformers does: auto, balanced, …")
+@click.option(
+    "--ray",
+    "address",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Run on a Ray cluster: host:port of its head, or auto; this machine without.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="With --ray, how many.  [one a GPU, or a machine]")
+@click.option("--num-gpus", type=click.FloatRange(min=0), help="With --ray, GPUs a worker.  [1 if there are any]")
 @click.option("--field", default="text", show_default=True, help="The key of the text in JSON lines and datasets.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinity instead of counting them.")
@@ -77,46 +94,90 @@ def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, 
     rank = find_rank()
     # One worker tells how far all of them are.
     console = Console(stderr=True, quiet=rank.number > 0)
-    device = options["device"] or _device(rank)
-    plan_threads(out, rank)
-    job = Extraction(
-        load_model(model, options["compute_dtype"]),
-        load_tokenizer(model),
-        out,
-        sites=names(options["sites"]),
-        layers=layer_numbers(options["layers"]),
-        context_length=options["context_length"],
-        pack=options["pack"],
-        batch_size=_batch_size(options["batch_size"]),
-        dtype=options["dtype"],
-        layout=options["layout"],
-        shard_tokens=options["shard_tokens"],
-        max_tokens=options["max_tokens"],
-        device=device,
-        record={"command": shlex.join(["mmcache", *sys.argv[1:]]), "corpus": list(corpus)},
-    )
-    texts = read_texts(corpus, field=options["field"])
-    if options["dry_run"]:
-        survey = job.survey(texts)
-        if as_json:
-            print_json(vars(survey))
-        else:
-            draw_survey(Console(), survey)
-        return
-    with ProgressBar(console) as bar:
-        store = job.run(
-            texts,
-            accept_numerics=options["accept_numerics"],
-            strict=options["strict"],
-            planned=lambda survey: draw_survey(console, survey),
-            progress=bar.update,
-        )
+    what = {
+        "sites": names(options["sites"]),
+        "layers": layer_numbers(options["layers"]),
+        "context_length": options["context_length"],
+        "pack": options["pack"],
+        "batch_size": _batch_size(options["batch_size"]),
+        "dtype": options["dtype"],
+        "layout": options["layout"],
+        "shard_tokens": options["shard_tokens"],
+        "max_tokens": options["max_tokens"],
+        "device": options["device"],
+        "record": {"command": shlex.join(["mmcache", *sys.argv[1:]]), "corpus": list(corpus)},
+    }
+    _check_ray(options, rank)
+    if options["address"] is not None:
+        store = _by_ray(model, corpus, out, options, what, console)
+    else:
+        what["device"] = options["device"] or (None if options["device_map"] else _device(rank))
+        plan_threads(out, rank)
+        loaded = load_model(model, options["compute_dtype"], device_map=options["device_map"])
+        job = Extraction(loaded, load_tokenizer(model), out, **what)
+        texts = read_texts(corpus, field=options["field"])
+        if options["dry_run"]:
+            _print_survey(job.survey(texts), as_json=as_json)
+            return
+        with ProgressBar(console) as bar:
+            store = job.run(texts, **_running(options, console, bar))
     if rank.number > 0:
         return
     if as_json:
         print_json(overview(store.path))
     else:
         draw_overview(Console(), overview(store.path))
+
+
+def _running(options: dict[str, Any], console: Console, bar: ProgressBar) -> dict[str, Any]:
+    return {
+        "accept_numerics": options["accept_numerics"],
+        "strict": options["strict"],
+        "planned": lambda survey: draw_survey(console, survey),
+        "progress": bar.update,
+    }
+
+
+def _print_survey(survey: Survey, *, as_json: bool) -> None:
+    if as_json:
+        print_json(vars(survey))
+    else:
+        draw_survey(Console(), survey)
+
+
+def _check_ray(options: dict[str, Any], rank: Rank) -> None:
+    """Refuse what only goes with a cluster, or does not go with one."""
+    if options["device_map"] and options["device"]:
+        raise click.UsageError("--device-map says where the model runs: leave --device out")
+    if options["address"] is None:
+        given = [name for name in ("workers", "num_gpus") if options[name] is not None]
+        if given:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} is for --ray: say which cluster, or leave it out")
+    elif options["dry_run"]:
+        raise click.UsageError("--dry-run measures on this machine: leave --ray out")
+    elif rank.of > 1:
+        raise click.UsageError(
+            f"{rank.launcher} started this {rank.of} times, and --ray starts workers by itself: start it once"
+        )
+
+
+def _by_ray(
+    model: str, corpus: tuple[str, ...], out: Path, options: dict[str, Any], what: dict[str, Any], console: Console
+) -> Store:
+    name = named(model)
+    # Ray tells of lost machines on stdout, which is for data.
+    with redirect_stdout(sys.stderr), ProgressBar(console) as bar:
+        return cluster_extract(
+            partial(load_model, name, options["compute_dtype"], device_map=options["device_map"]),
+            name,
+            partial(read_texts, [named(source) for source in corpus], field=options["field"]),
+            out,
+            address=options["address"] or None,
+            workers=options["workers"],
+            num_gpus=options["num_gpus"],
+            **_running(options, console, bar),
+            **what,
+        )
 
 
 def _device(rank: Rank) -> str:

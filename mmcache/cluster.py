@@ -1,0 +1,166 @@
+"""The same extraction on many machines, by Ray: `mmcache.cluster.extract`.
+
+Every worker is an actor that holds the model. One plans; then this process, which needs neither GPU nor model, hands
+out stretches of the blocks that are missing, one at a time to each worker, and looks at the store for how far all are.
+Ray starts the worker of a lost machine again, and gives it what it had, as soon as there is a machine for it; what
+is still left of that when nothing else is, is handed to others as well: it is the same bytes, whoever makes it.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from torch import nn
+
+from mmcache.cluster_pool import Pool, Resources
+from mmcache.cluster_worker import Job, Options, see_plan
+from mmcache.errors import ArgumentError
+from mmcache.job import complete
+from mmcache.loading import load_model, load_tokenizer
+from mmcache.ray_session import connected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from mmcache.corpus import Document
+    from mmcache.job import Progress
+    from mmcache.store import Store
+    from mmcache.survey import Survey
+
+__all__ = ["extract", "named"]
+
+
+def extract(
+    model: str | os.PathLike[str] | Callable[[], nn.Module],
+    tokenizer: Any,
+    texts: Sequence[Document] | Callable[[], Iterable[Document]],
+    path: str | os.PathLike[str],
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    num_gpus: float | None = None,
+    num_cpus: float = 1,
+    accept_numerics: bool = False,
+    strict: bool = False,
+    planned: Callable[[Survey], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[Options],
+) -> Store:
+    """Run a model over text on the machines of a Ray cluster; blocks until the store is complete.
+
+    The result is byte for byte that of `mmcache.extract` in one process, and either goes on where the other was
+    interrupted. All machines, this one too, see the same folder at `path`, and have this package; none but the workers'
+    loads the model. Whatever ends the call, Ctrl-C included, ends the workers; shards that were published stay.
+
+    Ray retries what a lost machine had: its worker is started again wherever there is room, and is given the same task;
+    only one that is lost six times before it is done with anything ends the job. While no machine has room for any
+    worker, the call waits.
+
+    Args:
+        model: a name or folder, as `mmcache extract` takes it, or what gives a model when called with nothing: it is
+            called on each worker.
+        tokenizer: a name or folder, a Hugging Face tokenizer, or what gives one.
+        texts: documents, or what gives them when called with nothing, on one worker: so does
+            `functools.partial(mmcache.read_texts, ["corpus.jsonl"])`.
+        path: the store, new or to be gone on with.
+        address: of the cluster: `"host:port"` of its head, `"auto"` for the one that this machine belongs to; None for
+            the one of the environment's RAY_ADDRESS, else for this machine alone. Where Ray is connected already, that
+            connection is used, and left open.
+        workers: how many; None for one a GPU, or, without GPUs, one a machine.
+        num_gpus: GPUs a worker; None for one where the cluster has any. A model that is too wide for one takes
+            several, and a `device_map`: `functools.partial(load_model, name, None, device_map="auto")`, of
+            `mmcache.loading`.
+        num_cpus: processors that Ray sets apart for a worker. How many threads it computes with is the plan's to say.
+        accept_numerics: as in `mmcache.extract`.
+        strict: as in `mmcache.extract`.
+        planned: called once with what there is to do.
+        progress: called about once a second. `run_tokens` are those of all workers.
+        **options: as in `mmcache.extract`; `device` is each worker's, None for its GPU if it was given one.
+
+    Raises:
+        ClusterError: there is no cluster at `address`, or it cannot do the job: a machine that does not see `path`, or
+            a worker that dies again and again.
+        ArgumentError: these arguments cannot be sent to workers.
+        MmcacheError: whatever `mmcache.extract` raises, on whichever machine.
+    """
+    unknown = set(options) - set(Options.__annotations__)
+    if unknown:
+        raise TypeError(f"extract() got unexpected options: {', '.join(sorted(unknown))}")
+    place = Path(path).absolute()
+    loads, tokenizes, reads = _model(model), _tokenizer(tokenizer), _texts(texts)
+    with connected(address) as ray:
+        resources = Resources.of(ray, workers, num_gpus, num_cpus)
+        job = Job(
+            model=loads,
+            tokenizer=tokenizes,
+            path=place,
+            options=options,
+            accept_numerics=accept_numerics,
+            strict=strict,
+            on_gpu=resources.gpus > 0,
+            threads=_threads(),
+        )
+        with Pool(ray, job, resources, progress or (lambda _done: None)) as pool:
+            plan = pool.plan(reads)
+            see_plan(place, plan)
+            if planned is not None:
+                planned(plan.survey)
+            pool.fill(plan)
+    return complete(place)
+
+
+def _model(model: Any) -> Callable[[], nn.Module]:
+    if isinstance(model, str | os.PathLike):
+        return partial(load_model, named(model), None)
+    if isinstance(model, nn.Module) or not callable(model):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}: each worker loads its own, so give a name, a folder, or a function "
+            f"without arguments that returns the model"
+        )
+    load: Callable[[], nn.Module] = model
+    return load
+
+
+def _tokenizer(tokenizer: Any) -> Callable[[], Any]:
+    if isinstance(tokenizer, str | os.PathLike):
+        return partial(load_tokenizer, named(tokenizer))
+    # Tokenizers are functions too, but of texts.
+    if hasattr(tokenizer, "all_special_ids"):
+        return partial(_same, tokenizer)
+    if not callable(tokenizer):
+        raise ArgumentError(
+            f"tokenizer is a {type(tokenizer).__name__}: expected a name, a folder, a Hugging Face tokenizer, or a "
+            f"function without arguments that returns one"
+        )
+    load: Callable[[], Any] = tokenizer
+    return load
+
+
+def _texts(texts: Any) -> Callable[[], Iterable[Document]]:
+    if callable(texts):
+        load: Callable[[], Iterable[Document]] = texts
+        return load
+    if isinstance(texts, str | bytes | os.PathLike) or not (hasattr(texts, "__len__") and hasattr(texts, "__iter__")):
+        raise ArgumentError(
+            f"texts is one {type(texts).__name__}: give a list of documents, or a function without arguments that "
+            f"returns documents, such as functools.partial(mmcache.read_texts, ['corpus.jsonl'])"
+        )
+    return partial(_same, texts)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def named(name: str | os.PathLike[str]) -> str:
+    """Give the name of a model or a text as workers understand it, whose working folder is another."""
+    return str(Path(name).absolute()) if Path(name).exists() else str(name)
+
+
+def _threads() -> int | None:
+    """Say how many threads the user wants, where the environment says it."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(first) if first.isdecimal() and int(first) else None

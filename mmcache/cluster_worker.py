@@ -1,0 +1,199 @@
+"""One worker of an extraction on a cluster: it holds the model, and makes the blocks that it is given.
+
+It knows nothing of Ray, which keeps it in a process of its own and starts it again elsewhere when its machine is lost.
+So whatever it has is made when it is needed, and made again after a loss.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
+
+import torch
+
+from mmcache.errors import ClusterError, MmcacheError, WriteError
+from mmcache.fill import NonFiniteWarning
+from mmcache.job import Extraction
+from mmcache.loading import is_spread
+from mmcache.manifest import is_store, read_manifest
+from mmcache.ranks import Rank
+from mmcache.survey import survey_plan
+from mmcache.threads import plan_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from torch import nn
+
+    from mmcache.corpus import Document
+    from mmcache.manifest import Manifest
+    from mmcache.survey import Survey
+
+__all__ = ["Job", "Made", "Options", "Planned", "Worker", "see_plan"]
+
+# Seconds that a network's file system may take to show a machine what another one wrote.
+_SEEN_WITHIN = 15.0
+_LOOK_AGAIN = 0.5
+_LIMIT = "OMP_NUM_THREADS"
+
+
+class Options(TypedDict, total=False):
+    """The options of `mmcache.extract` that say what is stored, and how."""
+
+    sites: Sequence[str]
+    layers: Sequence[int] | None
+    context_length: int | None
+    pack: bool
+    batch_size: int | Literal["auto"]
+    dtype: torch.dtype | str
+    layout: Literal["layer", "token"]
+    shard_tokens: int | None
+    max_tokens: int | None
+    device: torch.device | str | None
+    record: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told.
+
+    `model` and `tokenizer` give those; `on_gpu` says that each worker was given a GPU, and `threads` how many threads
+    the user wants, None where nothing was said.
+    """
+
+    model: Callable[[], nn.Module]
+    tokenizer: Callable[[], Any]
+    path: Path
+    options: Options
+    accept_numerics: bool
+    strict: bool
+    on_gpu: bool
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner says: the plan, what is to do, and on which machine it wrote it down."""
+
+    manifest: Manifest
+    survey: Survey
+    host: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a worker did: the tokens that it ran, and what is to be warned of."""
+
+    ran: int = 0
+    warned: tuple[str, ...] = ()
+
+
+class Worker:
+    """A worker. Used by one thread."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._model: nn.Module | None = None
+        self._tokenizer: Any = None
+        self._extraction: Extraction | None = None
+        self._manifest: Manifest | None = None
+
+    def load(self) -> Made:
+        """Load the model and the tokenizer."""
+        if self._model is None:
+            self._model, self._tokenizer = self._job.model(), self._job.tokenizer()
+        return Made()
+
+    def plan(self, texts: Callable[[], Iterable[Document]]) -> Planned:
+        """Plan, or compare with the plan that is there; blocks until then."""
+        job = self._job
+        if not is_store(job.path) and job.threads is not None:
+            torch.set_num_threads(job.threads)
+        else:
+            # Ray gives a process as many threads as the processors that it asks for, and says so here; then a job would
+            # not be the same, to the last bit, as that of a process which Ray did not start.
+            os.environ[_LIMIT] = "1"
+            plan_threads(job.path, Rank(launcher="Ray"))
+        try:
+            self._extraction = self._checked()
+            manifest = self._extraction.plan(texts(), accept_numerics=job.accept_numerics)
+            with self._extraction.filling(manifest, Rank(), strict=job.strict) as fill:
+                survey = survey_plan(job.path, manifest, fill, fill.batch_size)
+        except WriteError as error:
+            _raise_from_here(error)
+        self._manifest = manifest
+        return Planned(manifest, survey, socket.gethostname())
+
+    def make(self, planned: Planned, blocks: np.ndarray) -> Made:
+        """Make those of some blocks, ascending, that are missing; blocks until they are durable."""
+        total = 0
+
+        def told(done: int, ran: int, *, waits: bool) -> None:  # noqa: ARG001 -- what is done is seen in the store
+            nonlocal total
+            total = ran
+
+        try:
+            extraction, manifest = self._joined(planned)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", NonFiniteWarning)
+                with extraction.filling(manifest, Rank(), strict=self._job.strict) as fill:
+                    fill.run(told, only=blocks)
+        except MmcacheError as error:
+            _raise_from_here(error)
+        warned = [str(warning.message) for warning in caught if issubclass(warning.category, NonFiniteWarning)]
+        return Made(total, tuple(warned))
+
+    def _joined(self, planned: Planned) -> tuple[Extraction, Manifest]:
+        """Give the job and its plan; of a plan that another worker made, once it was seen and compared."""
+        if self._extraction is None or self._manifest is None:
+            see_plan(self._job.path, planned)
+            plan_threads(self._job.path, Rank(launcher="Ray"))
+            extraction = self._checked()
+            self._manifest = extraction.join(accept_numerics=self._job.accept_numerics)
+            self._extraction = extraction
+        return self._extraction, self._manifest
+
+    def _checked(self) -> Extraction:
+        self.load()
+        if self._model is None:
+            raise AssertionError("load() gives a model")
+        options = self._job.options.copy()
+        if options.get("device") is None and self._job.on_gpu and not is_spread(self._model):
+            options["device"] = "cuda"
+        return Extraction(self._model, self._tokenizer, self._job.path, **options)
+
+
+def see_plan(path: Path, planned: Planned) -> None:
+    """Check that this machine sees the store that was planned, and not another one; waits for it a while.
+
+    Raises:
+        ClusterError: it does not.
+    """
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not (there := is_store(path)) or _mark(read_manifest(path)) != _mark(planned.manifest):
+        if time.monotonic() > deadline:
+            found = "another store there, of its own" if there else "no store there"
+            raise ClusterError(
+                f"{path} is not shared by all machines: {planned.host} planned the job there, and "
+                f"{socket.gethostname()} finds {found}. Mount the same folder under this path on every machine"
+            )
+        time.sleep(_LOOK_AGAIN)
+
+
+def _mark(manifest: Manifest) -> tuple[Any, ...]:
+    """Tell plans apart, also two of the same settings: one says when it was made."""
+    return manifest.store, manifest.n_tokens, tuple(manifest.sites), manifest.source["record"]
+
+
+def _raise_from_here(error: MmcacheError) -> NoReturn:
+    """Raise an error again that says on which machine it came."""
+    where = f" (on the machine {socket.gethostname()})"
+    if isinstance(error, OSError) and error.errno is not None:
+        raise type(error)(error.errno, f"{error.strerror}{where}", error.filename) from error
+    raise type(error)(f"{error}{where}") from error
