@@ -719,9 +719,9 @@ def test_a_full_disk_is_met_before_a_byte_is_written(path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(Draft, "write", lambda *_, **__: pytest.fail("written without room"))
+    # The file is made behind the call, which has all its rows.
+    cache.push(tensors[0])
     with pytest.raises(mmcache.DiskFullError, match="no room while starting the file") as caught:
-        # At the latest then: the file is made behind the call.
-        cache.push(tensors[0])
         cache.flush()
     assert caught.value.filename.endswith("c.1.0.0")
     monkeypatch.undo()

@@ -1,0 +1,133 @@
+"""The constants that the machine at hand can tell, measured in about a minute."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from benchmarks.huge import huge_store
+from benchmarks.limits import aligned, memcpy, random_reads, raw_write
+from benchmarks.measure import seconds
+
+from mmcache.listing import count_shards
+from mmcache.page_cache import PageCachePolicy
+from mmcache.ranks import Rank
+from mmcache.shard_writer import ShardWriter
+from mmcache.site_statistics import merge_site
+from mmcache.store import open_store
+from mmcache.turns import Turns
+from planning.figures import Figure, Figures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mmcache.manifest import Manifest
+
+__all__ = ["digest_rate", "measured"]
+
+_NAMES = 100_000
+_BYTES = 1 << 30
+_MERGED = 64
+# What a slot of the staging ring holds, and what is taken in for one measurement.
+_STAGED, _DIGESTED = 16 << 20, 128 << 20
+
+
+def measured(folder: Path, manifest: Manifest, tell: Callable[[str], None]) -> Figures:
+    """Measure on the disk of a folder, with the records and names of a plan; leaves nothing there."""
+    scratch = Path(tempfile.mkdtemp(prefix="mmcache-plan-", dir=folder))
+    found: Figures = {}
+
+    def note(name: str, value: float, unit: str) -> None:
+        found[name] = Figure(value, unit, "measured now")
+        tell(f"{name}: {value:,.4g} {unit}")
+
+    try:
+        note("copy", memcpy(4 * _BYTES, 16 << 20), "bytes/s")
+        note("digest", digest_rate(scratch, manifest), "bytes/s")
+        _disk(scratch, manifest.widest_row(), note)
+        _names(scratch, manifest, note)
+        _merge(scratch, manifest, note)
+    finally:
+        shutil.rmtree(scratch)
+    return found
+
+
+def _disk(scratch: Path, record: int, note: Callable[[str, float, str], None]) -> None:
+    note("disk write", raw_write(scratch, _BYTES) * 1e9, "bytes/s")
+    path = scratch / "read"
+    block = aligned(8 << 20)
+    block[:] = np.random.default_rng(0).integers(0, 255, len(block), dtype=np.uint8)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(_BYTES // len(block)):
+            file.write(block.data)
+        os.fsync(file.fileno())
+    # Whole sectors, and so many that it takes a second or so.
+    size = min(max(512, record // 512 * 512), 8 << 20)
+    note("disk read", random_reads([path], size, max(64, min(20_000, _BYTES // size))), "bytes/s")
+    path.unlink()
+
+
+def digest_rate(scratch: Path, manifest: Manifest, repeats: int = 3) -> float:
+    """Take rows of a plan into checksums and statistics, as its workers do, by one thread: bytes/s."""
+    spec = manifest.spec(next(iter(manifest.sites)))
+    rows = max(1, min(_STAGED // spec.row_bytes, spec.shard_rows))
+    numbers = torch.randn(rows * spec.row_bytes // spec.dtype.size).to(spec.dtype.torch)
+    data = numbers.view(torch.uint8).numpy()
+    rates = []
+    for _ in range(repeats):
+        done, taken = 0, 0.0
+        while done < _DIGESTED:
+            shard = ShardWriter(scratch / "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(0), durable=False)
+            began = time.perf_counter()
+            for _ in range(spec.shard_rows // rows):
+                shard.digest(data, None, [])
+                done += len(data)
+                if done >= _DIGESTED:
+                    break
+            taken += time.perf_counter() - began
+            shard.discard()
+        rates.append(done / taken)
+    return statistics.median(rates)
+
+
+def _names(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], None]) -> None:
+    """List real empty files with the names of shards."""
+    site = next(iter(manifest.sites))
+    # Half of them: of a complete site a worker looks at nothing.
+    total = 2 * _NAMES
+    one = replace(manifest, sites={site: manifest.sites[site]}, n_tokens=total, layout="token").with_geometry(1, total)
+    folder = scratch / "names" / site
+    folder.mkdir(parents=True)
+    for block in range(_NAMES):
+        os.close(os.open(folder / one.shard_key(site, block), os.O_CREAT | os.O_WRONLY))
+    path = scratch / "names"
+    listed = min(seconds(lambda: count_shards(path, one, site, total)) for _ in range(3))
+    note("list", _NAMES / listed, "names/s")
+    turns = Turns(path, one, Rank(0, 2))
+    note("look", _NAMES / min(seconds(turns.look) for _ in range(3)), "names/s")
+
+
+def _merge(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], None]) -> None:
+    """Merge the statistics of some shards of as many numbers, of sparse files."""
+    site = next(iter(manifest.sites))
+    width, deep = manifest.sites[site] or 1, len(manifest.layers)
+    shard = min(manifest.shard_tokens or 1, 1 << 20)
+    path = huge_store(
+        scratch / "merge", _MERGED, layers=deep, d_model=width, shard_tokens=max(1, shard // 2048) * 2048, tokens=False
+    )
+    with open_store(path) as store:
+        folder = store.shards("x")
+        # The first time opens each shard and checks it.
+        first, *later = (seconds(lambda: merge_site(folder, "token", deep, store.counted)) for _ in range(4))
+    each = max(0.0, first - min(later)) / _MERGED
+    note("first touch", each, "s")
+    size = 3 * 8 * deep * width
+    note("merge", size / max(1e-9, min(later) / _MERGED - 75e-6), "bytes/s")

@@ -1,0 +1,109 @@
+"""What a store takes on disk, by the arithmetic of the library itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmcache.dtypes import BY_NAME
+from mmcache.format import STATISTICS, Layout
+from mmcache.geometry import shard_rows
+from mmcache.manifest import Manifest, array_json
+from mmcache.names import RESERVED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Size", "measure", "planned"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a complete store takes. Bytes are those of whole files.
+
+    `bytes` is all of it but the root's record of where it came from, a few KiB; `shards` counts the sites' files,
+    `names` those of the largest folder. `columns` are tokens, flags and sequences; `overhead` is what shards hold
+    beside rows: headers, checksums, statistics, padding; `statistics` is the part of it that is merged in the end.
+    """
+
+    tokens: int
+    sequences: int
+    bytes_a_token: int
+    record_bytes: int
+    bytes: int
+    sites: dict[str, int]
+    columns: int
+    metadata: int
+    overhead: int
+    statistics: int
+    shards: int
+    names: int
+    blocks: int
+    shard_tokens: int
+    shard_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it for JSON."""
+        return asdict(self)
+
+
+def planned(
+    widths: Mapping[str, int],
+    layers: tuple[int, ...],
+    tokens: int,
+    sequences: int,
+    *,
+    dtype: str,
+    layout: Literal["layer", "token"],
+    shard_tokens: int | None,
+) -> Manifest:
+    """Give the manifest that `extract` would write, as far as sizes go.
+
+    Raises:
+        ArgumentError: `shard_tokens` is no good number for these rows.
+    """
+    deep = len(layers) if layout == "token" else 1
+    rows = [deep * width * BY_NAME[dtype].size for width in widths.values()]
+    return Manifest(
+        kind="planned",
+        store="",
+        layout=layout,
+        dtype=dtype,
+        sites=dict(widths),
+        layers=layers,
+        n_tokens=tokens,
+        n_sequences=sequences,
+    ).with_geometry(shard_rows(rows, shard_tokens, tokens), tokens)
+
+
+def measure(manifest: Manifest) -> Size:
+    """Add it up."""
+    tokens, shard = manifest.n_tokens or 0, manifest.shard_tokens or 1
+    sites = {site: manifest.array_bytes(site) for site in manifest.sites}
+    columns = sum(manifest.array_bytes(array) for array in RESERVED)
+    arrays = (*manifest.sites, *RESERVED)
+    metadata = len(manifest.to_json()) + sum(len(array_json(manifest, one, manifest.rows(one))) for one in arrays)
+    counts = {site: manifest.n_shards(site) for site in sites}
+    merged = shard_bytes = 0
+    for site, count in counts.items():
+        spec = manifest.spec(site)
+        tensors = Layout(spec, min(shard, tokens)).tensors
+        merged += count * (tensors[STATISTICS[-1]][3] - tensors[STATISTICS[0]][2])
+        shard_bytes = max(shard_bytes, Layout(spec, min(shard, tokens)).size)
+    return Size(
+        tokens=tokens,
+        sequences=manifest.n_sequences,
+        bytes_a_token=manifest.token_bytes(),
+        record_bytes=manifest.widest_row(),
+        bytes=sum(sites.values()) + columns + metadata,
+        sites=sites,
+        columns=columns,
+        metadata=metadata,
+        overhead=sum(sites.values()) - tokens * manifest.token_bytes(),
+        statistics=merged,
+        shards=sum(counts.values()),
+        names=max(counts.values()),
+        blocks=max(manifest.spec(site).blocks(tokens) for site in sites),
+        shard_tokens=shard,
+        shard_bytes=shard_bytes,
+    )
