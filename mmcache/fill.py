@@ -158,12 +158,12 @@ class Fill:
             self._warn()
 
     def _tell(self, tell: Tell, *, waits: bool = False) -> None:
-        """Say how far it is. Of what others make is told what is there; the first worker looks at it now and then."""
+        """Say how far it is. Of what others make is told what is there; those that lead look at it now and then."""
         if self._rank.of == 1:
             tell(self._done, self._ran, waits=waits)
             return
         began = time.monotonic()
-        if began >= self._told and self._rank.number == 0:
+        if began >= self._told and self._rank.leads:
             self._turns.look()
             self._told = began + max(_LOOK_AGAIN, 50 * (time.monotonic() - began))
         tell(self.tokens - self._tokens_of(self._turns.wanted), self._ran, waits=waits)

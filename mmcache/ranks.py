@@ -21,12 +21,17 @@ _ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT
 
 @dataclass(frozen=True)
 class Rank:
-    """A worker: number `number` of `of`, number `local` on its machine; `launcher` is who said so, None for nobody."""
+    """A worker: number `number` of `of`, number `local` on its machine; `launcher` is who said so, None for nobody.
+
+    `leads` says that it tells how far all are: one of those that share a terminal, and each task of an array, which has
+    a log of its own.
+    """
 
     number: int = 0
     of: int = 1
     local: int = 0
     launcher: str | None = None
+    leads: bool = True
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> Rank:
@@ -41,7 +46,7 @@ def find_rank(environ: Mapping[str, str] = os.environ) -> Rank:
     for launcher, names in (("torchrun", _TORCHRUN), ("srun", _SRUN)):
         if names[0] in environ and names[1] in environ:
             number, of = _integer(environ, names[0]), _integer(environ, names[1])
-            inner = Rank(number, of, _integer(environ, names[2], default=0), launcher)
+            inner = Rank(number, of, _integer(environ, names[2], default=0), launcher, leads=number == 0)
             break
     if not 0 <= inner.number < inner.of:
         raise ArgumentError(f"{inner.launcher} says that this is worker {inner.number} of {inner.of}")
@@ -52,7 +57,7 @@ def find_rank(environ: Mapping[str, str] = os.environ) -> Rank:
     step = max(1, _integer(environ, "SLURM_ARRAY_TASK_STEP", default=1))
     task = (_integer(environ, _ARRAY[0]) - _integer(environ, _ARRAY[1], default=0)) // step % count
     launcher = "a job array" if inner.launcher is None else f"{inner.launcher} in a job array"
-    return Rank(task * inner.of + inner.number, count * inner.of, inner.local, launcher)
+    return Rank(task * inner.of + inner.number, count * inner.of, inner.local, launcher, inner.leads)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

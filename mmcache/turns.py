@@ -3,6 +3,8 @@
 Workers agree on nothing. Each takes its part, by its rank, of the blocks that are missing and that nobody is making;
 when it has made those, or meets one that is there meanwhile, it looks again. So a worker that is slow, late or dead is
 made up for by those that are done, until nothing is missing. Who makes a shard does not matter: it is the same bytes.
+Each time that nothing is seen of any other worker, half as many are counted on: the tasks of an array may have a store
+each.
 """
 
 from __future__ import annotations
@@ -49,10 +51,13 @@ class Turns:
     def __init__(self, path: Path, manifest: Manifest, rank: Rank) -> None:
         self._path, self._manifest, self._rank = path, manifest, rank
         self._idle_since: float | None = None
+        # For how many turns nothing was seen of the others.
+        self._silences, self._worked = 0, False
         self.missing = dict.fromkeys(manifest.sites, np.empty(0, bool))
         self.look()
         # The others are complete, and a job that adds sites captures only its own.
         self.missing = {site: shards for site, shards in self.missing.items() if shards.any()}
+        self._before, self._given = self.wanted, np.zeros_like(self.wanted)
 
     def look(self) -> None:
         """See what is there now; removes what dead writers left half-made."""
@@ -71,14 +76,24 @@ class Turns:
 
     def take(self) -> np.ndarray:
         """Give the blocks that are this worker's now, ascending; none where others are making all that is missing."""
-        blocks, rank = np.flatnonzero(self.wanted & ~self.held), self._rank
-        part = blocks[len(blocks) * rank.number // rank.of : len(blocks) * (rank.number + 1) // rank.of]
+        number, of = self._place()
+        blocks = np.flatnonzero(self.wanted & ~self.held)
+        part = blocks[len(blocks) * number // of : len(blocks) * (number + 1) // of]
         if len(part) or not len(blocks):
             self._idle_since = None
-            return part
-        # There are fewer than workers. Whose they are begins at once; who is further away has waited longer by then.
-        now = time.monotonic()
-        self._idle_since = now if self._idle_since is None else self._idle_since
-        owners = -(-(np.arange(len(blocks)) + 1) * rank.of // len(blocks)) - 1
-        near = (rank.number - owners) % rank.of * _PATIENCE <= now - self._idle_since
-        return blocks[near][:1]
+        else:
+            # There are fewer than workers. Whose they are begins at once; who is further away has waited by then.
+            now = time.monotonic()
+            self._idle_since = now if self._idle_since is None else self._idle_since
+            owners = -(-(np.arange(len(blocks)) + 1) * of // len(blocks)) - 1
+            part = blocks[(number - owners) % of * _PATIENCE <= now - self._idle_since][:1]
+        self._given[part] = True
+        self._worked = len(part) > 0
+        return part
+
+    def _place(self) -> tuple[int, int]:
+        """Give this worker's number, and of how many it is, as far as anything was seen of the others lately."""
+        theirs = ((self._before & ~self.wanted) | self.held) & ~self._given
+        self._silences = 0 if theirs.any() else self._silences + self._worked
+        self._before = self.wanted
+        return self._rank.number >> self._silences, -(-self._rank.of >> self._silences)

@@ -14,13 +14,14 @@ ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_T
     ("environ", "rank"),
     [
         ({}, Rank()),
-        (TORCHRUN, Rank(5, 8, 1, "torchrun")),
-        (SRUN, Rank(2, 4, 0, "srun")),
+        (TORCHRUN, Rank(5, 8, 1, "torchrun", leads=False)),
+        (TORCHRUN | {"RANK": "0"}, Rank(0, 8, 1, "torchrun")),
+        (SRUN, Rank(2, 4, 0, "srun", leads=False)),
         # torchrun started on each node by srun: torchrun has counted all of them already.
-        (SRUN | TORCHRUN, Rank(5, 8, 1, "torchrun")),
+        (SRUN | TORCHRUN, Rank(5, 8, 1, "torchrun", leads=False)),
         (ARRAY, Rank(2, 6, 0, "a job array")),
-        (ARRAY | SRUN, Rank(2 * 4 + 2, 24, 0, "srun in a job array")),
-        (ARRAY | TORCHRUN, Rank(2 * 8 + 5, 48, 1, "torchrun in a job array")),
+        (ARRAY | SRUN, Rank(2 * 4 + 2, 24, 0, "srun in a job array", leads=False)),
+        (ARRAY | TORCHRUN, Rank(2 * 8 + 5, 48, 1, "torchrun in a job array", leads=False)),
         # A batch script that runs by itself is told how many tasks it might start.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Rank()),
         # --array=0-20:4

@@ -102,6 +102,34 @@ def test_a_worker_that_was_busy_has_waited_for_nothing(tmp_path, monkeypatch):
     assert worker.take().tolist() == [1]
 
 
+@pytest.mark.parametrize("number", [0, 37, 99])
+def test_a_task_of_an_array_that_has_a_store_to_itself_soon_takes_all_of_it(tmp_path, number, monkeypatch):
+    monkeypatch.setattr(turns.time, "monotonic", lambda: pytest.fail("it waits for nobody"))
+    manifest = plan(tmp_path, 300, sites=("a",))
+    worker, taken = Turns(tmp_path, manifest, Rank(number, 100)), []
+    while worker.wanted.any():
+        taken.append(worker.take().tolist())
+        for block in taken[-1]:
+            make(tmp_path, manifest, block)
+        worker.look()
+    assert sorted(block for part in taken for block in part) == list(range(300))
+    assert len(taken) <= 8
+
+
+def test_a_sign_of_another_worker_makes_it_one_of_many_again(tmp_path):
+    manifest = plan(tmp_path, 300, sites=("a",))
+    worker = Turns(tmp_path, manifest, Rank(0, 100))
+    for _ in range(3):
+        part = worker.take()
+        for block in part.tolist():
+            make(tmp_path, manifest, block)
+        worker.look()
+    assert len(part) > 9
+    make(tmp_path, manifest, 250)
+    worker.look()
+    assert len(worker.take()) == 2
+
+
 def test_a_complete_site_is_no_business_of_a_job_that_adds_others(tmp_path):
     manifest = plan(tmp_path, 2)
     for block in range(2):

@@ -93,7 +93,7 @@ def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **opt
 def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     rank = find_rank()
     # One worker tells how far all of them are.
-    console = Console(stderr=True, quiet=rank.number > 0)
+    console = Console(stderr=True, quiet=not rank.leads)
     what = {
         "sites": names(options["sites"]),
         "layers": layer_numbers(options["layers"]),
@@ -121,7 +121,7 @@ def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, 
             return
         with ProgressBar(console) as bar:
             store = job.run(texts, **_running(options, console, bar))
-    if rank.number > 0:
+    if not rank.leads:
         return
     if as_json:
         print_json(overview(store.path))
