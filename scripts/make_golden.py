@@ -68,8 +68,11 @@ def _cache(path: Path) -> None:
 
 
 def _planned(path: Path) -> None:
+    model = load_model("demo", None)
+    # Its folder is on this machine.
+    model.config._name_or_path = "demo"  # type: ignore[union-attr] # noqa: SLF001 -- how transformers keeps it
     mmcache.extract(
-        load_model("demo", None),
+        model,
         load_tokenizer("demo"),
         TEXTS,
         path,
