@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmcache.corpus import read_texts
     from mmcache.dataset import ActivationDataset
     from mmcache.errors import (
+        AccessError,
         ArgumentError,
         ClosedError,
         ClusterError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         OutOfRangeError,
         PlanMismatchError,
         ReadOnlyError,
+        RemoteError,
         ShapeError,
         StoreExistsError,
         StoreNotFoundError,
@@ -51,12 +53,13 @@ if TYPE_CHECKING:
     from mmcache.fill import NonFiniteWarning
     from mmcache.findings import Finding, Report
     from mmcache.job import Progress
+    from mmcache.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.repair import Loss, Repaired, repair
     from mmcache.site_view import SiteView
     from mmcache.split import Split
     from mmcache.store import Store
-    from mmcache.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.training_batch import Batch
+    from mmcache.transfer import Transferred, pull, push
     from mmcache.verify import verify
     from mmcache.writer import Writer, append, create
 
@@ -71,6 +74,7 @@ _PLACES = {
     "capture": "capture",
     "read_texts": "corpus",
     "ActivationDataset": "dataset",
+    "AccessError": "errors",
     "ArgumentError": "errors",
     "ClosedError": "errors",
     "ClusterError": "errors",
@@ -86,6 +90,7 @@ _PLACES = {
     "OutOfRangeError": "errors",
     "PlanMismatchError": "errors",
     "ReadOnlyError": "errors",
+    "RemoteError": "errors",
     "ShapeError": "errors",
     "StoreExistsError": "errors",
     "StoreNotFoundError": "errors",
@@ -106,8 +111,11 @@ _PLACES = {
     "SiteView": "site_view",
     "Split": "split",
     "Store": "store",
-    "open": "store",
+    "open": "opening",
     "Batch": "training_batch",
+    "Transferred": "transfer",
+    "pull": "transfer",
+    "push": "transfer",
     "verify": "verify",
     "Writer": "writer",
     "append": "writer",
@@ -115,6 +123,7 @@ _PLACES = {
 }
 _RENAMED = {"open": "open_store"}
 __all__ = [
+    "AccessError",
     "ActivationDataset",
     "ArgumentError",
     "Batch",
@@ -139,6 +148,7 @@ __all__ = [
     "PlanMismatchError",
     "Progress",
     "ReadOnlyError",
+    "RemoteError",
     "Repaired",
     "Report",
     "ShapeError",
@@ -147,6 +157,7 @@ __all__ = [
     "Store",
     "StoreExistsError",
     "StoreNotFoundError",
+    "Transferred",
     "UnknownSiteError",
     "UnsupportedModelError",
     "VersionError",
@@ -159,6 +170,8 @@ __all__ = [
     "export",
     "extract",
     "open",
+    "pull",
+    "push",
     "read_texts",
     "repair",
     "verify",

@@ -41,6 +41,7 @@ class Block:
             pipeline; raising there keeps it from being published.
         ids: the digest of the tokens that the block's rows are of, where its headers say it.
         only: (site, slot) of the shards to make, where the others are there already; None for all.
+        published: called with the shards' paths once all are in place, in a thread of the pipeline.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Block:
         ids: str | None = None,
         only: Collection[tuple[str, int]] | None = None,
         inspect: Callable[[str, int, Mapping[str, np.ndarray]], None] | None = None,
+        published: Callable[[Sequence[Path]], None] | None = None,
     ) -> None:
         self.number, self.rows, self._durable = number, 0, durable
+        self._published = published
         self._token_layout = manifest.layout == "token"
         self._shards: dict[tuple[str, int], ShardWriter] = {}
         first = number * (manifest.shard_tokens or 0)
@@ -108,7 +111,7 @@ class Block:
     def seal(self, pipeline: Pipeline, stager: Stager) -> None:
         """Send the block on its way to the disk; returns at once."""
         stager.flush()
-        pipeline.submit(Seal(list(self._shards.values()), durable=self._durable))
+        pipeline.submit(Seal(list(self._shards.values()), durable=self._durable, published=self._published))
 
     def discard(self) -> None:
         """Leave nothing of it behind. Only while no thread of the pipeline can touch it."""

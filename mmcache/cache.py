@@ -27,9 +27,9 @@ from mmcache.html import cache_html
 from mmcache.layer_writer import LayerWriter
 from mmcache.manifest import Manifest
 from mmcache.names import check_site_name
+from mmcache.opening import open_store
 from mmcache.shards import ShardFolder
 from mmcache.site_view import SiteView
-from mmcache.store import open_store
 
 if TYPE_CHECKING:
     import os

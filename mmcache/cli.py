@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mmcache.bucket import is_url
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
 from mmcache.signals import Stopped
 from mmcache.visible import visible_lines
@@ -28,6 +29,8 @@ _COMMANDS = {
     "export": "care",
     "verify": "care",
     "repair": "care",
+    "push": "transfer",
+    "pull": "transfer",
 }
 
 
@@ -44,7 +47,7 @@ class _Group(click.Group):
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in _COMMANDS and Path(args[0]).exists():
+        if args and args[0] not in _COMMANDS and (is_url(args[0]) or Path(args[0]).exists()):
             args = ["info", *args]
         return super().resolve_command(ctx, args)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
+from mmcache.bucket import is_url
 from mmcache.cluster_pool import Pool, Resources
 from mmcache.cluster_worker import Job, Options, see_plan
 from mmcache.errors import ArgumentError
@@ -89,6 +90,11 @@ def extract(
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"extract() got unexpected options: {', '.join(sorted(unknown))}")
+    if is_url(path):
+        raise ArgumentError(
+            f"{path} is a bucket, and a cluster's workers need a folder that all of them see: call mmcache.extract on "
+            f"each machine instead, with the same arguments"
+        )
     place = Path(path).absolute()
     loads, tokenizes, reads = _model(model), _tokenizer(tokenizer), _texts(texts)
     with connected(address) as ray:

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["Crew"]
+__all__ = ["Crew", "let_end"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -59,6 +59,16 @@ class Crew:
     def close(self) -> None:
         """Cancel the jobs that have not begun; the threads end when they are done with theirs. Does not block."""
         self._end()
+
+
+def let_end(futures: Sequence[Future[Any]]) -> None:
+    """Cancel what has not begun, and block until the rest has ended, well or not: nothing goes on behind one's back.
+
+    `concurrent.futures.wait` would wait for ever for what a closed crew has cancelled.
+    """
+    for future in futures:
+        if not future.cancel():
+            future.exception()
 
 
 def _work(jobs: _Jobs) -> None:

@@ -28,7 +28,7 @@ from mmcache.feed_plan import FeedPlan, Position, State
 from mmcache.fetcher import Fetcher, Source
 from mmcache.kept import Drop, Kept
 from mmcache.order import BlockOrder, block_geometry
-from mmcache.read_ahead import ReadAhead
+from mmcache.read_ahead import BringAll, ReadAhead
 from mmcache.store import Store
 from mmcache.training_batch import Batch
 
@@ -193,7 +193,7 @@ class ActivationDataset(IterableDataset[Batch]):
 
     def __repr__(self) -> str:
         return (
-            f"ActivationDataset({str(self.store.path)!r}, sites={list(self.sites)}, n_tokens={self.n_tokens}, "
+            f"ActivationDataset({self.store.where!r}, sites={list(self.sites)}, n_tokens={self.n_tokens}, "
             f"batches={len(self)} of {self._plan.batch_size}, shuffle={self._plan.shuffle!r})"
         )
 
@@ -233,12 +233,18 @@ class ActivationDataset(IterableDataset[Batch]):
 
     def _fetcher(self, worker: tuple[int, int]) -> Fetcher:
         order, source = self._plan.order(self._position), self._source
-        pools = None
+        pools: ReadAhead | BringAll | None = None
         if isinstance(order, BlockOrder):
             # All workers of the ranks of a lane want the same of it.
             beside = max(1, self._plan.world_size // self._position.lanes)
             reader = self._rank % beside * worker[1] + worker[0], beside * worker[1]
-            pools = ReadAhead(order, source.kept, source.views(), _GAP_BYTES // source.disk_bytes()[0], reader)
+            gap = _GAP_BYTES // source.disk_bytes()[0]
+            # Batches that are fetched ahead may be of pools behind that one already.
+            ahead = (self._ahead + 1) * self._plan.batch_size * beside
+            if source.has_room(2 * order.pool_tokens + ahead):
+                pools = ReadAhead(order, source.kept, source.views(), gap, reader, remote=source.store.url is not None)
+        elif source.store.fits:
+            pools = BringAll(source.views(), source.store.shard_tokens or 1)
         return Fetcher(source, order, pools, self._buffers)
 
     def _move(self, turn: object, position: Position) -> None:

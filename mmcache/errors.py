@@ -18,6 +18,8 @@ MmcacheError
 │   └── VersionError                       a format version that this library does not read
 ├── PlanMismatchError (ValueError)         a resume with other settings than the store's
 ├── ClusterError (ConnectionError)          a Ray cluster that is not there, or whose machines cannot do the job
+├── RemoteError (ConnectionError)            object storage that gives no answer, or not what was asked for
+├── AccessError (PermissionError)            object storage that refuses: no credentials, or no right
 ├── CorpusError (ValueError)               a text source that cannot be read as asked
 ├── NonFiniteError (ArithmeticError)       NaN or infinity where `strict` allows none
 └── WriteError (OSError)                   a failed write; `errno` and `filename` are the system's
@@ -29,6 +31,7 @@ Every message names the object, what was found, what was expected and what to do
 from __future__ import annotations
 
 __all__ = [
+    "AccessError",
     "ArgumentError",
     "ClosedError",
     "ClusterError",
@@ -44,6 +47,7 @@ __all__ = [
     "OutOfRangeError",
     "PlanMismatchError",
     "ReadOnlyError",
+    "RemoteError",
     "ShapeError",
     "StoreExistsError",
     "StoreNotFoundError",
@@ -128,6 +132,14 @@ class PlanMismatchError(MmcacheError, ValueError):
 
 class ClusterError(MmcacheError, ConnectionError):
     """A Ray cluster that is not there, or whose machines cannot do the job together."""
+
+
+class RemoteError(MmcacheError, ConnectionError):
+    """Object storage that gives no answer, or not the one that was asked for, however often it is asked."""
+
+
+class AccessError(MmcacheError, PermissionError):
+    """Object storage that refuses: there are no credentials, they are wrong, or have no right to it."""
 
 
 class CorpusError(MmcacheError, ValueError):

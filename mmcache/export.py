@@ -23,9 +23,10 @@ from mmcache.errors import ArgumentError, DiskFullError
 from mmcache.files import free_bytes, make_folder, open_file, read_page
 from mmcache.format import parse_header
 from mmcache.headers import npy_header, safetensors_header
+from mmcache.opening import open_store
 from mmcache.outbox import Outbox
 from mmcache.selection import Selection, bytes_of
-from mmcache.store import Store, open_store
+from mmcache.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

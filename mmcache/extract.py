@@ -42,6 +42,8 @@ def extract(
     accept_numerics: bool = False,
     strict: bool = False,
     record: dict[str, Any] | None = None,
+    staging: str | os.PathLike[str] | None = None,
+    staging_bytes: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Store:
     """Run a model over text and store its activations; blocks until the store is complete.
@@ -58,7 +60,9 @@ def extract(
         tokenizer: a Hugging Face tokenizer.
         texts: documents: texts, or one-dimensional arrays of token ids. Each is cut into contexts, a text with the
             special tokens that the tokenizer wants around them. `read_texts` reads them from files.
-        path: the store, new or to be gone on with.
+        path: the store, new or to be gone on with: a folder, or an address such as `s3://bucket/acts`. Then shards are
+            made in a folder of this machine, sent behind the next ones and let go; what an interruption leaves there is
+            sent by the next call. Workers need no folder that all of them see.
         sites: what to store, as in `mmcache.capture`.
         layers: the model's own layer numbers; None for all.
         context_length: tokens a context at most; None for 1,024, or what the model can do if that is less.
@@ -73,6 +77,11 @@ def extract(
         accept_numerics: go on with a store although batch size, attention, device, threads or versions differ.
         strict: refuse NaN and infinity; otherwise they are stored, counted, and warned of once.
         record: anything JSON keeps, stored beside the provenance and never compared.
+        staging: that folder; None for one below `$MMCACHE_CACHE`, or `mmcache` where caches go. The plan (tokens, flags
+            and sequences, about 5 bytes a token) lies there too until the store is complete.
+        staging_bytes: what shards in it may take, of all workers that use it; None for 4 GiB, or a quarter of the free
+            room if that is less, and at least two blocks a worker (a block is a shard of each site and, in the layer
+            layout, layer).
         progress: called after each batch.
 
     Raises:
@@ -81,6 +90,8 @@ def extract(
         PlanMismatchError: the store at `path` was planned with other settings, which are listed.
         CorpusError: the texts cannot be read as text. DiskFullError: they will not fit; the numbers are given.
         NonFiniteError: with `strict`. WriteError: the disk refused. Shards that were published stay.
+        RemoteError, AccessError: the bucket's server gives no answer, or refuses. What was not sent stays in `staging`.
+        StoreExistsError: path or staging hold something else.
     """
     job = Extraction(
         model,
@@ -97,5 +108,7 @@ def extract(
         max_tokens=max_tokens,
         device=device,
         record=record,
+        staging=staging,
+        staging_bytes=staging_bytes,
     )
     return job.run(texts, accept_numerics=accept_numerics, strict=strict, progress=progress)

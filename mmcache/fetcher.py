@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,21 +13,21 @@ import torch
 from mmcache.devices import is_cpu
 from mmcache.dlpack import tensor_over
 from mmcache.held import pieces
-from mmcache.store import Store, open_store
+from mmcache.opening import reopened
 from mmcache.together import Gather, gather_together
 from mmcache.training_batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from mmcache.buffers import Buffers
     from mmcache.conversion import Conversion
     from mmcache.feed_plan import State
     from mmcache.kept import Kept
     from mmcache.order import Order
-    from mmcache.read_ahead import ReadAhead
+    from mmcache.read_ahead import BringAll, ReadAhead
     from mmcache.site_view import SiteView
+    from mmcache.store import Store
 
 __all__ = ["Fetched", "Fetcher", "Source", "Span"]
 
@@ -56,10 +57,10 @@ class Source:
 
     def reopened(self) -> Source:
         """Give the same with a store of its own, opened again; it may be partial by now."""
-        return replace(self, store=open_store(self.store.path, partial=True, check=self.store.check))
+        return replace(self, store=reopened(self.store))
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[object, ...]]:
-        return _opened, (self.store.path, self.store.check, self.kept, self.conversions, self.layers, self.device)
+        return _opened, (self.store, self.kept, self.conversions, self.layers, self.device)
 
     def views(self) -> list[SiteView]:
         """Give the sites that are wanted."""
@@ -71,14 +72,32 @@ class Source:
         side_by_side = max(sizes) // (self.store.n_layers if self.store.layout == "layer" else 1)
         return side_by_side, sum(sizes)
 
+    def has_room(self, tokens: int) -> bool:
+        """Tell whether so many tokens of a block shuffle have room where they are read to; says so where they have not.
+
+        Of a store in a bucket that is the cache; else the page cache, of which nobody knows.
+        """
+        remote = self.store.remote
+        if remote is None or self.store.fits:
+            return True
+        needed = min(tokens, self.store.n_tokens) * self.disk_bytes()[1]
+        if needed > remote.cache.most_bytes:
+            warnings.warn(
+                f"{self.store.where}: two pools of the block shuffle, and what is fetched ahead, take {needed} bytes, "
+                f"and the cache may take {remote.cache.most_bytes}: rows are fetched one by one, far slower. Give a "
+                f"larger cache_bytes, or a smaller buffer_bytes",
+                stacklevel=5,
+            )
+        return needed <= remote.cache.most_bytes
+
     def shapes(self, tokens: int) -> dict[str, tuple[int, int, int]]:
         """Give the shapes of the sites' rows of so many tokens."""
         deep = self.store.n_layers if self.layers is None else len(self.layers)
         return {site: (tokens, deep, self.store[site].d_model) for site in self.conversions}
 
 
-def _opened(path: Path, check: bool, *rest: Any) -> Source:
-    return Source(open_store(path, partial=True, check=check), *rest)
+def _opened(store: Store, *rest: Any) -> Source:
+    return Source(reopened(store), *rest)
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class Fetcher:
     """
 
     def __init__(
-        self, source: Source, order: Order, read_ahead: ReadAhead | None, buffers: tuple[Buffers, Buffers]
+        self, source: Source, order: Order, read_ahead: ReadAhead | BringAll | None, buffers: tuple[Buffers, Buffers]
     ) -> None:
         self._source, self._order, self._read_ahead = source, order, read_ahead
         self._buffers, self._staging = buffers

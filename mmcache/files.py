@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "O_DIRECT",
+    "advise_random",
     "check_folder",
     "count_names",
     "explained",
@@ -38,7 +39,6 @@ __all__ = [
     "read_file",
     "read_page",
     "read_through",
-    "read_whole",
     "remove_file",
     "remove_tree",
     "set_aside",
@@ -222,17 +222,6 @@ def read_page(fd: int) -> bytes:
     """Read the first page of a file, or less if there is less; on descriptors for direct reading too."""
     page = anonymous(PAGE)
     return page[: os.preadv(fd, [page.data], 0)].tobytes()
-
-
-def read_whole(fd: int, into: memoryview, offset: int) -> bool:
-    """Fill `into` from `offset` on; False if the file ends before. Blocks until it is there."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done:]], offset + done)
-        if not count:
-            return False
-        done += count
-    return True
 
 
 def advise_random(fd: int) -> None:

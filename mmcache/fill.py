@@ -12,6 +12,7 @@ import torch
 
 from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
+from mmcache.format import Layout
 from mmcache.geometry import PAGE
 from mmcache.listing import is_there
 from mmcache.manifest import read_manifest
@@ -19,6 +20,7 @@ from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
 from mmcache.staging import Stager
+from mmcache.statistics import WHOLE_ROWS
 from mmcache.turns import Turns
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from mmcache.capture import Captured
     from mmcache.manifest import Manifest
+    from mmcache.outgoing import Outgoing
     from mmcache.ranks import Rank
     from mmcache.token_batches import Batches
 
@@ -36,6 +39,8 @@ __all__ = ["Fill", "NonFiniteWarning", "forward"]
 
 # Seconds between two looks at what others make: in the beginning, and at the most.
 _LOOK_AGAIN, _LOOK_AT_LAST = 1.0, 30.0
+# Two huge pages, and from how many times as much on a job has slots of full size.
+_LEAST_SLOT, _SLOTS_A_JOB = 4 << 20, 16
 
 
 class Tell(Protocol):
@@ -62,6 +67,15 @@ def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndar
         captured.run(model, torch.from_numpy(ids).to(device), **options)
 
 
+def _slot_bytes(total: int, row: int) -> int:
+    """Give the size of a staging slot for so many bytes in rows of so many.
+
+    Fresh memory costs more than the copy into it: a small job gets small slots, which are in use again sooner.
+    """
+    small = max(_LEAST_SLOT, total // _SLOTS_A_JOB, WHOLE_ROWS * row)
+    return -(-max(min(small, SLOT_BYTES), row) // PAGE) * PAGE
+
+
 class Fill:
     """Makes the missing shards of a plan.
 
@@ -73,6 +87,7 @@ class Fill:
         captured: the sites.
         strict: refuse NaN and infinity instead of counting them.
         rank: which of how many workers this is.
+        outgoing: takes the shards on, where the path is a staging folder.
     """
 
     def __init__(
@@ -85,6 +100,7 @@ class Fill:
         *,
         strict: bool,
         rank: Rank,
+        outgoing: Outgoing | None = None,
     ) -> None:
         self._path, self._manifest, self._batches, self._run = path, manifest, batches, run
         self._captured, self._strict = captured, strict
@@ -93,12 +109,16 @@ class Fill:
         self._block: Block | None = None
         self._bad: list[str] = []
         self._warned = False
-        self._rank = rank
-        self._turns = Turns(path, manifest, rank)
+        self._rank, self._outgoing = rank, outgoing
+        self._where = str(path) if outgoing is None else outgoing.url
+        self._turns = Turns(path, manifest, rank, (lambda: None) if outgoing is None else outgoing.refresh)
         missing = self._turns.missing
         # Others have taken the room for theirs already.
         free = {site: shards & ~self._turns.held for site, shards in missing.items()}
-        check_room(path, manifest, free)
+        if outgoing is None:
+            check_room(path, manifest, free)
+        else:
+            outgoing.check_room(free)
         self.bytes = bytes_to_write(manifest, missing)
         self.shards = sum(int(shards.sum()) for shards in missing.values())
         self.tokens = self._tokens_of(self._turns.wanted)
@@ -113,8 +133,8 @@ class Fill:
         """
         if not self.shards:
             return
-        self._policy = PageCachePolicy(self.bytes)
-        self._pipeline = Pipeline(max(SLOT_BYTES, -(-self._manifest.widest_row() // PAGE) * PAGE))
+        self._policy = PageCachePolicy(busy=True)
+        self._pipeline = Pipeline(_slot_bytes(self.bytes, self._manifest.widest_row()))
         self._stager = Stager(self._pipeline)
         self._told, self._done, self._ran = time.monotonic(), 0, 0
         try:
@@ -214,10 +234,10 @@ class Fill:
             missing = self._turns.missing.items()
             only = {(site, slot) for site, shards in missing for slot in np.flatnonzero(shards[:, number]).tolist()}
             self._check_plan()
-            if not only or any(is_there(self._path, self._manifest, site, slot, number) for site, slot in only):
+            rows = self._rows_of(number)
+            if not self._may_make(number, rows, only):
                 self._turn[number:] = False
                 return None
-            rows = self._rows_of(number)
             self._block = Block(
                 self._path,
                 self._manifest,
@@ -227,8 +247,32 @@ class Fill:
                 ids=self._batches.digest(context, number * self._shard + rows),
                 only=only,
                 inspect=self._inspect,
+                published=None if self._outgoing is None else self._outgoing.published,
             )
         return self._block
+
+    def _may_make(self, number: int, rows: int, only: set[tuple[str, int]]) -> bool:
+        """Tell whether nobody has made any of a block; where shards are sent away, there is room for it then."""
+        if self._outgoing is not None:
+            self._outgoing.refresh()
+        if not only or self._begun(number, only):
+            return False
+        if self._outgoing is not None:
+            files = {
+                self._path / site / self._manifest.shard_key(site, number, slot): Layout(
+                    self._manifest.spec(site), rows
+                ).size
+                for site, slot in only
+            }
+            self._outgoing.reserve(files, self._pipeline.check)
+            # That may have taken its time.
+            if self._begun(number, only):
+                self._outgoing.release(files)
+                return False
+        return True
+
+    def _begun(self, number: int, only: set[tuple[str, int]]) -> bool:
+        return any(is_there(self._path, self._manifest, site, slot, number) for site, slot in only)
 
     def _seal(self, block: Block) -> None:
         self._check_plan()
@@ -240,7 +284,7 @@ class Fill:
         ours, now = self._manifest, read_manifest(self._path)
         if (ours.n_tokens, ours.n_sequences, ours.shard_tokens) != (now.n_tokens, now.n_sequences, now.shard_tokens):
             raise PlanMismatchError(
-                f"{self._path} was given another plan while it was filled: {ours.n_tokens} tokens then, "
+                f"{self._where} was given another plan while it was filled: {ours.n_tokens} tokens then, "
                 f"{now.n_tokens} now. Run the command that changed it, or the one of the plan that is there now"
             )
 
@@ -264,7 +308,7 @@ class Fill:
         if self._bad and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self._path}: {self._bad[0]}. Such rows are stored, counted and left out of the statistics; "
+                f"{self._where}: {self._bad[0]}. Such rows are stored, counted and left out of the statistics; "
                 f"`mmcache stats` lists them all",
                 NonFiniteWarning,
                 stacklevel=4,

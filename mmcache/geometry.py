@@ -7,6 +7,7 @@ the token layout. Sizes are bytes, counts are rows (tokens).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mmcache.errors import ArgumentError
@@ -28,6 +29,8 @@ _SMALLEST_CHUNK_BYTES = 64 << 10
 _MOST_ROWS = 1 << 40
 
 
+# Asked for each shard that is named, always of the same few numbers.
+@lru_cache(maxsize=64)
 def _largest_divisor(number: int, limit: int) -> int:
     """Give the largest divisor of `number` that is at most `limit` (and at least 1)."""
     best = 1

@@ -24,7 +24,7 @@ def store_html(store: Any) -> str:
         shape = f"[{store.n_layers}, {store.n_tokens}, {store.d_model(site)}]"
         rows.append((site, shape, f"{shards - gone:,} of {shards:,}", size(store.site_bytes(site))))
     about = {
-        "path": store.path,
+        "path": store.where,
         "store": f"{store.kind}, layout {store.layout}, {_complete(sum(missing.values()))}",
         "tokens": f"{store.n_tokens:,} in {store.n_sequences:,} sequences",
         "layers": _layers(store.layers),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,12 +17,15 @@ from mmcache.errors import ArgumentError, LockedError
 from mmcache.fill import Fill, forward
 from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
+from mmcache.model_use import context_length as usable_length
+from mmcache.model_use import device_of, evaluating
+from mmcache.opening import open_store
+from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
 from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_identity
 from mmcache.ranks import find_rank
 from mmcache.settings import Settings
 from mmcache.sites import resolve, unwrap
-from mmcache.store import Store, open_store
 from mmcache.summary import load_summary, save_summary
 from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
 from mmcache.token_batches import Batches
@@ -35,22 +39,22 @@ if TYPE_CHECKING:
     from mmcache.corpus import Document
     from mmcache.manifest import Manifest
     from mmcache.ranks import Rank
+    from mmcache.store import Store
 
 __all__ = ["Extraction", "Progress", "complete"]
-
-_DEFAULT_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a job is.
 
-    `phase` is `"tokenise"`, `"extract"`, or `"wait"` while other workers plan, or make the last shards; `tokens` of
-    `total` (0: not known yet) are done, by whichever worker, `before` of them when this run began; `run_tokens` went
-    through the model in this process, and `bytes` were handed to the disk since the start, in `seconds`.
+    `phase` is `"tokenise"`, `"extract"`, `"wait"` while other workers plan, or make the last shards, or `"upload"`
+    while the last ones are sent to the bucket; `tokens` of `total` (0: not known yet) are done, by whichever worker,
+    `before` of them when this run began; `run_tokens` went through the model in this process, and `bytes` were handed
+    to the disk since the start, in `seconds`.
     """
 
-    phase: Literal["tokenise", "extract", "wait"]
+    phase: Literal["tokenise", "extract", "wait", "upload"]
     tokens: int
     total: int
     before: int
@@ -82,29 +86,29 @@ class Extraction:
         max_tokens: int | None = None,
         device: torch.device | str | None = None,
         record: dict[str, Any] | None = None,
+        staging: str | os.PathLike[str] | None = None,
+        staging_bytes: int | None = None,
     ) -> None:
-        self._path, self._tokenizer, self._model = Path(path), tokenizer, unwrap(model)
+        self._outgoing = outgoing_for(path, staging, staging_bytes)
+        # Of a store in a bucket, the folder in which it is made.
+        self._path = Path(path) if self._outgoing is None else self._outgoing.folder
+        self._tokenizer, self._model, self._asked_sites, self._asked_layers = tokenizer, unwrap(model), sites, layers
         _check_options(layout, max_tokens)
-        self._asked_sites, self._asked_layers = sites, layers
         resolved = resolve(self._model, sites, layers)
         if device is not None:
             self._model.to(device)
-        self._device = _device_of(self._model)
-        length = _context_length(self._model, context_length)
-        with _evaluating(self._model):
+        self._device = device_of(self._model)
+        length = usable_length(self._model, context_length)
+        with evaluating(self._model):
             widths = probe(self._model, sites, layers)
             self._batch_size = self._resolved_batch(batch_size, length)
+        identity = {
+            **model_identity(self._model), "tokenizer": tokenizer_identity(tokenizer),
+            "layers": list(resolved[0].layers), "context_length": length, "pack": pack,
+            "dtype": activation_dtype(dtype).name, "layout": layout, "shard_tokens": shard_tokens,
+        }  # fmt: skip
         self._settings = Settings(
-            identity={
-                **model_identity(self._model),
-                "tokenizer": tokenizer_identity(tokenizer),
-                "layers": list(resolved[0].layers),
-                "context_length": length,
-                "pack": pack,
-                "dtype": activation_dtype(dtype).name,
-                "layout": layout,
-                "shard_tokens": shard_tokens,
-            },
+            identity=identity,
             modules=site_modules(resolved),
             numerics=numerics(self._model, self._device, self._batch_size),
             record={**model_record(self._model), **(record or {})},
@@ -119,8 +123,9 @@ class Extraction:
     def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
         """Give the batch size: for `auto` the plan's, where there is one, or the quickest."""
         if asked == "auto":
-            if is_store(self._path):
-                planned: int = read_manifest(self._path).source.get("numerics", {}).get("batch_size", 1)
+            plan = self.planned()
+            if plan is not None:
+                planned: int = plan.source.get("numerics", {}).get("batch_size", 1)
                 return planned
             with capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured:
                 return quickest_batch(self._model, captured, length, self._device)
@@ -128,21 +133,32 @@ class Extraction:
             raise ArgumentError(f"batch_size is {asked!r}: expected a positive number of contexts, or 'auto'")
         return asked
 
+    def planned(self) -> Manifest | None:
+        """Give the plan that there is already, if there is one."""
+        if self._outgoing is not None:
+            return self._outgoing.planned()
+        return read_manifest(self._path) if is_store(self._path) else None
+
     def survey(self, texts: Iterable[Document]) -> Survey:
         """Say what the job would take, as if nothing of it were there; writes nothing, runs three batches."""
         _check_texts(texts)
         contexts = self._settings.contexts(self._tokenizer)
         with (
-            _evaluating(self._model),
+            evaluating(self._model),
             capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured,
         ):
-            return survey_contexts(
-                self._path,
-                self._settings,
-                contexts.cut(texts),
-                self._batch_size,
-                lambda ids, mask: forward(self._model, captured, ids, mask, self._device),
+            return self._at(
+                survey_contexts(
+                    self._path,
+                    self._settings,
+                    contexts.cut(texts),
+                    self._batch_size,
+                    lambda ids, mask: forward(self._model, captured, ids, mask, self._device),
+                )
             )
+
+    def _at(self, survey: Survey) -> Survey:
+        return survey if self._outgoing is None else replace(survey, staging=str(self._path))
 
     def run(
         self,
@@ -158,7 +174,7 @@ class Extraction:
         rank, began = find_rank(), time.monotonic()
 
         def tell(
-            phase: Literal["tokenise", "extract", "wait"],
+            phase: Literal["tokenise", "extract", "wait", "upload"],
             tokens: int = 0,
             total: int = 0,
             before: int = 0,
@@ -168,25 +184,41 @@ class Extraction:
             if progress is not None:
                 progress(Progress(phase, tokens, total, before, ran, size, time.monotonic() - began))
 
-        manifest = self.plan(
-            texts,
-            accept_numerics=accept_numerics,
-            tokenised=lambda tokens: tell("tokenise", tokens),
-            waiting=lambda: tell("wait"),
-        )
-        with self.filling(manifest, rank, strict=strict) as fill:
-            if planned is not None:
-                planned(survey_plan(self._path, manifest, fill, fill.batch_size))
+        with self._sending():
+            manifest = self.plan(
+                texts,
+                accept_numerics=accept_numerics,
+                tokenised=lambda tokens: tell("tokenise", tokens),
+                waiting=lambda: tell("wait"),
+            )
             total = manifest.n_tokens or 0
-            began = time.monotonic()
-            share = fill.bytes / max(1, fill.tokens)
-            before = total - fill.tokens
 
-            def told(done: int, ran: int, *, waits: bool) -> None:
-                tell("wait" if waits else "extract", before + done, total, before, ran, int(done * share))
+            def filled(planned: Callable[[Survey], None] | None) -> None:
+                nonlocal began
+                with self.filling(manifest, rank, strict=strict) as fill:
+                    if planned is not None:
+                        planned(self._at(survey_plan(self._path, manifest, fill, fill.batch_size)))
+                    began = time.monotonic()
+                    share, before = fill.bytes / max(1, fill.tokens), total - fill.tokens
 
-            fill.run(told)
-        return complete(self._path)
+                    def told(done: int, ran: int, *, waits: bool) -> None:
+                        tell("wait" if waits else "extract", before + done, total, before, ran, int(done * share))
+
+                    fill.run(told)
+
+            filled(planned)
+            # What another process had left here damaged is made again.
+            while self._outgoing is not None and not self._outgoing.drain(lambda _: tell("upload", total, total)):
+                filled(None)
+            return complete(self._path) if self._outgoing is None else self._outgoing.complete()
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._outgoing is not None:
+                self._outgoing.stop()
 
     def plan(
         self,
@@ -197,7 +229,8 @@ class Extraction:
         waiting: Callable[[], None] = lambda: None,
     ) -> Manifest:
         """Plan what is not planned yet, or compare with the plan that is there; blocks while another worker plans."""
-        return open_plan(
+        plan = partial(
+            open_plan,
             self._path,
             self._settings,
             self._tokenizer,
@@ -206,6 +239,10 @@ class Extraction:
             tokenised=tokenised,
             waiting=waiting,
         )
+        if self._outgoing is None:
+            return plan()
+        join = partial(join_plan, self._path, self._settings, accept_numerics=accept_numerics)
+        return self._outgoing.plan(tuple(self._settings.widths), plan, join, waiting)
 
     def join(self, *, accept_numerics: bool = False) -> Manifest:
         """Compare with the plan that is there; the corpus was compared by whoever planned."""
@@ -224,7 +261,7 @@ class Extraction:
         size = manifest.source["numerics"]["batch_size"] if self._settings.any_batch else self._batch_size
         batches = Batches(self._path, manifest, size)
         with (
-            _evaluating(self._model),
+            evaluating(self._model),
             capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured,
         ):
             yield Fill(
@@ -235,6 +272,7 @@ class Extraction:
                 captured,
                 strict=strict,
                 rank=rank,
+                outgoing=self._outgoing,
             )
 
 
@@ -269,33 +307,3 @@ def _check_texts(texts: Iterable[Document]) -> None:
         raise ArgumentError(
             f"texts is one {type(texts).__name__}: give a sequence of documents; mmcache.read_texts reads files"
         )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """Give the device that ids have to be on: that of the embedding, where a model is on several."""
-    # transformers raises where it cannot tell.
-    with suppress(AttributeError, NotImplementedError):
-        found: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        return found
-    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
-
-
-def _context_length(model: nn.Module, asked: int | None) -> int:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if asked is None:
-        return min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
-    if asked < 1 or (most is not None and asked > most):
-        raise ArgumentError(f"context_length is {asked}: expected 1 to {most or 'any number'}, what the model can do")
-    return asked
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module of it back as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

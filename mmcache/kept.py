@@ -13,7 +13,6 @@ import torch
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
 from mmcache.flags import BOS, SPECIAL
 from mmcache.held import pieces
-from mmcache.shards import ShardFolder
 from mmcache.split import Split, as_split, members
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Kept:
             runs = list(_runs(store, bits, arrays, among))
         if not runs:
             raise ArgumentError(
-                f"no token of {store.path} is left (n_tokens={store.n_tokens}, drop={_said(drop)}, split={split!r})"
+                f"no token of {store.where} is left (n_tokens={store.n_tokens}, drop={_said(drop)}, split={split!r})"
             )
         both = np.concatenate(runs)
         # A run that goes on in the next piece is one run.
@@ -171,7 +170,7 @@ def _warn_once() -> None:
 def _runs(store: Store, bits: int, arrays: list[np.ndarray], among: np.ndarray | None) -> Iterator[np.ndarray]:
     """Give the runs that are left, `[runs, 2]` int64, piece by piece; a run ends where its piece ends."""
     # `store.flags` would hold a byte for each token of the store.
-    folder = ShardFolder(store.path, store._manifest, "flags", store.n_tokens) if bits else None  # noqa: SLF001
+    folder = store.array("flags") if bits else None
     starts = None if among is None else np.asarray(store.sequences)[:, 0].copy()
     for start in range(0, store.n_tokens, _PIECE):
         stop = min(start + _PIECE, store.n_tokens)

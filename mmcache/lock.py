@@ -14,13 +14,47 @@ from mmcache.errors import LockedError, WriteError
 from mmcache.files import explained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["FolderLock"]
+__all__ = ["FolderLock", "locked"]
 
 # Seconds between two tries.
 _AGAIN = 0.2
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file that is made for it, and removed behind it; blocks while another thread or process has it.
+
+    Raises:
+        WriteError: the file cannot be made, or its file system has no locks.
+    """
+    while True:
+        with explained(path, "locking"):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except BaseException:
+                os.close(fd)
+                raise
+        try:
+            if _is_at(fd, path):
+                try:
+                    yield
+                finally:
+                    # While it is still ours: who waits on the old file notices that it is gone.
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class FolderLock:
@@ -55,7 +89,7 @@ class FolderLock:
                     f"way: mount it with locks, or put the store on another",
                     str(folder),
                 ) from error
-            if self._is_current(fd):
+            if _is_at(fd, self._path):
                 self._fd = fd
             else:
                 # The holder before removed the file between our open and our lock.
@@ -79,18 +113,12 @@ class FolderLock:
                 waiting()
                 time.sleep(_AGAIN)
 
-    def _is_current(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(fd), self._path.stat())
-        except FileNotFoundError:
-            return False
-
     def release(self) -> None:
         """Let others write. Safe to call twice."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 # Removed while it is still ours: whoever locks the old file notices that it is no longer there.
-                if self._is_current(self._fd):
+                if _is_at(self._fd, self._path):
                     self._path.unlink()
                 # Closing is not enough where a forked process, such as a data loader's, has the descriptor too.
                 fcntl.flock(self._fd, fcntl.LOCK_UN)

@@ -161,7 +161,7 @@ class Manifest:
         return signed(memory)
 
     @classmethod
-    def from_attributes(cls, said: dict[str, Any], where: Path) -> Self:
+    def from_attributes(cls, said: dict[str, Any], where: Path | str) -> Self:
         """Check every field, and give the manifest.
 
         Raises:

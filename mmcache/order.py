@@ -105,6 +105,11 @@ class BlockOrder:
         # Pools are numbered through lane by lane, by as many as the lane with the most blocks may have.
         self._in_lane = max(self._pools_of(lane) for lane in range(lanes))
 
+    @property
+    def pool_tokens(self) -> int:
+        """How many tokens a pool has."""
+        return min(self._blocks.tokens * self._blocks.pool, self._tokens)
+
     def _begin(self, turn: int) -> int:
         """Give the place where the block begins that has this turn; behind the last turn, the end of the epoch."""
         return turn * self._blocks.tokens - (self._lacking if turn > self._short else 0)

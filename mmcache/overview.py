@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.bucket import is_url
 from mmcache.errors import IncompleteError
 from mmcache.listing import listed_shards
 from mmcache.manifest import read_manifest
+from mmcache.mirror import Mirror
 
 if TYPE_CHECKING:
     import os
@@ -23,7 +25,9 @@ _STRETCHES = 100
 
 
 def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Say what the store at `path` is: identity, shape, size, completeness. Reads no data.
+    """Say what the store at `path`, a folder or an address in a bucket, is: identity, shape, size, completeness.
+
+    Reads no data.
 
     Of each site: its width, shards, missing shards, bytes, and of up to 100 stretches of its tokens the part of the
     shards that is there (`present`).
@@ -31,14 +35,16 @@ def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StoreNotFoundError, CorruptError, VersionError: there is no store that can be read.
         IncompleteError: it is still being planned.
+        AccessError, RemoteError: object storage refuses, or gives no answer.
     """
-    folder = Path(path)
+    folder = Mirror(str(path)).folder if is_url(path) else Path(path)
+    where = str(path) if is_url(path) else str(folder)
     manifest = read_manifest(folder)
     if manifest.kind == "planned" and manifest.n_tokens is None:
-        raise IncompleteError(f"{folder} is still being planned: run the same `mmcache extract` again")
+        raise IncompleteError(f"{where} is still being planned: run the same `mmcache extract` again")
     sites = {site: _site(folder, manifest, site) for site in manifest.sites}
     return {
-        "path": str(folder),
+        "path": where,
         "kind": manifest.kind,
         "complete": not any(site["missing"] for site in sites.values()),
         "layout": manifest.layout,

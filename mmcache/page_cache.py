@@ -15,14 +15,14 @@ class PageCachePolicy:
 
     What is small will be read at once, and may stay in it. Anything larger only drives other data out, and filling the
     page cache costs more processor time than the write itself: once as much as a 256th of the memory that was free at
-    the start has been written, or is known to come, writes are direct.
+    the start has been written, writes are direct.
 
     Args:
-        expected_bytes: what is known to come.
+        busy: a model wants the processors meanwhile: writes are direct from the first byte.
     """
 
-    def __init__(self, expected_bytes: int = 0) -> None:
-        self._left = available_memory() // _SMALL - expected_bytes
+    def __init__(self, *, busy: bool = False) -> None:
+        self._left = 0 if busy else available_memory() // _SMALL
 
     def past_it(self, size: int) -> bool:
         """Tell whether the next `size` bytes are written past the page cache."""

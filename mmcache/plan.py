@@ -13,6 +13,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mmcache.claims import claimed
 from mmcache.draft import publish, remove_drafts
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import LockedError, PlanMismatchError, ReadOnlyError, StoreExistsError
@@ -245,7 +246,7 @@ def _tokenised(
 
 def _check_idle(path: Path, manifest: Manifest) -> None:
     """Refuse to replace shards that somebody is making at this moment."""
-    held = [f"{site}/{name}" for site in manifest.sites for name in remove_drafts(path / site)]
+    held = [f"{site}/{name}" for site in manifest.sites for name in remove_drafts(path / site)] + claimed(path)
     if held:
         raise LockedError(
             errno.EWOULDBLOCK,

@@ -83,6 +83,10 @@ class ProgressBar:
             self._bar.update(self._task, description="waiting for other workers", completed=done.tokens)
             self._say("wait", "waiting for other workers")
             return
+        if done.phase == "upload":
+            self._bar.update(self._task, description="sending the last shards", completed=done.tokens)
+            self._say("upload", "sending the last shards")
+            return
         rate = (done.tokens - done.before) / max(done.seconds, 1e-9)
         text = (
             f"{rate:,.0f} tokens/s · {done.bytes / 1e9:.2f} GB · {done.bytes / max(done.seconds, 1e-9) / 1e9:.2f} GB/s"

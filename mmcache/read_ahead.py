@@ -1,4 +1,4 @@
-"""The pools of a block shuffle, brought into the page cache before their rows are wanted."""
+"""What is read before its rows are wanted: the pools of a block shuffle, or all of a store in a bucket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,34 @@ if TYPE_CHECKING:
     from mmcache.order import BlockOrder
     from mmcache.site_view import SiteView
 
-__all__ = ["ReadAhead"]
+__all__ = ["BringAll", "ReadAhead"]
+
+# Of a bucket, blocks that come at the same time; a disk gives one after the other sooner.
+_BRINGERS = 4
+
+
+class BringAll:
+    """Brings all shards of a store in a bucket here, in order and in the background, while batches are made of rows.
+
+    For a store that fits into the cache. What fails is told by the rows, which do not wait for it.
+
+    Args:
+        views: the sites.
+        shard_tokens: tokens a shard.
+    """
+
+    def __init__(self, views: Sequence[SiteView], shard_tokens: int) -> None:
+        self._crew = Crew(_BRINGERS, "bring-all")
+        for start in range(0, views[0].shape[1], shard_tokens):
+            for view in views:
+                self._crew.submit(view.read_ahead, start, min(start + shard_tokens, view.shape[1]))
+
+    def need(self, places: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: a row that is not here yet is read from the bucket."""
+
+    def close(self) -> None:
+        """Bring no more. Does not block."""
+        self._crew.close()
 
 
 class ReadAhead:
@@ -30,13 +57,21 @@ class ReadAhead:
         views: the sites.
         gap: so many tokens that do not take part are read rather than left out.
         reader: (which, of how many) processes that want the same pools.
+        remote: they are in a bucket.
     """
 
     def __init__(
-        self, order: BlockOrder, kept: Kept, views: Sequence[SiteView], gap: int, reader: tuple[int, int] = (0, 1)
+        self,
+        order: BlockOrder,
+        kept: Kept,
+        views: Sequence[SiteView],
+        gap: int,
+        reader: tuple[int, int] = (0, 1),
+        *,
+        remote: bool = False,
     ) -> None:
         self._order, self._kept, self._views, self._gap, self._reader = order, kept, views, gap, reader
-        self._crew = Crew(1, "read-ahead")
+        self._crew = Crew(_BRINGERS if remote else 1, "read-ahead")
         self._lock = threading.Lock()
         self._asked: dict[int, list[Future[None]]] = {}
 

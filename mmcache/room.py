@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmcache.claims import is_staging
 from mmcache.errors import DiskFullError
 from mmcache.files import free_bytes
 from mmcache.format import Layout
@@ -57,6 +58,8 @@ def check_room(
 ) -> None:
     """Refuse if the disk has no room for the shards that are missing.
 
+    A staging folder never holds all of them: there nothing is refused, who fills it asks for what it may hold.
+
     Args:
         path: the store.
         manifest: its plan, which need not have been written yet.
@@ -66,6 +69,8 @@ def check_room(
     Raises:
         DiskFullError: with the bytes needed and free.
     """
+    if is_staging(path):
+        return
     missing, free = missing_of(path, manifest) if missing is None else missing, free_bytes(path)
     if replacing is not None:
         old, first = replacing

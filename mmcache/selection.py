@@ -9,7 +9,6 @@ import torch
 from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
 from mmcache.memory import anonymous
-from mmcache.shards import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,7 +59,7 @@ class Selection:
         self.layers = list(store.layers if layers is None else layers)
         unknown = [layer for layer in self.layers if layer not in store.layers]
         if unknown:
-            raise OutOfRangeError(f"layer {unknown[0]} not in {store.path} (layers: {list(store.layers)})")
+            raise OutOfRangeError(f"layer {unknown[0]} not in {store.where} (layers: {list(store.layers)})")
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise ArgumentError(f"layers are {self.layers}: expected at least one, and each once")
         if not self.views or not store.n_tokens:
@@ -98,7 +97,7 @@ class Selection:
             gone = int((~self.store.shards(site).present()[wanted]).sum())
             if gone:
                 raise IncompleteError(
-                    f"{self.store.path}: {gone} shards of {site} that are needed are not there yet. Run the same "
+                    f"{self.store.where}: {gone} shards of {site} that are needed are not there yet. Run the same "
                     f"`mmcache extract` again, or select other sites or layers"
                 )
 
@@ -120,6 +119,6 @@ class Selection:
 
     def columns(self, array: str) -> Iterator[np.ndarray]:
         """Read `tokens` or `flags` in pieces, as `[bytes]` uint8, their checksums compared."""
-        folder = ShardFolder(self.store.path, self.manifest, array, self.n_tokens)
+        folder = self.store.array(array)
         for start in range(0, self.n_tokens, folder.spec.shard_rows):
             yield bytes_of(folder.read(start, min(start + folder.spec.shard_rows, self.n_tokens)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import crc32c
 import numpy as np
 
-from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
-from mmcache.files import read_page, read_whole
 from mmcache.format import HEADER_BYTES, STATISTICS, said_ids
 from mmcache.memory import anonymous
 from mmcache.site_map import REFUSALS
@@ -19,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcache.format import Layout
+    from mmcache.shard_bytes import ShardBytes
     from mmcache.shards import ShardFolder
 
 __all__ = ["check_shard"]
@@ -45,18 +43,18 @@ def check_shard(
         OSError: the system refuses to read it.
     """
     try:
-        fd, layout = folder.open_layout(slot, block, direct=full)
+        shard, layout = folder.open_layout(slot, block, direct=full)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        fd, layout = folder.open_layout(slot, block)
+        shard, layout = folder.open_layout(slot, block)
     try:
-        said = said_ids(read_page(fd))
+        said = said_ids(shard.head())
         if ids is not None and said not in ("", ids):
             raise CorruptError(f"its rows are of other tokens ({said}) than those that the store has there ({ids})")
-        wrong = _tail_problems(layout, *_read(fd, layout, tell)) if full else _index_problems(fd, layout, tell)
+        wrong = _tail_problems(layout, *_read(shard, layout, tell)) if full else _index_problems(shard, layout, tell)
     finally:
-        close_read(fd)
+        shard.close()
     return wrong, layout.size if full else HEADER_BYTES + layout.size - _index_start(layout)
 
 
@@ -64,25 +62,25 @@ def _index_start(layout: Layout) -> int:
     return layout.tensors.get("fill", layout.tensors["index"])[2]
 
 
-def _index_problems(fd: int, layout: Layout, tell: Callable[[int], None]) -> list[str]:
+def _index_problems(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> list[str]:
     start = _index_start(layout)
     wanted = layout.index()
     wanted = bytes(layout.size - start - len(wanted)) + wanted
     found = bytearray(len(wanted))
-    there = read_whole(fd, memoryview(found), start)
+    there = shard.read(memoryview(found), start)
     tell(len(found))
     return [] if there and found == wanted else ["its index of inner chunks is not the one that belongs there"]
 
 
-def _read(fd: int, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
+def _read(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
     """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows."""
     step, piece = layout.spec.chunk_bytes, anonymous(min(_PIECE, layout.size)).data
     crcs: list[int] = []
     crc, offset, tail = 0, 0, bytearray()
     while offset < layout.size:
-        count = os.preadv(fd, [piece[: layout.size - offset]], offset)
-        if not count:
-            raise CorruptError(f"it ends at byte {offset}, while it is read; {layout.size} were there")
+        count = min(len(piece), layout.size - offset)
+        if not shard.read(piece[:count], offset):
+            raise CorruptError(f"it ends behind byte {offset}, while it is read; {layout.size} were there")
         at, stop = max(offset, HEADER_BYTES), min(offset + count, layout.chunks_end)
         while at < stop:
             end = min(stop, at + step - (at - HEADER_BYTES) % step)

@@ -38,10 +38,11 @@ class ShardMaps:
     def _view(self, slot: int, block: int) -> torch.Tensor:
         """Give the mapped rows of one layer in one block: `[rows, d_model]`, never to be handed out."""
         place = (slot if self._layer_layout else 0, block)
-        with self._lock:
-            file = self._files.get(place)
-            if file is None:
-                file = self._folder.open(*place)
+        file = self._files.get(place)
+        if file is None:
+            # Without the lock: a shard in a bucket is long in coming, and others may have to be forgotten for it.
+            file = self._folder.open(*place)
+            with self._lock:
                 if len(self._files) >= self._most_open:
                     del self._files[next(iter(self._files))]
                 self._files[place] = file

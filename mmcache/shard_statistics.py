@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import crc32c
 import numpy as np
 
-from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
-from mmcache.files import advise_random, read_whole
 from mmcache.format import STATISTICS
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ def shard_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[s
     data, digest, layout = _read(folder, slot, block, STATISTICS)
     if crc32c.crc32c(data) != digest:
         raise CorruptError(
-            f"{folder.file(slot, block)[0]}: its statistics do not match their checksum; "
+            f"{folder.where(slot, block)}: its statistics do not match their checksum; "
             f"set the file aside and make it again"
         )
     return _arrays(data, layout, STATISTICS), layout.rows
@@ -51,7 +49,7 @@ def brief_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[s
     data, _, layout = _read(folder, slot, block, _BRIEF)
     found = _arrays(data, layout, _BRIEF)
     if not _plausible(found, block, folder.spec.shard_rows, folder.spec.chunk_rows):
-        raise CorruptError(f"{folder.file(slot, block)[0]}: its statistics are damaged; `mmcache verify` says more")
+        raise CorruptError(f"{folder.where(slot, block)}: its statistics are damaged; `mmcache verify` says more")
     return found, layout.rows
 
 
@@ -72,19 +70,18 @@ def overflow(folder: ShardFolder, slot: int, block: int) -> np.ndarray:
 
 def _read(folder: ShardFolder, slot: int, block: int, names: tuple[str, ...]) -> tuple[bytearray, int, Layout]:
     """Read tensors that follow each other, and the checksum of all of them."""
-    fd, layout = folder.open_layout(slot, block)
+    shard, layout = folder.open_layout(slot, block, scattered=True)
     try:
-        # What a disk would read ahead is activations, which nobody asked for.
-        advise_random(fd)
         start, stop = layout.tensors[names[0]][2], layout.tensors[names[-1]][3]
-        found, digest = bytearray(stop - start), bytearray(4)
-        there = read_whole(fd, memoryview(found), start)
-        there = there and read_whole(fd, memoryview(digest), layout.tensors["statistics_crc32c"][2])
+        _, _, first, last = layout.tensors["statistics_crc32c"]
+        # Their checksum stands behind them: of an object, one request instead of two.
+        found = bytearray(last - start)
+        there = shard.read(memoryview(found), start)
     finally:
-        close_read(fd)
+        shard.close()
     if not there:
-        raise CorruptError(f"{folder.file(slot, block)[0]} was cut short while it was read")
-    return found, int.from_bytes(digest, "little"), layout
+        raise CorruptError(f"{folder.where(slot, block)} was cut short while it was read")
+    return found[: stop - start], int.from_bytes(found[first - start : last - start], "little"), layout
 
 
 def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -78,6 +78,11 @@ class ShardWriter:
         if not later:
             _ = self._draft
 
+    @property
+    def path(self) -> Path:
+        """The final name."""
+        return self._path
+
     @cached_property
     def _draft(self) -> Draft:
         return Draft(self._path, reserve=_layout(self.spec, self._rows).size if self._rows else 0)
@@ -154,12 +159,19 @@ class ShardWriter:
 class Seal:
     """The job that finishes shards, publishes them, and makes their folders durable if asked to.
 
-    `done` is set once they are in place, or abandoned.
+    `done` is set once they are in place, or abandoned. `published` is told where they are once they all are in place,
+    in the publish thread.
     """
 
-    def __init__(self, shards: Sequence[ShardWriter], *, durable: bool) -> None:
+    def __init__(
+        self,
+        shards: Sequence[ShardWriter],
+        *,
+        durable: bool,
+        published: Callable[[Sequence[Path]], None] | None = None,
+    ) -> None:
         self._shards: Sequence[ShardWriter] = shards
-        self._durable = durable
+        self._durable, self._published = durable, published
         self.files = len(shards)
         self.done = threading.Event()
 
@@ -180,6 +192,8 @@ class Seal:
         if self._durable:
             for folder in {shard.folder for shard in self._shards}:
                 sync_folder(folder)
+        if self._published is not None:
+            self._published([shard.path for shard in self._shards])
         # Whoever waits for it keeps nothing but that.
         self._shards = ()
         self.done.set()

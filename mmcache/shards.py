@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import crc32c
 import numpy as np
@@ -10,26 +11,24 @@ import torch
 
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.files import (
-    check_folder,
-    count_names,
-    map_file,
-    open_file,
-    read_page,
-    read_through,
-    read_whole,
-)
+from mmcache.files import check_folder, count_names, map_file, open_file, read_page, read_through
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.listing import count_shards, present_shards
+from mmcache.names import RESERVED
+from mmcache.shard_bytes import FileBytes, ObjectBytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
+    from mmcache.mirror import Mirror
+    from mmcache.shard_bytes import ShardBytes
 
 __all__ = ["MANY", "ShardFolder"]
+
+T = TypeVar("T")
 
 # Numbers, or rows, from which on memory is not taken for what a root says alone, which may be a stranger's.
 MANY = 1 << 24
@@ -37,7 +36,7 @@ MANY = 1 << 24
 _SPARSE = 100
 
 
-def _bad_chunk(file: Path, number: int) -> CorruptError:
+def _bad_chunk(file: str, number: int) -> CorruptError:
     return CorruptError(
         f"{file}: inner chunk {number} does not match its checksum; set the file aside, as `mmcache repair` does, "
         f"and make it again"
@@ -54,6 +53,8 @@ class ShardFolder:
         rows: rows (tokens, or sequences) that count.
         wait: called with (slot, block) before a shard is opened; a cache that is being written blocks there
             until the shard is in place.
+        remote: what has the store's shards, where they are in a bucket; `path` is its folder then.
+        fresh: read from the bucket even what is here.
 
     Raises:
         CorruptError: the array's folder is a symbolic link.
@@ -66,61 +67,87 @@ class ShardFolder:
         array: str,
         rows: int,
         wait: Callable[[int, int], None] | None = None,
+        *,
+        remote: Mirror | None = None,
+        fresh: bool = False,
     ) -> None:
         check_folder(path / array)
-        self.spec = manifest.spec(array)
-        self.rows = rows
-        self._path, self._manifest, self._array, self._wait = path, manifest, array, wait
+        self.spec, self.rows = manifest.spec(array), rows
+        self._path, self._manifest, self.array, self._wait = path, manifest, array, wait
+        self.remote, self._fresh = remote, fresh
         self._full = Layout(self.spec, self.spec.shard_rows)
         # What was checked: a file that is the same as then need not be again.
         self._met: dict[tuple[int, int], tuple[int, int, int]] = {}
 
-    def file(self, slot: int, block: int) -> tuple[Path, str]:
-        """Give a shard's path, once it is in place, and what it is."""
+    def key(self, slot: int, block: int) -> str:
+        """Name a shard."""
+        return self._manifest.shard_key(self.array, block, slot)
+
+    def where(self, slot: int, block: int) -> str:
+        """Say where a shard is, for people."""
+        key = self.key(slot, block)
+        return str(self._path / self.array / key) if self.remote is None else self.remote.where(self.array, key)
+
+    def bring(self, slot: int, block: int) -> Path:
+        """Give a shard's path, once it is in place: of a store in a bucket, once it is here. Errors as `open_file`."""
+        if self.remote is not None:
+            return self.remote.fetch(self.array, self.key(slot, block), partial(self.check, slot, block))
         if self._wait is not None:
             self._wait(slot, block)
-        key = self._manifest.shard_key(self._array, block, slot)
-        return self._path / self._array / key, f"shard {key} of {self._array}"
+        return self._path / self.array / self.key(slot, block)
 
-    def _check(self, slot: int, block: int, head: bytes, size: int) -> Layout:
-        """Check a shard's header and size, and give its layout."""
-        file, _ = self.file(slot, block)
+    def check(self, slot: int, block: int, head: bytes, size: int) -> Layout:
+        """Check a shard's header and size, and give its layout. Raises CorruptError."""
+        where = self.where(slot, block)
         expected = self.spec.rows_in_block(block, self.rows)
         likely = self._full if expected == self.spec.shard_rows else Layout(self.spec, expected)
-        metadata = self._manifest.shard_metadata(self._array, block, slot)
-        layout = parse_header(self.spec, head, size, metadata, where=str(file), likely=likely)
+        metadata = self._manifest.shard_metadata(self.array, block, slot)
+        layout = parse_header(self.spec, head, size, metadata, where=where, likely=likely)
         # What grows may be ahead of the commit after a crash, never behind it.
-        exact = self._manifest.kind == "planned" and self._array in self._manifest.sites
+        exact = self._manifest.kind == "planned" and self.array in self._manifest.sites
         if layout.rows < expected or (exact and layout.rows != expected):
-            raise CorruptError(f"{file} has {layout.rows} rows, the store counts {expected}: set it aside")
+            raise CorruptError(f"{where} has {layout.rows} rows, the store counts {expected}: set it aside")
         return layout
 
     def open_file(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, FileStatus]:
         """Open one shard's file, checked, and give its descriptor, which is the caller's to close, and its status.
 
-        Beside a busy thread the first time takes two turns of the interpreter's lock, and each later one none.
+        Beside a busy thread the first time takes two turns of the interpreter's lock, and each later one none. What is
+        in a bucket is brought here first.
 
         Raises:
             IncompleteError: the shard is not there.
             CorruptError: it is not what belongs there.
             OSError: `direct` was asked for, and the file system has no direct reads.
+            AccessError, RemoteError, DiskFullError: of a store in a bucket, as `Mirror.fetch`.
         """
-        file, what = self.file(slot, block)
-        met = self._met.get((slot, block))
-        fd, status = open_file(file, what=what, direct=direct, known=met is not None)
+        return self._brought(slot, block, partial(self._open_checked, slot, block, direct))
+
+    def _open_checked(self, slot: int, block: int, direct: bool, file: Path) -> tuple[int, FileStatus]:
+        fd, status = self._open(slot, block, direct, file)
         try:
             identity = (status.inode, status.size, status.modified)
-            if met != identity:
-                self._check(slot, block, read_page(fd), status.size)
+            if self._met.get((slot, block)) != identity:
+                self.check(slot, block, read_page(fd), status.size)
                 self._met[slot, block] = identity
         except BaseException:
             close_read(fd)
             raise
         return fd, status
 
+    def _open(self, slot: int, block: int, direct: bool, file: Path) -> tuple[int, FileStatus]:
+        what = f"shard {self.key(slot, block)} of {self.array}"
+        return open_file(file, what=what, direct=direct, known=(slot, block) in self._met)
+
+    def _brought(self, slot: int, block: int, use: Callable[[Path], T]) -> T:
+        """Use a shard's file, once it is in place; of a store in a bucket as `Mirror.use`."""
+        if self.remote is None:
+            return use(self.bring(slot, block))
+        return self.remote.use(self.array, self.key(slot, block), partial(self.check, slot, block), use)
+
     def count(self) -> int:
         """Count the shards that are there, from one listing."""
-        return count_shards(self._path, self._manifest, self._array, self.rows)
+        return count_shards(self._path, self._manifest, self.array, self.rows)
 
     def present(self) -> np.ndarray:
         """Tell which shards are there: `[slots, blocks]` bool, from one listing; `in_order` names them.
@@ -128,13 +155,13 @@ class ShardFolder:
         Raises:
             IncompleteError: the root counts so many that hardly any of them can be there.
         """
-        shards = self.spec.blocks(self.rows) * len(self._manifest.slots(self._array))
-        if shards >= MANY and shards > MANY + _SPARSE * (files := count_names(self._path / self._array)):
+        shards = self.spec.blocks(self.rows) * len(self._manifest.slots(self.array))
+        if shards >= MANY and shards > MANY + _SPARSE * (files := count_names(self._path / self.array)):
             raise IncompleteError(
-                f"{self._path / self._array} has {files} files, and {shards} shards are counted: `mmcache verify` "
+                f"{self._path / self.array} has {files} files, and {shards} shards are counted: `mmcache verify` "
                 f"lists what is missing"
             )
-        return present_shards(self._path, self._manifest, self._array, self.rows)
+        return present_shards(self._path, self._manifest, self.array, self.rows)
 
     def believe(self, numbers: int, slot: int, position: int) -> None:
         """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.
@@ -151,29 +178,51 @@ class ShardFolder:
         Raises:
             IncompleteError: there are fewer.
         """
-        files = count_names(self._path / self._array)
+        files = count_names(self._path / self.array)
         blocks = self.spec.blocks(stop) - start // self.spec.shard_rows
         if blocks > files:
             raise IncompleteError(
-                f"{self._path / self._array} has {files} files, and rows {start} to {stop} are in {blocks} shards: "
+                f"{self._path / self.array} has {files} files, and rows {start} to {stop} are in {blocks} shards: "
                 f"`mmcache verify` lists what is missing"
             )
 
-    def open_layout(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, Layout]:
-        """Open one shard's file as `open_file` does, and say where everything is in it; its header is read each time.
+    def open_layout(
+        self, slot: int, block: int, *, direct: bool = False, scattered: bool = False
+    ) -> tuple[ShardBytes, Layout]:
+        """Open one shard for reading pieces, checked, and say where everything is in it; its header is read each time.
+
+        Of a store in a bucket, pieces of a site's shard come from there where it is not here; other arrays are small,
+        and brought here. What is opened is the caller's to close. `scattered`: little of it will be read.
 
         Raises:
             IncompleteError, CorruptError, OSError: as `open_file`.
         """
-        file, what = self.file(slot, block)
-        fd, status = open_file(file, what=what, direct=direct)
-        try:
-            return fd, self._check(slot, block, read_page(fd), status.size)
-        except BaseException:
-            close_read(fd)
-            raise
 
-    def chunks(self, slot: int, block: int, numbers: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        def checked(shard: ShardBytes) -> tuple[ShardBytes, Layout]:
+            if scattered:
+                shard.scattered()
+            try:
+                return shard, self.check(slot, block, shard.head(), shard.size)
+            except BaseException:
+                shard.close()
+                raise
+
+        def of_file(file: Path) -> tuple[ShardBytes, Layout]:
+            fd, status = self._open(slot, block, direct, file)
+            return checked(FileBytes(fd, status.size, direct=direct))
+
+        if self.remote is not None and self._stays_there(self.remote, slot, block):
+            return checked(ObjectBytes(self.remote, self.array, self.key(slot, block)))
+        return self._brought(slot, block, of_file)
+
+    def _stays_there(self, remote: Mirror, slot: int, block: int) -> bool:
+        """Tell whether a shard is read from the bucket by the piece."""
+        size = Layout(self.spec, self.spec.rows_in_block(block, self.rows)).size
+        if self._fresh or size > remote.cache.most_bytes:
+            return True
+        return self.array not in RESERVED and remote.find(self.array, self.key(slot, block)) is None
+
+    def chunks(self, slot: int, block: int, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Read inner chunks of one shard, each as its number and `[bytes]` uint8, once its checksum was compared.
 
         Nothing is mapped: a file that is cut short meanwhile is an error, and does not end the process.
@@ -181,30 +230,30 @@ class ShardFolder:
         Raises:
             IncompleteError, CorruptError: as `open_file`; a checksum differs, or the file ends before it should.
         """
-        file, _ = self.file(slot, block)
-        fd, layout = self.open_layout(slot, block)
+        shard, layout = self.open_layout(slot, block)
         try:
-            _, _, start, _ = layout.tensors["crc32c"]
-            step = self.spec.chunk_bytes
+            first, last = min(numbers, default=0), max(numbers, default=-1) + 1
+            step, wanted = self.spec.chunk_bytes, np.empty(last - first, "<u4")
+            there = shard.read(wanted.view(np.uint8).data, layout.tensors["crc32c"][2] + 4 * first)
             for number in numbers:
-                chunk, wanted = np.empty(step, np.uint8), bytearray(4)
-                for into, offset in (
-                    (chunk.data, HEADER_BYTES + number * step),
-                    (memoryview(wanted), start + number * 4),
-                ):
-                    if not read_whole(fd, into, offset):
-                        raise CorruptError(f"{file} was cut short while it was read; set it aside and make it again")
-                if crc32c.crc32c(chunk.data) != int.from_bytes(wanted, "little"):
-                    raise _bad_chunk(file, number)
+                chunk = np.empty(step, np.uint8)
+                if not there or not shard.read(chunk.data, HEADER_BYTES + number * step):
+                    where = self.where(slot, block)
+                    raise CorruptError(f"{where} was cut short while it was read; set it aside and make it again")
+                if crc32c.crc32c(chunk.data) != wanted[number - first]:
+                    raise _bad_chunk(self.where(slot, block), number)
                 yield number, chunk
         finally:
-            close_read(fd)
+            shard.close()
 
     def _mapped(self, slot: int, block: int) -> tuple[np.ndarray, Layout]:
         """Map one shard and check its header and size: `[bytes]` uint8, and where things are in it."""
-        file, what = self.file(slot, block)
-        pages = map_file(file, what=what)
-        return pages, self._check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
+
+        def use(file: Path) -> tuple[np.ndarray, Layout]:
+            pages = map_file(file, what=f"shard {self.key(slot, block)} of {self.array}")
+            return pages, self.check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
+
+        return self._brought(slot, block, use)
 
     def open(self, slot: int, block: int) -> torch.Tensor:
         """Map one shard: `[rows, *row_shape]`, only those rows that count. It must only be read.
@@ -232,7 +281,7 @@ class ShardFolder:
         for number, wanted in enumerate(pages[start:stop].view("<u4")):
             at = HEADER_BYTES + number * step
             if crc32c.crc32c(pages[at : at + step].data) != wanted:
-                raise _bad_chunk(self.file(slot, block)[0], number)
+                raise _bad_chunk(self.where(slot, block), number)
         return self._rows(pages, block)
 
     def read_through(self, slot: int, start: int, stop: int) -> None:
@@ -255,8 +304,8 @@ class ShardFolder:
 
         For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
         """
-        spec = self.spec
         self.believe_rows(start, stop)
+        spec = self.spec
         out = np.empty((stop - start, *spec.row_shape), spec.dtype.numpy)
         into = out.reshape(-1).view(np.uint8)
         for block in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):

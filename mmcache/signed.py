@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from zarr.storage import MemoryStore
 
-__all__ = ["ROOT", "attributes", "read_signed", "signed"]
+__all__ = ["ROOT", "attributes", "check_signed", "read_signed", "signed"]
 
 ROOT = "zarr.json"
 _BLANK = "0" * 64
@@ -46,6 +46,11 @@ def read_signed(where: Path, limit: int) -> tuple[dict[str, Any], bytes]:
         CorruptError: it is damaged, was changed by another program, or has no digest.
     """
     text = read_file(where, limit)
+    return check_signed(text, where), text
+
+
+def check_signed(text: bytes, where: Path | str) -> dict[str, Any]:
+    """Check the bytes of a `zarr.json`, and give what it says under `mmcache`. Errors as `read_signed`."""
     try:
         said = json.loads(text)["attributes"]["mmcache"]
         digest = said["digest"]
@@ -63,4 +68,5 @@ def read_signed(where: Path, limit: int) -> tuple[dict[str, Any], bytes]:
         raise CorruptError(
             f"{where} does not match its own digest: it is damaged, or another program wrote to it; restore it"
         )
-    return said, text
+    found: dict[str, Any] = said
+    return found

@@ -21,6 +21,7 @@ from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
 from mmcache.held import HELD, pieces
 from mmcache.memory import anonymous, available_memory
+from mmcache.remote_rows import RemoteRows
 from mmcache.row_pieces import Piece, Way, take_pieces
 from mmcache.runs import GAP_BYTES, apart, runs_of
 from mmcache.shard_maps import ShardMaps
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from mmcache.site_map import Table
     from mmcache.syscalls import Ranges
 
-__all__ = ["Reader", "SiteRows", "best_reader"]
+__all__ = ["Reader", "SiteRows", "best_reader", "bring_near"]
 
 # Fewer rows than these are looked at one by one; of more only some, and one more in so many.
 _FEW, _MORE_SAMPLES = 64, 1 << 14
@@ -278,18 +279,34 @@ class SiteRows:
         self._map.forget()
 
 
-Reader: TypeAlias = SiteRows | ShardMaps | CheckedRows
+Reader: TypeAlias = SiteRows | ShardMaps | CheckedRows | RemoteRows
 
 
-def best_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int, *, check: bool = False) -> Reader:
+def best_reader(
+    folder: ShardFolder, layout: str, n_layers: int, most_open: int, *, check: bool = False, fits: bool = False
+) -> Reader:
     """Give the fast way to the rows of a site, or where it is not to be had, the simple one; arguments as theirs.
 
-    With `check`, the careful one.
+    With `check`, the careful one; of a store in a bucket, which `fits` into the cache or not, one over these.
     """
     if check:
         return CheckedRows(folder, layout)
+    local = _mapping_reader(folder, layout, n_layers, most_open)
+    return local if folder.remote is None else RemoteRows(folder, layout, n_layers, local, fits=fits)
+
+
+def _mapping_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> SiteRows | ShardMaps:
     if LINUX:
         # Refused where address space is limited.
         with contextlib.suppress(OSError):
             return SiteRows(folder, layout, n_layers, most_open)
     return ShardMaps(folder, layout, n_layers, most_open)
+
+
+def bring_near(reader: Reader, folder: ShardFolder, slots: list[int], start: int, stop: int) -> None:
+    """Read rows into the page cache, or bring them here from a bucket; blocks until then. Errors as `open_file`."""
+    if isinstance(reader, RemoteRows):
+        reader.read_ahead(slots, start, stop)
+        return
+    for slot in slots:
+        folder.read_through(slot, start, stop)

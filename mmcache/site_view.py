@@ -12,7 +12,7 @@ from mmcache.devices import fill_device, is_cpu, own_copy
 from mmcache.errors import ArgumentError, DtypeError, OutOfRangeError, ShapeError
 from mmcache.html import site_html
 from mmcache.positions import Positions, whole_positions
-from mmcache.site_rows import best_reader
+from mmcache.site_rows import best_reader, bring_near
 from mmcache.site_statistics import merge_site
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ _ARRAY_BYTES, _SLICE_ROWS = 1 << 30, 1 << 20
 class SiteView:
     """The logical array `[n_layers, n_tokens, d_model]` of one site, read through memory mapping.
 
-    Made by `store[site]`, not by hand. Layers are the model's own layer numbers; positions are tokens from the
-    start of the store, and negative ones count from its end. Safe to use from several threads. Reading blocks
-    on the disk where the rows are not in the page cache.
+    Made by `store[site]`. Layers are the model's own layer numbers; positions are tokens from the start of the store,
+    and negative ones count from its end. Safe to use from several threads. Reading blocks on the disk, or the network,
+    where the rows are not in the page cache.
     """
 
     def __init__(
@@ -50,11 +50,13 @@ class SiteView:
         length: str = "n_tokens",
         max_maps: int = MAX_MAPS,
         check: bool = False,
+        fits: bool = False,
         summary: Callable[[], SiteStatistics | None] = lambda: None,
     ) -> None:
         self.name = name
         self._folder, self._layout, self._span, self._keep = folder, layout, span, keep
         self._length, self._max_maps, self._check, self._summary = length, max_maps, check, summary
+        self._fits = fits
         self._statistics: SiteStatistics | None = None
         self._slots = {layer: slot for slot, layer in enumerate(layers)}
         self._n_tokens, self._shard_rows = folder.rows, folder.spec.shard_rows
@@ -116,7 +118,9 @@ class SiteView:
     def _read_by(self) -> Reader:
         """Give what reads the rows: made when it is first needed, since it takes address space."""
         # Two threads may make one each: no lock, which a fork might inherit locked.
-        made = best_reader(self._folder, self._layout, len(self._slots), self._max_maps, check=self._check)
+        made = best_reader(
+            self._folder, self._layout, len(self._slots), self._max_maps, check=self._check, fits=self._fits
+        )
         self._reader = self._reader or made
         return self._reader
 
@@ -289,18 +293,14 @@ class SiteView:
         return self._take(slots, wanted, device, out=out, non_blocking=non_blocking)
 
     def read_ahead(self, start: int, stop: int) -> None:
-        """Bring the rows of the tokens from `start` to before `stop`, of all layers, into the page cache.
+        """Bring the rows of some tokens, of all layers, into the page cache, or from a bucket to this machine.
 
-        Blocks until they are there, read one after the other in large pieces: for disks that hate random reads.
-
-        Raises:
-            OutOfRangeError: there are no such tokens.
-            IncompleteError, CorruptError: as `get_position`.
+        Blocks until they are there, read in large pieces. Raises OutOfRangeError, and what `get_position` does.
         """
         if not 0 <= start <= stop <= self._n_tokens:
             raise OutOfRangeError(f"tokens {start} to {stop} out of range ({self._length}={self._n_tokens})")
-        for slot in self._slots.values() if self._layout == "layer" else [0]:
-            self._folder.read_through(slot, start, stop)
+        reader, slots = self.rows_of(None)
+        bring_near(reader, self._folder, slots if self._layout == "layer" else [0], start, stop)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read all of a small site: `[n_layers, n_tokens, d_model]`, bfloat16 as ml_dtypes' own.

@@ -87,7 +87,7 @@ def members(split: Split, store: Store) -> np.ndarray:
     chosen = validation if split.part == "validation" else ~validation
     if not chosen.any():
         raise ArgumentError(
-            f"the {split.part} part of {store.path} is empty: of {units} {split.by}s, a fraction of {split.fraction} "
+            f"the {split.part} part of {store.where} is empty: of {units} {split.by}s, a fraction of {split.fraction} "
             f"with seed {split.seed} leaves none to it. Split by smaller units, or take another fraction"
         )
     found: np.ndarray = chosen[numbers]

@@ -41,7 +41,8 @@ class Survey:
 
     `sites` maps each site to its width; `bytes_a_token` is what all sites and layers take for one token,
     `bytes_to_do` and `shards_to_do` what is missing of `total_bytes` and `shards`; `seconds` is an estimate from
-    a few measured batches, None where none was measured.
+    a few measured batches, None where none was measured. `staging` is the folder in which shards wait to be sent to a
+    bucket, None for a store of this machine's; there `free_bytes` are that folder's.
     """
 
     tokens: int
@@ -60,6 +61,7 @@ class Survey:
     tokens_to_do: int
     tokens_a_second: float | None = None
     seconds: float | None = None
+    staging: str | None = None
 
 
 def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, int] | None = None) -> Survey:

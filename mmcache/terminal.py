@@ -109,6 +109,9 @@ def draw_survey(console: Console, survey: Survey) -> None:
         "to do": f"{size(survey.bytes_to_do)} in {survey.shards_to_do} shards, {survey.tokens_to_do:,} tokens",
         "free": size(survey.free_bytes) + ("" if survey.bytes_to_do <= survey.free_bytes else "  NOT ENOUGH"),
     }
+    if survey.staging is not None:
+        # There less is enough, and the bucket does not say how much it takes.
+        pairs["free"] = f"{size(survey.free_bytes)} in {survey.staging}, where shards wait to be sent"
     if survey.seconds is not None and survey.tokens_a_second is not None:
         pairs["time"] = f"about {duration(survey.seconds)}, at {survey.tokens_a_second:,.0f} tokens/s"
     draw_pairs(console, "plan", pairs)

@@ -14,6 +14,7 @@ from mmcache.manifest import is_store, read_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mmcache.manifest import Manifest
     from mmcache.ranks import Rank
 
 __all__ = ["plan_threads"]
@@ -21,14 +22,18 @@ __all__ = ["plan_threads"]
 _LIMIT = "OMP_NUM_THREADS"
 
 
-def plan_threads(path: Path, rank: Rank) -> None:
+def plan_threads(path: Path, rank: Rank, planned: Manifest | None = None) -> None:
     """Compute with as many threads as the plan at `path` says, or, where there is none, as one process would take.
+
+    `planned` is a plan that is somewhere else.
 
     torchrun gives each of its processes one thread where the user has not said another number: then a job would not be
     the same, to the last bit, as that of one process.
     """
-    if is_store(path):
-        threads = read_manifest(path).source.get("numerics", {}).get("threads")
+    if planned is None and is_store(path):
+        planned = read_manifest(path)
+    if planned is not None:
+        threads = planned.source.get("numerics", {}).get("threads")
         if isinstance(threads, int) and threads > 0:
             torch.set_num_threads(threads)
     elif rank.launcher is not None and os.environ.get(_LIMIT) == "1":

@@ -19,6 +19,7 @@ from mmcache.draft import remove_drafts
 from mmcache.room import missing_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from mmcache.manifest import Manifest
@@ -38,6 +39,7 @@ class Turns:
         path: the store.
         manifest: its plan.
         rank: which worker this is.
+        refresh: called before each look, where what others make is not seen in the folder by itself.
 
     As of the last look, `missing` tells which shards were missing of each site of which some were in the beginning,
     `[slots, blocks]` bool; `wanted` tells of which blocks some were, `[blocks]` bool, and `held` which of these
@@ -48,8 +50,8 @@ class Turns:
     wanted: np.ndarray
     held: np.ndarray
 
-    def __init__(self, path: Path, manifest: Manifest, rank: Rank) -> None:
-        self._path, self._manifest, self._rank = path, manifest, rank
+    def __init__(self, path: Path, manifest: Manifest, rank: Rank, refresh: Callable[[], None] = lambda: None) -> None:
+        self._path, self._manifest, self._rank, self._refresh = path, manifest, rank, refresh
         self._idle_since: float | None = None
         # For how many turns nothing was seen of the others.
         self._silences, self._worked = 0, False
@@ -61,6 +63,7 @@ class Turns:
 
     def look(self) -> None:
         """See what is there now; removes what dead writers left half-made."""
+        self._refresh()
         # Before the shards: one that is published in between is neither being made nor missing.
         names = [name for site in self.missing for name in remove_drafts(self._path / site)]
         self.missing = missing_of(self._path, self._manifest, tuple(self.missing))

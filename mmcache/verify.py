@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.bucket import is_url
 from mmcache.crew import Crew
-from mmcache.errors import ArgumentError, CorruptError, IncompleteError, MmcacheError
+from mmcache.errors import AccessError, ArgumentError, CorruptError, IncompleteError, MmcacheError, RemoteError
 from mmcache.files import count_names, list_names
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format import ids_digest
 from mmcache.listing import listed_shards, present_shards
 from mmcache.manifest import array_json, read_manifest
+from mmcache.mirror import Mirror
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
 from mmcache.shards import ShardFolder
@@ -62,7 +64,7 @@ def verify(
     begins is looked at.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its address in a bucket, of which every byte is read anew.
         level: `"full"`: every byte. `"quick"`: presence, sizes, headers, indices and metadata: seconds for 10,000
             shards.
         progress: called with the bytes that were looked at, and of how many, now and then.
@@ -70,25 +72,33 @@ def verify(
     Raises:
         StoreNotFoundError: there is no store.
         ArgumentError: no such level.
+        AccessError, RemoteError: object storage refuses, or gives no answer.
     """
-    folder = Path(path)
     if level not in ("quick", "full"):
         raise ArgumentError(f"level is {level!r}: expected 'quick' or 'full'")
     try:
+        remote = Mirror(str(path)) if is_url(path) else None
+        folder = Path(path) if remote is None else remote.folder
         manifest = read_manifest(folder)
     except CorruptError as error:
         # Another format version too: a bit that flipped there is as likely as a store from the future.
-        return Report(str(folder), level, (Finding("metadata", ROOT, str(error)),), 0, 0)
-    return _Verification(folder, manifest, level, progress).run()
+        return Report(str(path), level, (Finding("metadata", ROOT, str(error)),), 0, 0)
+    return _Verification(folder, manifest, level, progress, remote).run()
 
 
 class _Verification:
     """One look at one store."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, level: Level, progress: Callable[[int, int], None] | None
+        self,
+        path: Path,
+        manifest: Manifest,
+        level: Level,
+        progress: Callable[[int, int], None] | None,
+        remote: Mirror | None,
     ) -> None:
         self._path, self._manifest, self._level, self._progress = path, manifest, level, progress
+        self._remote, self._where = remote, str(path) if remote is None else remote.url
         self._findings: list[Finding] = []
         self._shards = self._bytes = self._done = 0
         self._total = sum(map(manifest.array_bytes, self._arrays()))
@@ -109,7 +119,7 @@ class _Verification:
         if self._level == "full" and self._manifest.kind == "planned" and self._manifest.n_tokens:
             # What is wrong with them becomes a finding below.
             with contextlib.suppress(MmcacheError, OSError):
-                self._sequences = Store(self._path, self._manifest).sequences
+                self._sequences = self._store().sequences
         crew = Crew(_THREADS, "verify")
         try:
             for array in self._arrays():
@@ -122,11 +132,18 @@ class _Verification:
             self._check_sequences()
         self._check_summaries()
         self._check_tokenizer()
-        return Report(str(self._path), self._level, tuple(self._findings), self._shards, self._bytes)
+        return Report(self._where, self._level, tuple(self._findings), self._shards, self._bytes)
 
     def _find(self, kind: Kind, file: str, what: str, **where: Any) -> None:
         # What errors say begins with the path, which a finding names already.
-        self._findings.append(Finding(kind, file, what.removeprefix(f"{self._path / file}").lstrip(": "), **where))
+        self._findings.append(
+            Finding(
+                kind,
+                file,
+                what.removeprefix(f"{self._path / file}").removeprefix(f"{self._where}/{file}").lstrip(": "),
+                **where,
+            )
+        )
 
     def _check_metadata(self, array: str) -> None:
         """Compare an array's `zarr.json` with what the root says; it may be ahead of a grown store's commit."""
@@ -152,7 +169,7 @@ class _Verification:
             return
         there = present_shards(self._path, manifest, array, rows)
         try:
-            folder = ShardFolder(self._path, manifest, array, rows)
+            folder = self._folder(array)
         except CorruptError as error:
             self._find("foreign", array, str(error), array=array)
             return
@@ -173,6 +190,14 @@ class _Verification:
                 file = f"{array}/{manifest.shard_key(array, block, slot)}"
                 self._find("unexpected", file, "the plan has no such shard", array=array)
 
+    def _store(self) -> Store:
+        return Store(self._path, self._manifest, remote=self._remote)
+
+    def _folder(self, array: str) -> ShardFolder:
+        # What is here of a bucket is not what is to be looked at.
+        rows = self._manifest.rows(array)
+        return ShardFolder(self._path, self._manifest, array, rows, remote=self._remote, fresh=True)
+
     def _look(self, array: str, folder: ShardFolder, slot: int, block: int) -> tuple[list[str], int]:
         ids = None
         if self._sequences is not None and array in self._manifest.sites:
@@ -184,9 +209,7 @@ class _Verification:
         shard, total = self._manifest.shard_tokens or 1, self._manifest.n_tokens or 0
         context = sequences[sequences.find(block * shard)].start
         try:
-            ids = ShardFolder(self._path, self._manifest, "tokens", total).read(
-                context, min((block + 1) * shard, total)
-            )
+            ids = self._folder("tokens").read(context, min((block + 1) * shard, total))
         except (MmcacheError, OSError):
             return None
         return ids_digest(ids.numpy())
@@ -210,6 +233,9 @@ class _Verification:
             self._find_shard("missing", array, shard, "it is not there")
         except CorruptError as error:
             self._find_shard("foreign", array, shard, str(error))
+        except (AccessError, RemoteError):
+            # A server that is down says nothing about the store.
+            raise
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "?")
             self._find_shard("unreadable", array, shard, f"the system refuses to read it ({code}: {error.strerror})")
@@ -232,7 +258,7 @@ class _Verification:
 
     def _check_sequences(self) -> None:
         try:
-            _ = Store(self._path, self._manifest).sequences
+            _ = self._store().sequences
         except (MmcacheError, OSError) as error:
             self._find("sequences", "sequences", str(error), array="sequences")
 

@@ -22,9 +22,9 @@ from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
 from mmcache.manifest import Manifest, check_user_metadata, read_manifest
 from mmcache.names import RESERVED, check_site_name
+from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shards import ShardFolder
-from mmcache.store import open_store
 
 if TYPE_CHECKING:
     import os

@@ -14,7 +14,6 @@ import torch
 
 from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError
-from mmcache.shards import ShardFolder
 
 try:
     import xarray
@@ -25,9 +24,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from mmcache.manifest import Manifest
+    from mmcache.shards import ShardFolder
     from mmcache.site_view import SiteView
 
 __all__ = ["as_dataset"]
@@ -107,13 +106,15 @@ class _Column(_Lazy):
         return out if np.ndim(tokens) else out[0]
 
 
-def _columns(path: Path, manifest: Manifest, starts: Callable[[], np.ndarray]) -> dict[str, _Column]:
+def _columns(
+    folder_of: Callable[[str], ShardFolder], manifest: Manifest, starts: Callable[[], np.ndarray]
+) -> dict[str, _Column]:
     """Make the coordinates of tokens: token ids, flags, and the number of the sequence that each is in."""
     total = manifest.n_tokens or 0
 
     def stored(array: str, unknown: int) -> _Column:
         spec = manifest.spec(array)
-        folder = ShardFolder(path, manifest, array, total)
+        folder = folder_of(array)
 
         def span(start: int, stop: int) -> np.ndarray:
             if not manifest.has_tokens:
@@ -135,7 +136,8 @@ def _columns(path: Path, manifest: Manifest, starts: Callable[[], np.ndarray]) -
 
 
 def as_dataset(
-    path: Path,
+    where: str,
+    folder_of: Callable[[str], ShardFolder],
     manifest: Manifest,
     views: Mapping[str, SiteView],
     starts: Callable[[], np.ndarray],
@@ -153,7 +155,8 @@ def as_dataset(
     `dtype="float32"`, or use `.astype("float32")` after selecting.
 
     Args:
-        path: the store.
+        where: the store, for people.
+        folder_of: gives the shards of an array.
         manifest: what it says of itself.
         views: its sites.
         starts: gives the first position of each sequence, `[n_sequences]` int64.
@@ -168,7 +171,7 @@ def as_dataset(
     clash = [name for name in views if name in _TAKEN]
     if clash:
         raise ArgumentError(
-            f"site {clash[0]!r} of {path} has the name of a dimension or coordinate of the dataset "
+            f"site {clash[0]!r} of {where} has the name of a dimension or coordinate of the dataset "
             f"({', '.join(_TAKEN)}): read it with store[{clash[0]!r}]"
         )
     widths = {view.d_model for view in views.values()}
@@ -184,8 +187,8 @@ def as_dataset(
         dims = ("layer", "token", "d_model" if len(widths) == 1 else f"d_model_{site}")
         modules = manifest.source.get("modules", {}).get(site)
         sites[site] = lazy(dims, rows, **({"modules": modules} if modules else {}))
-    columns = _columns(path, manifest, starts)
+    columns = _columns(folder_of, manifest, starts)
     coordinates = {name: lazy(("token",), column) for name, column in columns.items()}
     coordinates["layer"] = xarray.Variable(("layer",), np.array(manifest.layers, np.int64))
     said = {name: deepcopy(getattr(manifest, name)) for name in ("store", "kind", "layout", "metadata", "source")}
-    return xarray.Dataset(sites, coordinates, {"path": str(path), **said, "storage_dtype": manifest.dtype})
+    return xarray.Dataset(sites, coordinates, {"path": where, **said, "storage_dtype": manifest.dtype})

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import crowded, device, extraction, feeding, growth, looking, reading, writing
+from benchmarks import crowded, device, extraction, feeding, growth, looking, reading, remote, writing
 from benchmarks.floors import check, record
 from benchmarks.machine import describe
 from benchmarks.measure import Plan, Row, Series, Skip
@@ -41,6 +41,7 @@ GROUPS: Mapping[str, tuple[Callable[[Plan], Iterator[Found]], ...]] = {
     "shards": (growth.many_shards,),
     "looking": (looking.looks,),
     "extract": (extraction.extraction, extraction.against_saelens),
+    "bucket": (remote.from_a_bucket,),
     "memory": (writing.memory,),
     "peer-writes": (writing.peer_writes,),
     "peer-loaders": (feeding.loaders,),

@@ -46,7 +46,7 @@ def _root(data: bytes) -> None:
 
 
 class _Kept:
-    path = _FOLDER
+    where = _FOLDER
 
     def __init__(self, text: str) -> None:
         self._text = text

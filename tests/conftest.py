@@ -26,6 +26,38 @@ def _the_same_numbers_each_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def _s3_process():
+    """Run an S3 server of our own for as long as the tests run: it takes two seconds to start."""
+    pytest.importorskip("obstore", reason="needs mmcache[remote]")
+    pytest.importorskip("moto", reason="needs moto, which is the S3 server")
+    import s3  # noqa: PLC0415 -- it imports both
+
+    with s3.serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_server(_s3_process, monkeypatch, tmp_path):
+    """Give an S3 server with an empty bucket, which the environment names, and a folder for the cache."""
+    _s3_process.clear()
+    for name, value in _s3_process.env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
+    return _s3_process
+
+
+@pytest.fixture
+def s3_proxy(s3_server, monkeypatch):
+    """Give a network before that server that fails and counts, which the environment names in its place."""
+    import s3  # noqa: PLC0415 -- as above
+
+    with s3.FaultProxy(s3_server.host, s3_server.port, seed=1, hang_s=20.0) as proxy:
+        for name, value in s3_server.env(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests marked slow, and properties with many examples")
 

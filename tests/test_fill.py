@@ -135,3 +135,13 @@ def test_a_plan_that_became_another_one_ends_the_job_before_it_publishes_more(co
     # Only what was sealed before: one block at most.
     assert len({block_of(file) for file in shards(path)} - {block_of(file) for file in there}) <= 1
     assert not list(path.rglob("*.tmp"))
+
+
+def test_a_small_job_takes_small_slots_and_no_slot_is_too_small_for_a_row():
+    mebibyte = 1 << 20
+    assert fill._slot_bytes(mebibyte, 4096) == 4 * mebibyte
+    assert fill._slot_bytes(128 * mebibyte, 4096) == 8 * mebibyte
+    assert fill._slot_bytes(1 << 40, 4096) == 16 * mebibyte
+    # Whole blocks of sums, as long as they are no larger than a slot of a large job.
+    assert fill._slot_bytes(mebibyte, 100_000) == 6_402_048
+    assert fill._slot_bytes(mebibyte, 17 * mebibyte + 1) == 17 * mebibyte + 4096

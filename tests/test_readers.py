@@ -9,8 +9,10 @@ import pytest
 import tensorstore
 import torch
 import zarr
+from obstore.store import from_url
 from safetensors import safe_open
 from support import DTYPES, numpy_dtype, python, random_bits, raw, same, shards, without_sync
+from zarr.storage import ObjectStore
 
 import mmcache
 
@@ -185,3 +187,20 @@ def test_a_process_that_never_imports_mmcache_reads_them(tmp_path):
     done = python(STRANGER, *sorted({name.rsplit(" ", 1)[0] for name in expected}))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning:zarr")  # bfloat16 is no core dtype of its own
+def test_zarr_and_tensorstore_read_it_from_the_bucket(tmp_path, s3_server, layout, dtype):
+    held = build(tmp_path / "acts", layout, dtype, (64,))
+    mmcache.push(tmp_path / "acts", s3_server.url("acts"))
+    kvstore = {
+        "driver": "s3", "bucket": s3_server.bucket, "endpoint": s3_server.endpoint, "aws_region": "us-east-1",
+        "aws_credentials": {"type": "environment"},
+    }  # fmt: skip
+    for site, values in held.items():
+        client = from_url(s3_server.url("acts"))
+        assert zarr.open_array(ObjectStore(client, read_only=True), path=site, mode="r")[:].tobytes() == raw(values)
+        spec = {"driver": "zarr3", "kvstore": {**kvstore, "path": f"acts/{site}/"}}
+        assert tensorstore.open(spec, open=True, read=True).result().read().result().tobytes() == raw(values)

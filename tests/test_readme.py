@@ -19,6 +19,7 @@ def test_every_block_is_of_a_kind_that_is_run():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:zarr")  # zarr says that bfloat16 is no core dtype of its own
+@pytest.mark.usefixtures("s3_server")
 def test_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(README, tmp_path)

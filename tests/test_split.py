@@ -13,7 +13,7 @@ from mmcache.store import Sequences
 
 
 def store_of(spans, shard_tokens=64):
-    return SimpleNamespace(sequences=Sequences(np.array(spans, np.int64)), shard_tokens=shard_tokens, path="acts")
+    return SimpleNamespace(sequences=Sequences(np.array(spans, np.int64)), shard_tokens=shard_tokens, where="acts")
 
 
 def sequences(lengths, documents=None):

@@ -19,7 +19,7 @@ TEXT = "The quick brown fox — naïve, 東京 and 🦊🦊 — jumps\n\tover  t
 class Kept:
     """A store, as far as words go."""
 
-    path = "acts"
+    where = "acts"
 
     def __init__(self, tokenizer):
         self.text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from mmcache.commands.shared import DTYPES, JSON, LEVEL, PATH, layer_numbers, names, print_json
+from mmcache.commands.shared import DTYPES, FOLDER, JSON, LEVEL, PATH, layer_numbers, names, print_json
 from mmcache.export import export as export_store
 from mmcache.progress import BytesBar
 from mmcache.repair import repair as repair_store
@@ -25,7 +25,7 @@ __all__ = ["export", "repair", "verify"]
 
 
 @click.command()
-@PATH
+@FOLDER
 @click.option("--to", required=True, type=click.Choice(["safetensors", "npy"]), help="What kind of files.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--sites", help="Only these, by comma.")
@@ -50,7 +50,7 @@ def export(path: Path, to: Any, out: Path, sites: str | None, layers: str | None
 @PATH
 @LEVEL
 @JSON
-def verify(path: Path, level: Level, as_json: bool) -> None:
+def verify(path: Path | str, level: Level, as_json: bool) -> None:
     """Look for everything that is wrong with the store at PATH: exit 1 if anything is."""
     with stoppable("Nothing was changed"), BytesBar(Console(stderr=True)) as bar:
         report = verify_store(path, level, progress=bar.update)
@@ -63,7 +63,7 @@ def verify(path: Path, level: Level, as_json: bool) -> None:
 
 
 @click.command()
-@PATH
+@FOLDER
 @LEVEL
 @JSON
 def repair(path: Path, level: Level, as_json: bool) -> None:

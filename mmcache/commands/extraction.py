@@ -13,6 +13,7 @@ import click
 import torch
 from rich.console import Console
 
+from mmcache.bucket import is_url
 from mmcache.capture import probe
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
@@ -20,6 +21,7 @@ from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_js
 from mmcache.corpus import read_texts
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
+from mmcache.outgoing import planned_in_bucket, staging_folder
 from mmcache.overview import overview
 from mmcache.plain import sites_table
 from mmcache.progress import ProgressBar
@@ -52,7 +54,7 @@ def _batch_size(text: str) -> Any:
 @click.command()
 @click.argument("model")
 @click.argument("corpus", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The store, new or to be gone on with.")
+@click.option("--out", required=True, help="The store, new or to be gone on with: a folder, or s3://bucket/prefix.")
 @click.option("--sites", default="mlp_in,mlp_out", show_default=True, help="Which activations, by comma.")
 @click.option("--layers", help="Which layers, such as 0-5,8; all of them by default.")
 @click.option("--context-length", type=int, help="Tokens a context at most.  [1024, or less if the model can't]")
@@ -77,20 +79,23 @@ def _batch_size(text: str) -> Any:
 @click.option("--num-gpus", type=click.FloatRange(min=0), help="With --ray, GPUs a worker.  [1 if there are any]")
 @click.option("--field", default="text", show_default=True, help="The key of the text in JSON lines and datasets.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
+@click.option("--staging", type=click.Path(path_type=Path), help="With a bucket, where shards wait.  [a cache]")
+@click.option("--staging-bytes", type=int, help="What they may take there.  [4 GiB, or a quarter of what is free]")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinity instead of counting them.")
 @click.option("--accept-numerics", is_flag=True, help="Go on although batch size, device, threads or versions differ.")
 @JSON
-def extract(model: str, corpus: tuple[str, ...], out: Path, as_json: bool, **options: Any) -> None:
+def extract(model: str, corpus: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     """Run MODEL (a folder or hub name, or `demo`) over CORPUS, and store its activations.
 
     CORPUS is text, .jsonl, .parquet or .npy files, dataset folders, or the name of a dataset on the hub. The
     same command goes on after an interruption.
     """
-    with stoppable(_GOES_ON.format(out)):
+    left = f"{out}, what was not sent yet in {staging_folder(out, options['staging'])}" if is_url(out) else out
+    with stoppable(_GOES_ON.format(left)):
         _extract(model, corpus, out, options, as_json=as_json)
 
 
-def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
+def _extract(model: str, corpus: tuple[str, ...], out: str, options: dict[str, Any], *, as_json: bool) -> None:
     rank = find_rank()
     # One worker tells how far all of them are.
     console = Console(stderr=True, quiet=not rank.leads)
@@ -107,14 +112,15 @@ def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, 
         "device": options["device"],
         "record": {"command": shlex.join(["mmcache", *sys.argv[1:]]), "corpus": list(corpus)},
     }
-    _check_ray(options, rank)
+    _check_ray(options, rank, out)
     if options["address"] is not None:
         store = _by_ray(model, corpus, out, options, what, console)
     else:
         what["device"] = options["device"] or (None if options["device_map"] else _device(rank))
-        plan_threads(out, rank)
+        plan_threads(Path(out), rank, planned_in_bucket(out, options["staging"]))
         loaded = load_model(model, options["compute_dtype"], device_map=options["device_map"])
-        job = Extraction(loaded, load_tokenizer(model), out, **what)
+        staged = {name: options[name] for name in ("staging", "staging_bytes")}
+        job = Extraction(loaded, load_tokenizer(model), out, **what, **staged)
         texts = read_texts(corpus, field=options["field"])
         if options["dry_run"]:
             _print_survey(job.survey(texts), as_json=as_json)
@@ -123,10 +129,11 @@ def _extract(model: str, corpus: tuple[str, ...], out: Path, options: dict[str, 
             store = job.run(texts, **_running(options, console, bar))
     if not rank.leads:
         return
+    found = overview(store.where)
     if as_json:
-        print_json(overview(store.path))
+        print_json(found)
     else:
-        draw_overview(Console(), overview(store.path))
+        draw_overview(Console(), found)
 
 
 def _running(options: dict[str, Any], console: Console, bar: ProgressBar) -> dict[str, Any]:
@@ -145,14 +152,21 @@ def _print_survey(survey: Survey, *, as_json: bool) -> None:
         draw_survey(Console(), survey)
 
 
-def _check_ray(options: dict[str, Any], rank: Rank) -> None:
+def _check_ray(options: dict[str, Any], rank: Rank, out: str) -> None:
     """Refuse what only goes with a cluster, or does not go with one."""
     if options["device_map"] and options["device"]:
         raise click.UsageError("--device-map says where the model runs: leave --device out")
+    if not is_url(out) and (options["staging"] or options["staging_bytes"]):
+        raise click.UsageError("--staging and --staging-bytes are for a store in a bucket: leave them out")
     if options["address"] is None:
         given = [name for name in ("workers", "num_gpus") if options[name] is not None]
         if given:
             raise click.UsageError(f"--{given[0].replace('_', '-')} is for --ray: say which cluster, or leave it out")
+    elif is_url(out):
+        raise click.UsageError(
+            "--ray needs a folder that all machines see, not a bucket: leave --ray out, and start the same command on "
+            "each machine, by torchrun or as a job array"
+        )
     elif options["dry_run"]:
         raise click.UsageError("--dry-run measures on this machine: leave --ray out")
     elif rank.of > 1:
@@ -162,7 +176,7 @@ def _check_ray(options: dict[str, Any], rank: Rank) -> None:
 
 
 def _by_ray(
-    model: str, corpus: tuple[str, ...], out: Path, options: dict[str, Any], what: dict[str, Any], console: Console
+    model: str, corpus: tuple[str, ...], out: str, options: dict[str, Any], what: dict[str, Any], console: Console
 ) -> Store:
     name = named(model)
     # Ray tells of lost machines on stdout, which is for data.

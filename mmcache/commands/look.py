@@ -10,8 +10,8 @@ from rich.console import Console
 
 from mmcache.charts import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
 from mmcache.commands.shared import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
+from mmcache.opening import open_store
 from mmcache.passages import draw_sequence, draw_show, draw_token
-from mmcache.store import open_store
 from mmcache.view import (
     Words,
     apart,

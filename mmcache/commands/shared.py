@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmcache.bucket import is_url
 from mmcache.plain import json_ready
 from mmcache.visible import plain_json, visible
 
@@ -30,7 +31,20 @@ __all__ = [
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-PATH = click.argument("path", type=click.Path(path_type=Path))
+
+
+class _Place(click.ParamType[Any]):
+    """A folder as a Path, or an address in a bucket as it is."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 -- click's signature
+        return value if is_url(value) else Path(value)
+
+
+PLACE = _Place()
+PATH = click.argument("path", type=PLACE)
+FOLDER = click.argument("path", type=click.Path(path_type=Path))
 LEVEL = click.option(
     "--level", type=click.Choice(["full", "quick"]), default="full", show_default=True,
     help="Every byte, or presence, sizes, headers and metadata.",

@@ -64,7 +64,7 @@ def find(
             raise ArgumentError(f"{name} is {number}: expected 0 or more")
     words = words or Words(store)
     if text is not None and not words.known:
-        raise ArgumentError(f"{store.path} keeps no tokenizer, so its text is not known: search with token=, by id")
+        raise ArgumentError(f"{store.where} keeps no tokenizer, so its text is not known: search with token=, by id")
     stop = min(store.n_tokens, start + most_tokens)
     count, sequences = 0, set[int]()
     places: list[tuple[int, int]] = []

@@ -110,7 +110,7 @@ class Look:
         """
         shard, total = self.folder.spec.shard_rows, self.store.n_tokens
         if not len(self.blocks):
-            raise IncompleteError(f"{self.site} of {self.store.path}: no shard of the layers asked for is there yet")
+            raise IncompleteError(f"{self.site} of {self.store.where}: no shard of the layers asked for is there yet")
         room = max(_RUN, self.budget // self.record_bytes)
         runs = [range(int(block) * shard, min((int(block) + 1) * shard, total)) for block in self.blocks]
         there = sum(map(len, runs))

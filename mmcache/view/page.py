@@ -207,7 +207,7 @@ def serve(
     """Serve the page about a store, until Ctrl-C.
 
     Args:
-        path: the store's folder; shards may be missing.
+        path: the store's folder, or its address in a bucket; shards may be missing.
         port: 0 for one that is free.
         open_browser: open the page in it.
         direction: a file that `load_direction` reads, for the panels that take one.

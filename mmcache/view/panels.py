@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import ArgumentError, IncompleteError
+from mmcache.opening import open_store
 from mmcache.overview import overview
-from mmcache.store import open_store
 from mmcache.view.base import View
 from mmcache.view.browse import sequence, token
 from mmcache.view.dimensions import dimension, dimensions
@@ -42,7 +42,7 @@ class Source:
     """A store that is looked at, and what was given with it. Safe from several threads.
 
     Args:
-        path: the store's folder; shards may be missing.
+        path: the store's folder, or its address in a bucket; shards may be missing.
         direction: a file that `load_direction` reads.
         unembedding: the name of the model whose head the lens uses.
 
@@ -56,8 +56,8 @@ class Source:
         direction: str | os.PathLike[str] | None = None,
         unembedding: str | None = None,
     ) -> None:
-        self.path = Path(path)
-        self.store = open_store(self.path, partial=True)
+        self.store = open_store(path, partial=True)
+        self.path = self.store.where
         self.direction = None if direction is None else load_direction(direction)
         self.unembedding: Any = None
         if unembedding is not None:
@@ -94,7 +94,7 @@ class Source:
     def facts(self) -> dict[str, Any]:
         """Say what the page has to know from the beginning. Reads no data."""
         return {
-            "name": self.path.resolve().name,
+            "name": Path(self.path).resolve().name if self.store.url is None else self.path,
             "layers": list(self.store.layers),
             "n_tokens": self.store.n_tokens,
             "n_sequences": self.store.n_sequences,
@@ -185,7 +185,7 @@ def parse(given: list[tuple[str, str]], wanted: Mapping[str, Parameter]) -> dict
 
 
 def _overview(source: Source, _asked: dict[str, Any]) -> View:
-    return View("overview", str(source.path), f"mmcache.view.overview({str(source.path)!r})", overview(source.path))
+    return View("overview", source.path, f"mmcache.view.overview({source.path!r})", overview(source.path))
 
 
 def _health(source: Source, asked: dict[str, Any]) -> View:

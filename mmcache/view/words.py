@@ -52,7 +52,7 @@ class Words:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._letters = _byte_level() if _is_byte_level(json.loads(text).get("decoder")) else None
         except Exception as error:  # it raises nothing narrower
-            raise CorruptError(f"{store.path}: the tokenizer that it keeps cannot be read ({error})") from error
+            raise CorruptError(f"{store.where}: the tokenizer that it keeps cannot be read ({error})") from error
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     @property

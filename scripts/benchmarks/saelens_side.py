@@ -1,15 +1,22 @@
-"""SAELens's side of a comparison, run by a Python that has sae-lens: prints its seconds as JSON. Knows no mmcache.
+"""SAELens's side of a comparison, run by a Python that has sae-lens: does what it is asked, line by line. No mmcache.
 
-Usage: python saelens_side.py MODEL_FOLDER OUT HOOK BATCH        (MODEL_FOLDER/texts.npy: token ids [n, length])
+Usage: python saelens_side.py MODEL_FOLDER OUT HOOK BATCH THREADS        (MODEL_FOLDER/texts.npy: token ids [n, length])
+
+Says its versions as a line of JSON. Then each line of its input is `bare` or `run`, and `stop` or `whole`: the model
+alone or a job to the end of its sync, as far as the layer that is wanted or to the logits, as SAELens runs it. Each is
+answered by its seconds.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +28,19 @@ class _StopError(Exception):
     """The layer that is wanted is done."""
 
 
-def _bare(model: Any, module: Any, texts: np.ndarray, batch: int) -> float:
-    """Run the model alone, as far as the layer that is wanted: seconds."""
+def _bare(model: Any, module: Any, texts: np.ndarray, batch: int, *, early: bool) -> None:
+    """Run the model alone, as far as the layer that is wanted or to its end."""
 
     def stop(*_: object) -> None:
-        raise _StopError
+        if early:
+            raise _StopError
 
     handle = module.register_forward_hook(stop)
-    began = time.perf_counter()
     with torch.no_grad():
         for start in range(0, len(texts), batch):
-            try:
+            with suppress(_StopError):
                 model(torch.from_numpy(texts[start : start + batch]))
-            except _StopError:
-                continue
-    taken = time.perf_counter() - began
     handle.remove()
-    return taken
 
 
 def _sync(folder: Path) -> None:
@@ -47,19 +50,11 @@ def _sync(folder: Path) -> None:
         os.close(fd)
 
 
-def main() -> None:
-    """Run the job, synced, and the bare forward passes after it."""
-    folder, out, hook, batch = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def _runner(folder: Path, hook: str, batch: int, texts: np.ndarray) -> Any:
+    """Make a runner of the whole corpus, in one buffer: it fills whole ones, whatever `training_tokens` says."""
     import sae_lens  # noqa: PLC0415 -- not ours, and slow
     from datasets import Dataset  # noqa: PLC0415
-    from sae_lens.training import activations_store  # noqa: PLC0415
 
-    logging.disable(logging.WARNING)
-    texts = np.load(folder / "texts.npy")
-    tokens, length = texts.size, texts.shape[1]
-    # What its own models of TransformerLens do by the hook's name, and Hugging Face's would not.
-    layer = int(hook.rsplit(".", 1)[1])
-    activations_store.extract_stop_at_layer_from_tlens_hook_name = lambda _name: layer + 1
     width = json.loads((folder / "config.json").read_text())["n_embd"]
     config = sae_lens.CacheActivationsRunnerConfig(
         dataset_path="given",
@@ -68,26 +63,49 @@ def main() -> None:
         model_batch_size=batch,
         hook_name=hook,
         d_in=width,
-        training_tokens=tokens,
-        context_size=length,
-        new_cached_activations_path=str(out),
+        training_tokens=texts.size,
+        context_size=texts.shape[1],
         shuffle=False,
         dtype="float32",
         device="cpu",
-        # One buffer for all of it: it fills whole buffers, whatever `training_tokens` says.
-        buffer_size_gb=(tokens * width * 4 + 1) / 1e9,
+        buffer_size_gb=(texts.size * width * 4 + 1) / 1e9,
         prepend_bos=False,
         streaming=False,
     )
-    runner = sae_lens.CacheActivationsRunner(config, override_dataset=Dataset.from_dict({"input_ids": texts.tolist()}))
+    return sae_lens.CacheActivationsRunner(config, override_dataset=Dataset.from_dict({"input_ids": texts.tolist()}))
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    folder, out, hook, batch = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    # What libraries print goes elsewhere.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    torch.set_num_threads(int(sys.argv[5]))
+    import sae_lens  # noqa: PLC0415
+    from sae_lens.training import activations_store  # noqa: PLC0415
+
+    logging.disable(logging.WARNING)
+    texts = np.load(folder / "texts.npy")
+    runner = _runner(folder, hook, batch, texts)
+    runner.cfg.new_cached_activations_path = str(out)
     model: Any = runner.model
-    _bare(model.model, model.named_modules_dict[hook], texts[:batch], batch)  # warms the machine up
-    began = time.perf_counter()
-    runner.run()
-    _sync(out)
-    taken = time.perf_counter() - began
-    bare = _bare(model.model, model.named_modules_dict[hook], texts, batch)
-    print(json.dumps({"runner": taken, "bare": bare, "version": sae_lens.__version__}))
+    print(json.dumps({"sae-lens": sae_lens.__version__, "torch": torch.__version__}), file=answers)
+    layer = int(hook.rsplit(".", 1)[1])
+    for line in sys.stdin:
+        what, early = line.split()[0], line.split()[1] == "stop"
+        # What its own models of TransformerLens do by the hook's name, and Hugging Face's do not.
+        last = layer + 1 if early else None
+        activations_store.extract_stop_at_layer_from_tlens_hook_name = lambda _name, last=last: last
+        gc.collect()
+        began = time.perf_counter()
+        if what == "run":
+            runner.run()
+            _sync(out)
+        else:
+            _bare(model.model, model.named_modules_dict[hook], texts, batch, early=early)
+        print(time.perf_counter() - began, file=answers)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from benchmarks.limits import aligned, memcpy, random_reads, raw_write
 from benchmarks.measure import seconds
 
 from mmcache.listing import count_shards
+from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.ranks import Rank
 from mmcache.shard_writer import ShardWriter
 from mmcache.site_statistics import merge_site
-from mmcache.store import open_store
 from mmcache.turns import Turns
 from planning.figures import Figure, Figures
 
@@ -85,7 +85,7 @@ def digest_rate(scratch: Path, manifest: Manifest, repeats: int = 3) -> float:
     for _ in range(repeats):
         done, taken = 0, 0.0
         while done < _DIGESTED:
-            shard = ShardWriter(scratch / "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(0), durable=False)
+            shard = ShardWriter(scratch / "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(), durable=False)
             began = time.perf_counter()
             for _ in range(spec.shard_rows // rows):
                 shard.digest(data, None, [])

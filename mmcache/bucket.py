@@ -1,0 +1,302 @@
+"""Objects below one prefix of a bucket: the only place that talks to object storage.
+
+S3 and what speaks its language, Google Cloud Storage, Azure and `file://`, through obstore. What may pass (a server
+that refuses, is slow, cuts a connection or sends less than it says) is tried again until `PATIENCE` is over; what will
+not pass (no such bucket, no right to it) is told at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import secrets
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mmcache.connection import SCHEMES, client_library, connect
+from mmcache.errors import ArgumentError, CorruptError, MmcacheError, RemoteError, StoreNotFoundError
+from mmcache.retries import short_answer, try_again
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+__all__ = ["Bucket", "is_url"]
+
+T = TypeVar("T")
+
+# Seconds for which a request is tried again.
+PATIENCE = 120.0
+# What is sent in one request, and in how many parts at a time.
+PART_BYTES, _PARTS = 8 << 20, 4
+# What is handed on at a time of what comes: memory that is used again is far quicker than fresh memory.
+_PIECE_BYTES = 2 << 20
+# Objects that are listed at a time.
+_LISTED = 5000
+# Where objects lie until they are whole: a name that nothing reads.
+_UPLOADS = ".uploads"
+
+
+def is_url(path: object) -> bool:
+    """Tell whether a store's place is an address of object storage, such as `s3://bucket/acts`."""
+    return isinstance(path, str) and path.partition("://")[0] in SCHEMES and "://" in path
+
+
+class Bucket:
+    """The objects below one prefix. Safe to use from several threads, but not in a process that was forked.
+
+    Credentials and endpoints are found as each ecosystem does: for S3 the AWS_… variables, and through boto3 profiles,
+    SSO and instance roles; for Google its application default credentials; for Azure the AZURE_… variables.
+
+    Args:
+        url: `s3://bucket/prefix`, `gs://…`, `az://account/container/prefix` or `file:///folder`.
+
+    Raises:
+        ArgumentError: no such address, or obstore is not installed.
+        AccessError: there are no credentials.
+    """
+
+    def __init__(self, url: str) -> None:
+        if not is_url(url):
+            raise ArgumentError(f"{url!r}: expected an address, such as s3://bucket/acts ({', '.join(SCHEMES)})")
+        self.url = url.rstrip("/")
+        self._obstore = client_library()
+        self._store = connect(self.url, self._obstore, PATIENCE)
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
+        return Bucket, (self.url,)
+
+    def where(self, key: str) -> str:
+        """Give the address of an object."""
+        return f"{self.url}/{key}"
+
+    def names(self, under: str = "") -> Iterator[list[tuple[str, int, str | None]]]:
+        """List the objects whose keys begin with the folder `under`: (key, bytes, tag), some thousands at a time.
+
+        Keys are relative to the prefix. A listing that fails half-way begins anew, so a name may come twice.
+
+        Raises:
+            StoreNotFoundError, AccessError, RemoteError: there is no such bucket; no right to list it; no answer.
+        """
+        listing: Any = None
+        given, more = 0, True
+
+        def some() -> list[tuple[str, int, str | None]]:
+            nonlocal listing, given, more
+            # One that fails is not gone on with; the new one has to come further than it, or patience never ends.
+            going, listing, skipped = listing, None, 0
+            if going is None:
+                going, skipped = self._obstore.list(self._store, under or None, chunk_size=_LISTED), given
+            batches = list(itertools.islice(going, skipped + 1))
+            listing, given, more = going, given + 1, len(batches) > skipped
+            return [(entry["path"], entry["size"], entry["e_tag"]) for batch in batches for entry in batch]
+
+        while more:
+            found = self._again(f"{self.url}/{under}", some)
+            if batch := [entry for entry in found if not entry[0].startswith(_UPLOADS)]:
+                yield batch
+
+    def size(self, key: str, alive: Callable[[], None] = lambda: None) -> int:
+        """Give the bytes of an object; `alive` as in `upload`. Raises StoreNotFoundError and the others of `read`."""
+
+        def look() -> int:
+            alive()
+            return int(self._obstore.head(self._store, key)["size"])
+
+        return self._again(self.where(key), look)
+
+    def read(self, key: str, start: int, stop: int) -> memoryview:
+        """Read the bytes from `start` to before `stop` of an object: exactly so many; blocks until they are there.
+
+        Raises:
+            StoreNotFoundError: there is no such object, or no such bucket.
+            CorruptError: it ends before `stop`.
+            AccessError: no right to it.
+            RemoteError: the server gave no whole answer in all the time that there was.
+        """
+        if start == stop:
+            return memoryview(b"")
+
+        def get() -> memoryview:
+            found = memoryview(self._obstore.get_range(self._store, key, start=start, end=stop))
+            if len(found) != stop - start:
+                raise short_answer(len(found), stop - start)
+            return found
+
+        return self._again(self.where(key), get, lambda: self._check_size(key, stop))
+
+    def stream(self, key: str, start: int, stop: int) -> Iterator[memoryview]:
+        """Read the bytes from `start` to before `stop` of an object, some megabytes at a time as they come.
+
+        What breaks off goes on from there. Blocks until the next are there; errors as `read`.
+        """
+        at, coming = start, None
+
+        def more() -> memoryview:
+            nonlocal coming
+            # One that fails is not gone on with.
+            stream, coming = coming, None
+            if stream is None:
+                answer = self._obstore.get(self._store, key, options={"range": (at, stop)})
+                stream = iter(answer.stream(min_chunk_size=_PIECE_BYTES))
+            data = next(stream, None)
+            if data is None or len(data) > stop - at:
+                raise short_answer(at - start + len(data or b""), stop - start)
+            coming = stream
+            return memoryview(data)
+
+        while at < stop:
+            data = self._again(self.where(key), more, lambda: self._check_size(key, stop))
+            at += len(data)
+            yield data
+
+    def read_head(self, key: str, count: int) -> tuple[bytes, int]:
+        """Read the first `count` bytes of an object, or all where it has fewer, and give its size. Errors as `read`."""
+
+        def empty() -> None:
+            self._check_size(key, 1)
+
+        def get() -> tuple[bytes, int]:
+            result = self._obstore.get(self._store, key, options={"range": (0, count)})
+            size, data = result.meta["size"], bytes(result.bytes())
+            if len(data) != min(count, size):
+                raise short_answer(len(data), min(count, size))
+            return data, size
+
+        return self._again(self.where(key), get, empty)
+
+    def read_whole(self, key: str, limit: int) -> bytes:
+        """Read a whole object of at most `limit` bytes. Errors as `read`; CorruptError if it is larger."""
+        return self.read_tagged(key, limit)[0]
+
+    def read_tagged(self, key: str, limit: int) -> tuple[bytes, str | None]:
+        """Read a whole object as `read_whole`, and give its tag too, as `names` does."""
+
+        def get() -> tuple[bytes, str | None]:
+            result = self._obstore.get(self._store, key)
+            size = result.meta["size"]
+            if size > limit:
+                raise CorruptError(f"{self.where(key)} is larger than the {limit} bytes such an object can have")
+            data = bytes(result.bytes())
+            if len(data) != self._obstore.head(self._store, key)["size"]:
+                raise short_answer(len(data), size)
+            return data, result.meta["e_tag"]
+
+        return self._again(self.where(key), get)
+
+    def put(self, key: str, data: bytes, alive: Callable[[], None] = lambda: None, *, replace: bool = True) -> bool:
+        """Make a small object, whole or not at all; False if it is there already and may not be replaced.
+
+        `alive` as in `upload`. Errors as `read`.
+        """
+        mode = "overwrite" if replace else "create"
+
+        def put() -> bool:
+            nonlocal mode
+            alive()
+            try:
+                made = self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            except self._obstore.exceptions.AlreadyExistsError:
+                return False
+            # It is ours from here on: what arrived damaged is replaced, not taken for somebody else's.
+            mode = "overwrite"
+            self._compare(key, key, [data], made["e_tag"], len(data))
+            return True
+
+        return self._again(self.where(key), put)
+
+    def upload(self, key: str, file: Path, alive: Callable[[], None] = lambda: None, *, replace: bool = False) -> bool:
+        """Make an object of a file, whole or not at all; False if it is there already and may not be replaced.
+
+        In parts, several at a time, each tried again by itself; what the server says it has is compared with what was
+        sent. Blocks until then. `alive` is called now and then, and may raise to end it.
+
+        Raises:
+            StoreNotFoundError, AccessError, RemoteError: as `read`.
+            OSError: the file cannot be read.
+        """
+        if file.stat().st_size <= PART_BYTES:
+            return self.put(key, file.read_bytes(), alive, replace=replace)
+        whole = f"{_UPLOADS}/{secrets.token_hex(8)}"
+
+        def upload() -> bool:
+            alive()
+            try:
+                self._send(whole, key, file, alive)
+                self._obstore.copy(self._store, whole, key, overwrite=replace)
+            except self._obstore.exceptions.AlreadyExistsError:
+                return False
+            return True
+
+        try:
+            return self._again(self.where(key), upload)
+        finally:
+            # Litter at worst, which nothing reads.
+            with contextlib.suppress(MmcacheError, OSError, self._obstore.exceptions.BaseError):
+                self._obstore.delete(self._store, whole)
+
+    def _send(self, whole: str, key: str, file: Path, alive: Callable[[], None]) -> None:
+        digests: list[bytes] = []
+
+        def parts() -> Iterator[bytes]:
+            with file.open("rb", buffering=0) as opened:
+                while part := opened.read(PART_BYTES):
+                    alive()
+                    digests.append(hashlib.md5(part, usedforsecurity=False).digest())
+                    yield part
+
+        made = self._obstore.put(
+            self._store, whole, parts(), use_multipart=True, chunk_size=PART_BYTES, max_concurrency=_PARTS
+        )
+        size = file.stat().st_size
+        together = hashlib.md5(b"".join(digests), usedforsecurity=False).hexdigest()
+        said = (made["e_tag"] or "").strip('"')
+        if said == f"{together}-{len(digests)}":
+            return
+        # Not an MD5, as where the server encrypts, or it differs: read it back.
+        for number, digest in enumerate(digests):
+            start = number * PART_BYTES
+            found = self.read(whole, start, min(start + PART_BYTES, size))
+            if hashlib.md5(found, usedforsecurity=False).digest() != digest:
+                raise RemoteError(f"{self.where(key)}: from byte {start} on, what arrived is not what {file} has")
+
+    def _compare(self, whole: str, key: str, parts: Sequence[bytes], tag: str | None, size: int) -> None:
+        """Compare what the server has with what it was sent: by its tag, where that is an MD5, or by reading it."""
+        digest = hashlib.md5(parts[0], usedforsecurity=False).hexdigest()
+        if (tag or "").strip('"') == digest or bytes(self.read(whole, 0, size)) == parts[0]:
+            return
+        raise RemoteError(f"{self.where(key)}: what arrived is not what was sent")
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; those that are not there are fine. Errors as `read`."""
+
+        def delete(some: list[str]) -> None:
+            try:
+                self._again(self.where(some[0]), lambda: self._obstore.delete(self._store, some))
+            except StoreNotFoundError:
+                # Some storages stop there, and leave what comes behind it.
+                for key in some if len(some) > 1 else ():
+                    delete([key])
+
+        for start in range(0, len(keys), 1000):
+            delete(list(keys[start : start + 1000]))
+
+    def _check_size(self, key: str, stop: int) -> None:
+        size = self.size(key)
+        if size < stop:
+            raise CorruptError(f"{self.where(key)} has {size} bytes, at least {stop} belong there: make it again")
+
+    def check_process(self, where: str = "") -> None:
+        """Raise RemoteError in a process that was forked: neither connections nor threads have come along."""
+        if self._process != os.getpid():
+            raise RemoteError(
+                f"{where or self.url}: this process was forked from one that uses object storage, and its connections "
+                f"do not work here: give the DataLoader multiprocessing_context='spawn'"
+            )
+
+    def _again(self, where: str, work: Callable[[], T], short: Callable[[], None] = lambda: None) -> T:
+        """Do some work until it succeeds, or will not, or patience is over."""
+        self.check_process(where)
+        return try_again(where, work, short, self._obstore.exceptions, PATIENCE)

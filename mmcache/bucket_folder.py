@@ -1,0 +1,311 @@
+"""The folder in which a store for a bucket is made: its whole plan, and an empty file for each shard in the bucket.
+
+What lists or plans a store's folder works on it as on any other; who reads an empty shard is refused. The bucket is the
+truth: what it does not have is missing, whatever is here.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmcache.bucket_listing import METADATA_LIMIT, Listing, is_column, manifest_of, read_root, shard_numbers
+from mmcache.claims import MARKER, STAGING, is_staging
+from mmcache.crew import Crew
+from mmcache.draft import publish, remove_drafts
+from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreExistsError
+from mmcache.files import list_names, make_folder, read_file, remove_file, remove_tree
+from mmcache.listing import in_order, present_shards
+from mmcache.manifest import is_store, read_manifest
+from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
+from mmcache.signed import ROOT
+from mmcache.tokenizer_file import TOKENIZER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+    from pathlib import Path
+
+    from mmcache.bucket import Bucket
+    from mmcache.manifest import Manifest
+
+__all__ = ["BucketFolder"]
+
+# Requests that are under way together.
+_THREADS = 4
+# Seconds between two listings, and how many times as long as one takes.
+_LIST_AGAIN, _SHARE = 10.0, 50
+# Seconds by which clocks of files and of processes may differ.
+_CLOCKS = 0.1
+# What the bucket's root was when it was last seen: a bucket that had one, and has none, was emptied.
+_SEEN = "seen"
+
+
+class BucketFolder:
+    """A folder that stands for a store in a bucket. `fetch` and `send` by one process at a time, with its lock held.
+
+    Args:
+        bucket: where the store is.
+        folder: made with the first `mark`.
+    """
+
+    def __init__(self, bucket: Bucket, folder: Path) -> None:
+        self.bucket, self.folder = bucket, folder
+        self._seen = folder / STAGING / _SEEN
+        self._root: bytes | None = None
+        self._manifest: Manifest | None = None
+        # Shards that the bucket had when it was fetched, and the plan's files that are equal to its objects.
+        self._there: dict[str, np.ndarray] = {}
+        self._equal: dict[str, tuple[int, ...]] = {}
+        self._next = 0.0
+
+    def mark(self) -> None:
+        """Make the folder, and say in it whose it is.
+
+        Raises:
+            StoreExistsError: it is another store's, or holds something else.
+            WriteError: it cannot be made.
+        """
+        marker = self.folder / STAGING / MARKER
+        # Before the marker is looked for: another process may be making the folder at this moment, the marker first.
+        names = set(list_names(self.folder))
+        if is_staging(self.folder):
+            said = read_file(marker, METADATA_LIMIT).decode(errors="replace").strip()
+            if said == self.bucket.url:
+                return
+            why = f"this is the staging folder of {said}, not of {self.bucket.url}"
+        elif names - {STAGING} or (self.folder.exists() and not self.folder.is_dir()):
+            why = f"this holds something else: what is made for {self.bucket.url} needs a folder of its own"
+        else:
+            make_folder(marker.parent)
+            publish(marker, f"{self.bucket.url}\n".encode())
+            return
+        raise StoreExistsError(errno.EEXIST, f"{why}: choose another with --staging (staging=…)", str(self.folder))
+
+    def fetch(self, sites: Collection[str]) -> list[str]:
+        """Make the folder what the bucket says, and name the shards that are here and were not sent; blocks.
+
+        Args:
+            sites: those that the job makes, of which the bucket may have none yet.
+
+        Raises:
+            StoreExistsError, PlanMismatchError: the bucket holds something else there.
+            ReadOnlyError: it is a store that `extract` does not make.
+            CorruptError: its root is damaged, or a shard has another size than it should.
+            AccessError, RemoteError, WriteError: as `Bucket.read`; this folder cannot be written to.
+        """
+        listed = self._listed(sites)
+        self._root, self._manifest, self._there = listed.root, listed.manifest, listed.there
+        listed.refuse(self.bucket, sites)
+        if self._root is None or self._manifest is None:
+            if self._seen.exists():
+                self.forget()
+            if is_store(self.folder) and (manifest := read_manifest(self.folder)).n_tokens is not None:
+                self._name_shards(manifest, {}, ours=True)
+            return []
+        here = read_file(self.folder / ROOT, METADATA_LIMIT) if is_store(self.folder) else b""
+        ours = here == self._root or self._is_this_plan(here)
+        _together(lambda key: self._fetch_file(key, listed.plan[key], trusted=here == self._root), listed.plan)
+        if here != self._root:
+            publish(self.folder / ROOT, self._root)
+        publish(self._seen, self._root)
+        if self._manifest.n_tokens is None:
+            return []
+        return self._name_shards(self._manifest, listed.there, ours=ours)
+
+    def _listed(self, sites: Collection[str]) -> Listing:
+        began = time.monotonic()
+        found = Listing.of(self.bucket, sites)
+        ended = time.monotonic()
+        self._next = ended + max(_LIST_AGAIN, _SHARE * (ended - began))
+        return found
+
+    def _is_this_plan(self, here: bytes) -> bool:
+        """Tell whether shards of a root that was here before are those of the bucket's."""
+        ours, manifest = None, self._manifest
+        with suppress(MmcacheError):
+            ours = manifest_of(self.bucket, here)
+        if ours is None or manifest is None:
+            return False
+        same = [(m.store, m.n_tokens, m.shard_tokens, m.source.get("tokenised")) for m in (ours, manifest)]
+        return same[0] == same[1]
+
+    def _fetch_file(self, key: str, size: int, *, trusted: bool) -> None:
+        file = self.folder / key
+        if not trusted or not file.exists() or file.stat().st_size != size:
+            data = self.bucket.read_whole(key, METADATA_LIMIT)
+            make_folder(file.parent)
+            remove_drafts(file.parent)
+            publish(file, data)
+        self._equal[key] = _identity(file)
+
+    def _name_shards(self, manifest: Manifest, there: dict[str, np.ndarray], *, ours: bool) -> list[str]:
+        """Make an empty file for each shard that the bucket has, and for no other; name those that are not empty."""
+        unsent = []
+        for site in manifest.sites:
+            shape = (len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0))
+            wanted, here = there.get(site, np.zeros(shape, bool)), np.zeros(shape, bool)
+            for name, size in _sizes(self.folder / site):
+                numbers = shard_numbers(name)
+                if numbers is None:
+                    continue
+                slot, block = numbers
+                inside = slot < shape[0] and block < shape[1]
+                if inside and size and ours and not wanted[slot, block]:
+                    unsent.append(f"{site}/{name}")
+                elif not inside or size or not wanted[slot, block]:
+                    remove_file(self.folder / site / name)
+                    continue
+                here[slot, block] = True
+            self._stubs(manifest, site, wanted & ~here)
+        return unsent
+
+    def _stubs(self, manifest: Manifest, site: str, which: np.ndarray) -> None:
+        if which.any():
+            make_folder(self.folder / site)
+        for slot, block in in_order(which):
+            (self.folder / site / manifest.shard_key(site, block, slot)).touch()
+
+    def refresh(self, manifest: Manifest) -> None:
+        """See what the bucket has now, if that is long enough ago; blocks for one listing.
+
+        Raises:
+            PlanMismatchError: there is another plan now, or none.
+            CorruptError, AccessError, RemoteError: as `fetch`.
+        """
+        if time.monotonic() < self._next:
+            return
+        clock = time.time()
+        listed = self._listed(())
+        if listed.root != self._root:
+            now, ours = listed.manifest, manifest
+            if now is None or any(
+                getattr(now, name) != getattr(ours, name) for name in ("n_tokens", "n_sequences", "shard_tokens")
+            ):
+                raise PlanMismatchError(
+                    f"{self.bucket.url} was given another plan while it was filled, or was removed. Run the command "
+                    f"that changed it, or the one of the plan that is there now"
+                )
+            self._root = listed.root
+        for site in manifest.sites:
+            here = present_shards(self.folder, manifest, site, manifest.n_tokens or 0)
+            there = listed.there.get(site, np.zeros_like(here))
+            self._stubs(manifest, site, there & ~here)
+            for slot, block in in_order(here & ~there):
+                file = self.folder / site / manifest.shard_key(site, block, slot)
+                # One that has been sent since the listing began is in none.
+                with suppress(FileNotFoundError):
+                    status = file.stat()
+                    if not status.st_size and status.st_mtime < clock - _CLOCKS:
+                        file.unlink()
+
+    def unsent(self, manifest: Manifest) -> dict[str, int]:
+        """Give keys and bytes of the shards that are here themselves."""
+        found = ((site, name, size) for site in manifest.sites for name, size in _sizes(self.folder / site))
+        return {f"{site}/{name}": size for site, name, size in found if size and shard_numbers(name)}
+
+    def send(self) -> bool:
+        """Make the bucket's plan the one that is here, its root last; False if it was given another one meanwhile.
+
+        Raises:
+            StoreExistsError: the bucket holds something else under a name of the plan.
+            AccessError, RemoteError: as `Bucket.read`.
+        """
+        root, old = read_file(self.folder / ROOT, METADATA_LIMIT), self._manifest
+        manifest = read_manifest(self.folder)
+        if old is not None and root != self._root:
+            self.bucket.delete(list(self._dropped(old)))
+        replaced = set() if old is None else {*old.sites, *RESERVED, TOKENIZER_FOLDER}
+        changed = [key for key in self._files(manifest) if self._equal.get(key) != _identity(self.folder / key)]
+        _together(lambda key: self._send_file(key, replace=key.partition("/")[0] in replaced), changed)
+        if old is None:
+            if not self.bucket.put(ROOT, root, replace=False) and read_root(self.bucket) != root:
+                return False
+        elif root != self._root:
+            self.bucket.put(ROOT, root)
+        publish(self._seen, root)
+        self._root, self._manifest = root, manifest
+        return True
+
+    def _dropped(self, old: Manifest) -> Iterator[str]:
+        for site, there in self._there.items():
+            here = present_shards(self.folder, old, site, old.n_tokens or 0)
+            yield from (f"{site}/{old.shard_key(site, block, slot)}" for slot, block in in_order(there & ~here))
+
+    def _files(self, manifest: Manifest) -> Iterator[str]:
+        for array in (*manifest.sites, *RESERVED):
+            yield f"{array}/{ROOT}"
+        for array in RESERVED:
+            yield from (f"{array}/{name}" for name in list_names(self.folder / array) if is_column(name))
+        if (self.folder / TOKENIZER).exists():
+            yield TOKENIZER
+
+    def _send_file(self, key: str, *, replace: bool) -> None:
+        file = self.folder / key
+        data, identity = read_file(file, METADATA_LIMIT), _identity(file)
+        if not self.bucket.put(key, data, replace=False) and not self._has(key, data):
+            if not replace:
+                raise StoreExistsError(
+                    errno.EEXIST, f"{self.bucket.where(key)} is in the way of a new store: choose another prefix",
+                    self.bucket.url,
+                )  # fmt: skip
+            self.bucket.put(key, data)
+        self._equal[key] = identity
+
+    def _has(self, key: str, data: bytes) -> bool:
+        try:
+            return self.bucket.read_whole(key, len(data)) == data
+        except CorruptError:
+            return False
+
+    def fetch_statistics(self) -> None:
+        """Bring the merged statistics that the bucket has. Errors as `fetch`."""
+        for key, _, _ in itertools.chain.from_iterable(self.bucket.names(STATISTICS_FOLDER)):
+            make_folder((self.folder / key).parent)
+            publish(self.folder / key, self.bucket.read_whole(key, METADATA_LIMIT), durable=False)
+
+    def send_statistics(self, site: str) -> None:
+        """Send the merged statistics of a site, what says that they are there last. Errors as `send`."""
+        above, last = f"{STATISTICS_FOLDER}/{ROOT}", f"{STATISTICS_FOLDER}/{site}/{ROOT}"
+        files = (self.folder / STATISTICS_FOLDER / site).rglob("*")
+        keys = {file.relative_to(self.folder).as_posix() for file in files if file.is_file()} - {last}
+        for key in (above, *sorted(key for key in keys if not key.endswith(".tmp")), last):
+            self.bucket.put(key, read_file(self.folder / key, METADATA_LIMIT))
+
+    def forget(self) -> None:
+        """Remove the plan and the shards, all but what says whose folder this is."""
+        for name in list_names(self.folder):
+            if name != STAGING:
+                (remove_tree if (self.folder / name).is_dir() else remove_file)(self.folder / name)
+        remove_file(self._seen)
+        self._equal.clear()
+
+
+def _together(work: Callable[[str], None], keys: Iterable[str]) -> None:
+    """Do something for each key, some at a time; blocks until all are done, and raises what failed first."""
+    crew = Crew(_THREADS, "plan")
+    try:
+        for done in [crew.submit(work, key) for key in keys]:
+            done.result()
+    finally:
+        crew.close()
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Give the names of a folder's shards and their bytes; one that is not there has none."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("c."):
+                # Somebody else may have put another in its place, or removed it.
+                with suppress(FileNotFoundError):
+                    yield entry.name, entry.stat(follow_symlinks=False).st_size

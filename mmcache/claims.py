@@ -1,0 +1,127 @@
+"""Whose the shards are that wait in a staging folder to be sent: each process that makes some says so while it lives.
+
+A shard that is there and that no living process has claimed was left by one that died: somebody else sends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from mmcache.files import explained, list_names, make_folder
+from mmcache.lock import locked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+__all__ = ["MARKER", "STAGING", "Claims", "claimed", "is_staging"]
+
+# In a staging folder, and no part of a store: what is said of it, and the locks.
+STAGING, MARKER = ".staging", "url"
+_CLAIMS = ".claims"
+
+
+def is_staging(folder: Path) -> bool:
+    """Tell whether a folder is one in which a store for a bucket is made."""
+    return (folder / STAGING / MARKER).exists()
+
+
+def claimed(folder: Path) -> list[str]:
+    """Name the shards of a folder that a living process is making or sending; none where it is no staging folder."""
+    if not is_staging(folder):
+        return []
+    with locked(folder / STAGING / ".claims.lock"):
+        return [key for theirs in _living(folder / STAGING) for key in theirs]
+
+
+class Claims:
+    """The shards that this process is making or sending: keys, and their bytes. Safe to use from several threads.
+
+    Raises:
+        WriteError: the folder cannot be written to, or its file system has no locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / STAGING
+        make_folder(self._folder)
+        self._lock = self._folder / ".claims.lock"
+        self._own = self._folder / f"{secrets.token_hex(8)}{_CLAIMS}"
+        self._sizes: dict[str, int] = {}
+        with self._alone(), explained(self._own, "making the file"):
+            self._fd = os.open(self._own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with locked(self._lock):
+            yield
+
+    def claim(self, sizes: Mapping[str, int], most: Callable[[int], int]) -> bool:
+        """Claim shards before they are made; False where all that is claimed would be more than there may be.
+
+        Args:
+            sizes: their keys and bytes.
+            most: gives the bytes that all processes may have, told how many there are.
+        """
+        with self._alone():
+            others = list(_living(self._folder, self._own))
+            there = sum(self._sizes.values()) + sum(sum(theirs.values()) for theirs in others)
+            if there + sum(sizes.values()) > most(len(others) + 1):
+                return False
+            self._sizes |= sizes
+            self._write()
+        return True
+
+    def adopt(self, sizes: Mapping[str, int]) -> list[str]:
+        """Claim those that are nobody's, whatever they take, and name them."""
+        with self._alone():
+            taken = self._sizes.keys() | {key for theirs in _living(self._folder, self._own) for key in theirs}
+            mine = [key for key in sizes if key not in taken]
+            self._sizes |= {key: sizes[key] for key in mine}
+            self._write()
+        return mine
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Let go of shards that are sent, or will not be made."""
+        with self._alone():
+            for key in keys:
+                self._sizes.pop(key, None)
+            self._write()
+
+    def leave(self, last: Callable[[], None] = lambda: None) -> None:
+        """Let go of everything; the last process there does `last`, while no other can come. Safe to call twice."""
+        if self._fd < 0:
+            return
+        with self._alone():
+            self._own.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+            if not any(True for _ in _living(self._folder)):
+                last()
+
+    def _write(self) -> None:
+        text = "".join(f"{size} {key}\n" for key, size in self._sizes.items()).encode()
+        with explained(self._own, "saying what is made", len(text)):
+            if self._fd >= 0:
+                os.pwrite(self._fd, text, 0)
+                os.ftruncate(self._fd, len(text))
+
+
+def _living(folder: Path, own: Path | None = None) -> Iterator[dict[str, int]]:
+    """Give what each other living process has claimed, and remove what dead ones left; with the lock held."""
+    for name in list_names(folder):
+        if not name.endswith(_CLAIMS) or (own is not None and name == own.name):
+            continue
+        fd = os.open(folder / name, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            (folder / name).unlink()
+        except BlockingIOError:
+            lines = os.pread(fd, os.fstat(fd).st_size, 0).decode().splitlines()
+            yield {key: int(size) for size, _, key in (line.partition(" ") for line in lines)}
+        finally:
+            os.close(fd)

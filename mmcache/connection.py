@@ -1,0 +1,97 @@
+"""Connections to object storage: which client, with which credentials, and how patient it is.
+
+S3 and what speaks its language, Google Cloud Storage, Azure and `file://`, through obstore.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from mmcache.errors import AccessError, ArgumentError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["SCHEMES", "client_library", "connect", "said"]
+
+SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "file")
+# Seconds that a server may take to be reached, to send anything more of an answer, and all of it.
+_CONNECT, _SILENCE, _REQUEST = 10, 30, 600
+_KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+                  "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")  # fmt: skip
+
+
+def said(error: Exception) -> str:
+    """Give what an error says, without the client's account of how it came to it."""
+    return " ".join(str(error).partition("\n\nDebug source")[0].split())[:400]
+
+
+def client_library() -> ModuleType:
+    """Give obstore. Raises ArgumentError where it is not installed."""
+    try:
+        import obstore  # noqa: PLC0415 -- an extra
+        import obstore.exceptions  # noqa: PLC0415 -- as above
+        import obstore.store  # noqa: PLC0415 -- as above
+    except ImportError as error:
+        raise ArgumentError("object storage needs obstore: pip install 'mmcache[remote]'") from error
+    return obstore
+
+
+def connect(url: str, obstore: ModuleType, patience: float) -> Any:
+    """Make the client of a prefix; asks nothing of the server yet.
+
+    Args:
+        url: the prefix.
+        obstore: what makes it.
+        patience: seconds for which the caller tries again; the client itself tries for half of them.
+
+    Raises:
+        ArgumentError: no such address.
+        AccessError: there are no credentials.
+    """
+    if url.startswith("file://"):
+        return _made(url, obstore, {"mkdir": True})
+    client: dict[str, Any] = {
+        "connect_timeout": timedelta(seconds=_CONNECT),
+        "read_timeout": timedelta(seconds=_SILENCE),
+        # Of a whole request: a large part over a slow line.
+        "timeout": timedelta(seconds=_REQUEST),
+    }
+    options: dict[str, Any] = {
+        "client_options": client,
+        "retry_config": {"max_retries": 5, "retry_timeout": timedelta(seconds=patience / 2)},
+    }
+    if url.startswith("s3"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", ""))
+        if endpoint.startswith("http://"):
+            client["allow_http"] = True
+        options |= {"copy_if_not_exists": "multipart"} | _amazon(url)
+    return _made(url, obstore, options)
+
+
+def _made(url: str, obstore: ModuleType, options: dict[str, Any]) -> Any:
+    try:
+        return obstore.store.from_url(url, **options)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise ArgumentError(f"{url}: {said(error)}") from error
+
+
+def _amazon(url: str) -> dict[str, Any]:
+    """Give the options of S3 that the client does not find by itself."""
+    if any(variable in os.environ for variable in _KEY_VARIABLES) or not importlib.util.find_spec("boto3"):
+        return {}
+    import boto3  # noqa: PLC0415 -- an extra, and slow to import
+    from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 -- as above
+
+    session = boto3.Session()
+    if session.get_credentials() is None:
+        raise AccessError(
+            13,
+            "there are no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or for a "
+            "public bucket AWS_SKIP_SIGNATURE=true",
+            url,
+        )
+    return {"credential_provider": Boto3CredentialProvider(session)}

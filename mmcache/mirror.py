@@ -1,0 +1,308 @@
+"""A store in a bucket, as far as it is on this machine: its metadata, the names of its shards, and some of the shards.
+
+The metadata lies in a folder that looks like the store's own, where an empty file stands for each shard that the bucket
+has: so what lists a store's folder lists this one. The shards themselves are in a bounded cache, from which they are
+mapped as those of any store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+
+import numpy as np
+
+from mmcache.arriving import Arriving
+from mmcache.bucket import Bucket
+from mmcache.crew import Crew, let_end
+from mmcache.draft import publish
+from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNotFoundError
+from mmcache.files import free_bytes, list_names, make_folder, remove_file
+from mmcache.format import HEADER_BYTES
+from mmcache.lock import locked
+from mmcache.manifest import read_manifest
+from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
+from mmcache.shard_cache import ShardCache
+from mmcache.signed import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+    from mmcache.arriving import ArrivingPart
+    from mmcache.draft import Draft
+    from mmcache.format import Layout
+
+__all__ = ["Mirror", "cache_folder"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# What the cache may take, where nobody says: of the room that is free, and at the most.
+_SHARE, _MOST_CACHE = 4, 64 << 30
+# Requests that are under way together, and what each of those that bring a shard here brings.
+_THREADS, _PART_BYTES = 16, 16 << 20
+# Shards that are brought here together, ahead of being needed.
+_BRINGERS = 3
+# Metadata is small; what is larger below such names is no store's.
+_METADATA_LIMIT = 256 << 20
+_TAGS = ".tags.json"
+_FOLDERS, _DEEPEST = (STATISTICS_FOLDER, TOKENIZER_FOLDER), 8
+
+
+def cache_folder() -> Path:
+    """Give the folder for what can be fetched again: `$MMCACHE_CACHE`, or `mmcache` where caches go on this system."""
+    chosen = os.environ.get("MMCACHE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcache"
+
+
+class Mirror:
+    """What is here of one store in a bucket. Safe to use from several threads and, one made in each, processes.
+
+    Made, it lists the bucket and fetches the metadata that changed; blocks until then.
+
+    Args:
+        url: the store.
+        cache_dir: the folder of the cache, shared by all stores and processes that name it; None for `cache_folder()`.
+        cache_bytes: what the shards in it may take; None for a quarter of the free room, up to 64 GiB.
+
+    Raises:
+        StoreNotFoundError: there is no store, or no bucket.
+        AccessError, RemoteError: the server refuses, or gives no answer.
+        CorruptError: the root is damaged.
+    """
+
+    def __init__(
+        self, url: str, cache_dir: str | os.PathLike[str] | None = None, cache_bytes: int | None = None
+    ) -> None:
+        self._asked = cache_dir, cache_bytes
+        self.bucket = Bucket(url)
+        self.url = self.bucket.url
+        above = cache_folder() if cache_dir is None else Path(cache_dir)
+        if cache_bytes is None:
+            cache_bytes = min(_MOST_CACHE, free_bytes(above) // _SHARE)
+        if cache_bytes < 1:
+            raise ArgumentError(f"cache_bytes is {cache_bytes}: expected what the shards in {above} may take")
+        self.cache = ShardCache(above / "shards", cache_bytes)
+        self.folder = above / "stores" / _digest(self.url)[:16]
+        # Who brings a shard waits for requests, and must not take the place of one.
+        self._crew, self._bringers, self._lock = Crew(_THREADS, "request"), Crew(_BRINGERS, "bring"), threading.Lock()
+        make_folder(self.folder)
+        with locked(self.folder / ".mirror.lock"):
+            self._refresh()
+
+    def __reduce__(self) -> tuple[type[Mirror], tuple[object, ...]]:
+        return Mirror, (self.url, *self._asked)
+
+    def _refresh(self) -> None:
+        """Make the folder what the bucket has now."""
+        while not self._refreshed():
+            pass
+
+    def _refreshed(self) -> bool:
+        """As `_refresh`; False where another root came meanwhile, which may name shards that were not listed."""
+        listed = self._listed()
+        metadata = listed.pop("")
+        if ROOT not in metadata:
+            raise StoreNotFoundError(2, "no mmcache store there (a store is a prefix with a zarr.json)", self.url)
+        tags_file, known = self.folder / _TAGS, {}
+        # Left by another version, or what a power failure made of it.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            known = json.loads(tags_file.read_text())
+        wanted = [key for key, tag in metadata.items() if tag is None or known.get(key) != tag or not self._has(key)]
+        for key in known.keys() - metadata.keys():
+            remove_file(self.folder / key)
+        # The root comes last: what it names is here then.
+        for key, fetched in [(key, self.submit(self.bucket.read_whole, key, _METADATA_LIMIT)) for key in wanted]:
+            if key != ROOT:
+                self._keep(key, fetched.result())
+        if ROOT in wanted:
+            root, tag = self.bucket.read_tagged(ROOT, _METADATA_LIMIT)
+            if tag != metadata[ROOT]:
+                return False
+            self._keep(ROOT, root)
+        publish(tags_file, json.dumps(metadata).encode())
+        try:
+            manifest = read_manifest(self.folder)
+        except CorruptError as error:
+            # People look for it in the bucket.
+            raise type(error)(str(error).replace(str(self.folder), self.url)) from error
+        self._store = manifest.store
+        for array in (*manifest.sites, *RESERVED):
+            self._name_shards(array, set(listed.get(array, ())))
+        return True
+
+    def _has(self, key: str) -> bool:
+        return (self.folder / key).exists()
+
+    def _keep(self, key: str, data: bytes) -> None:
+        make_folder((self.folder / key).parent)
+        publish(self.folder / key, data)
+
+    def _listed(self) -> dict[str, dict[str, str | None]]:
+        """List the bucket: of each array the names of its shards, and under "" the tags of the metadata."""
+        found: dict[str, dict[str, str | None]] = {"": {}}
+        for key, _, tag in itertools.chain.from_iterable(self.bucket.names()):
+            parts = key.split("/")
+            if not all(part.isprintable() and not part.startswith(".") and part for part in parts):
+                continue
+            if len(parts) == 2 and parts[1].startswith("c."):
+                found.setdefault(parts[0], {})[parts[1]] = None
+            elif (parts[-1] == ROOT and len(parts) <= 2) or (parts[0] in _FOLDERS and 1 < len(parts) <= _DEEPEST):
+                found[""][key] = tag
+        # What is a folder here, too, is an object that stands for a folder, as some tools make.
+        above = {"/".join(key.split("/")[:depth]) for key in found[""] for depth in range(1, key.count("/") + 1)}
+        found[""] = {key: tag for key, tag in found[""].items() if key not in above}
+        return found
+
+    def _name_shards(self, array: str, there: set[str]) -> None:
+        """Make an empty file for each shard that the bucket has, and for no other."""
+        here = {name for name in list_names(self.folder / array) if name.startswith("c.")}
+        if there - here:
+            make_folder(self.folder / array)
+        for name in there - here:
+            (self.folder / array / name).touch()
+        for name in here - there:
+            remove_file(self.folder / array / name)
+
+    def submit(self, work: Callable[[*Ts], T], *arguments: *Ts) -> Future[T]:
+        """Do something in one of the threads for requests. Raises RemoteError in a process that was forked."""
+        self.bucket.check_process()
+        with self._lock:
+            return self._crew.submit(work, *arguments)
+
+    def fetch_later(self, bring: Callable[[*Ts], T], *arguments: *Ts) -> Future[T]:
+        """Bring a shard, or a part of it, here in the background, a few at a time; `bring` ends in `fetch`.
+
+        Raises RemoteError in a process that was forked.
+        """
+        self.bucket.check_process()
+        with self._lock:
+            return self._bringers.submit(bring, *arguments)
+
+    def where(self, array: str, key: str) -> str:
+        """Give the address of a shard."""
+        return f"{self.url}/{array}/{key}"
+
+    def find(self, array: str, key: str) -> Path | None:
+        """Give the file of a shard that is here, or None."""
+        return self.cache.find(self._file(array, key))
+
+    def _file(self, array: str, key: str, part: str = "") -> str:
+        return _digest(f"{self.url}/{array}/{key}{part}")[:40]
+
+    def read(self, array: str, key: str, start: int, stop: int) -> memoryview:
+        """Read bytes of a shard from the bucket, exactly so many; blocks until they are there.
+
+        Raises:
+            IncompleteError: the bucket has no such shard.
+            CorruptError: it ends before `stop`.
+            AccessError, RemoteError: as `Bucket.read`.
+        """
+        with _shard_errors(self.where(array, key)):
+            return self.bucket.read(f"{array}/{key}", start, stop)
+
+    def stream(self, array: str, key: str, start: int, stop: int) -> Iterator[memoryview]:
+        """Read bytes of a shard from the bucket as they come, some megabytes at a time. Errors as `read`."""
+        with _shard_errors(self.where(array, key)):
+            yield from self.bucket.stream(f"{array}/{key}", start, stop)
+
+    def head(self, array: str, key: str) -> tuple[bytes, int]:
+        """Read the header of a shard from the bucket, and its size. Errors as `read`."""
+        with _shard_errors(self.where(array, key)):
+            return self.bucket.read_head(f"{array}/{key}", HEADER_BYTES)
+
+    def use(self, array: str, key: str, check: Callable[[bytes, int], Layout], use: Callable[[Path], T]) -> T:
+        """Use the file of a shard, brought here where it is not; again if others had it removed by then.
+
+        Once more where what is here is not what belongs there: the bucket may have another one by now, such as a longer
+        one of a grown store. Errors as `fetch`, and those of `use`.
+        """
+        replaced = False
+        while True:
+            file = self.fetch(array, key, check)
+            try:
+                return use(file)
+            except IncompleteError:
+                continue
+            except CorruptError:
+                if replaced or not self.cache.drop(self._file(array, key)):
+                    raise
+                replaced = True
+
+    def fetch(self, array: str, key: str, check: Callable[[bytes, int], Layout]) -> Path:
+        """Give the file of a shard, brought here where it is not; blocks until then.
+
+        Its header is looked at by `check`, and the checksum of each inner chunk is compared, before it has its name.
+
+        Raises:
+            IncompleteError, CorruptError, AccessError, RemoteError: as `read`; a checksum differs.
+            ArgumentError: it is larger than the whole cache.
+            DiskFullError: the cache's disk is full.
+        """
+        name = self._file(array, key)
+        found = self.cache.find(name)
+        if found is not None:
+            return found
+        seen = self.head(array, key)
+        while True:
+            layout = check(*seen)
+            try:
+                return self.cache.add(name, seen[1], partial(self._download, array, key, layout, seen[0]))
+            except CorruptError:
+                # It may have been replaced while it came.
+                before, seen = seen, self.head(array, key)
+                if seen == before:
+                    raise
+
+    def _download(self, array: str, key: str, layout: Layout, head: bytes, draft: Draft) -> None:
+        arriving = Arriving(layout, head, _PART_BYTES)
+        asked = [self.submit(self._receive, array, key, part, stop, draft) for part, stop in arriving.parts]
+        try:
+            for part in asked:
+                part.result()
+        finally:
+            # All of them end before the draft does.
+            let_end(asked)
+        if problem := arriving.problem():
+            raise CorruptError(f"{self.where(array, key)}: {problem}; remove the object and make it again")
+
+    def _receive(self, array: str, key: str, part: ArrivingPart, stop: int, draft: Draft) -> None:
+        """Write one part of a shard as it comes; parts lie apart, so that several threads may write them."""
+        for data in self.stream(array, key, part.at, stop):
+            draft.write(np.frombuffer(data, np.uint8), part.at)
+            part.add(data)
+
+    def extent(self, array: str, key: str, start: int, stop: int) -> Path:
+        """Give a file of some bytes of a shard, brought here where it is not. Errors as `fetch`."""
+
+        def fill(draft: Draft) -> None:
+            at = 0
+            for data in self.stream(array, key, start, stop):
+                draft.write(np.frombuffer(data, np.uint8), at)
+                at += len(data)
+
+        # Its bytes do not say which store they are of, and another one may come to the same address.
+        return self.cache.add(self._file(array, key, f":{self._store}:{start}-{stop}"), stop - start, fill)
+
+
+@contextlib.contextmanager
+def _shard_errors(where: str) -> Iterator[None]:
+    """Tell an object that is not there as a shard that is not there."""
+    try:
+        yield
+    except StoreNotFoundError as error:
+        raise IncompleteError(f"the bucket has no shard {where}: it was not uploaded yet, or removed") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

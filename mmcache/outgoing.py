@@ -1,0 +1,277 @@
+"""A store that is made for a bucket: planned and filled in a bounded folder, from which shards are sent and let go."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmcache.bucket import Bucket, is_url
+from mmcache.bucket_folder import BucketFolder
+from mmcache.bucket_listing import read_planned
+from mmcache.claims import STAGING, Claims
+from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
+from mmcache.files import free_bytes
+from mmcache.format import Layout
+from mmcache.lock import FolderLock
+from mmcache.manifest import read_manifest
+from mmcache.mirror import cache_folder
+from mmcache.opening import open_store
+from mmcache.room import bytes_to_write
+from mmcache.summary import load_summary, save_summary
+from mmcache.uploads import Uploads
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    import numpy as np
+
+    from mmcache.manifest import Manifest
+    from mmcache.store import Store
+
+__all__ = ["Outgoing", "outgoing_for", "planned_in_bucket", "staging_folder"]
+
+# Of all that is staged, where nobody says: the most, and the part of the free room.
+_MOST, _SHARE = 4 << 30, 4
+# Blocks that there is room for all the same: one is made while another is sent.
+_BLOCKS = 2
+# Seconds between two looks at what others are sending.
+_AGAIN, _AGAIN_AT_LAST = 0.2, 30.0
+
+
+def staging_folder(url: str, staging: str | os.PathLike[str] | None) -> Path:
+    """Give the folder in which a store for a bucket is made: one for each address, where another one is not chosen."""
+    if staging is not None:
+        return Path(staging)
+    return cache_folder() / "staging" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+def outgoing_for(
+    path: str | os.PathLike[str], staging: str | os.PathLike[str] | None, staging_bytes: int | None
+) -> Outgoing | None:
+    """Give what makes a store for an address; None for a folder. Raises ArgumentError as `Outgoing`."""
+    if is_url(path):
+        return Outgoing(str(path), staging, staging_bytes)
+    if staging is not None or staging_bytes is not None:
+        raise ArgumentError(f"{path} is a folder, in which shards are made at once: staging is for a store in a bucket")
+    return None
+
+
+def planned_in_bucket(path: str, staging: str | os.PathLike[str] | None) -> Manifest | None:
+    """Give the plan that there is at an address already; None for a folder. Errors as `Bucket.read`."""
+    return Outgoing(path, staging, None).planned() if is_url(path) else None
+
+
+class Outgoing:
+    """A store that is made for a bucket. Made, it has written nothing yet.
+
+    `plan` comes first, then what `Fill` calls, `drain`, `complete`; `stop` always. By one thread, but for `published`.
+
+    Args:
+        url: the store's address.
+        staging: the folder, or None.
+        staging_bytes: what the shards in it may take, of all processes that work there; None for 4 GiB, or a quarter
+            of the free room if that is less, and at least two blocks a process.
+
+    Raises:
+        ArgumentError, AccessError: as `Bucket`; no bytes at all.
+    """
+
+    def __init__(self, url: str, staging: str | os.PathLike[str] | None, staging_bytes: int | None) -> None:
+        if staging_bytes is not None and staging_bytes < 1:
+            raise ArgumentError(f"staging_bytes is {staging_bytes}: expected what the shards that wait may take")
+        self._bucket = Bucket(url)
+        self.url, self.folder = self._bucket.url, staging_folder(self._bucket.url, staging)
+        self._here = BucketFolder(self._bucket, self.folder)
+        self._asked, self._block = staging_bytes, 0
+        self._claims: Claims | None = None
+        self._made: Uploads | None = None
+        self._planned: Manifest | None = None
+
+    def planned(self) -> Manifest | None:
+        """Give the plan that there is already; writes nothing. Errors as `Bucket.read`."""
+        return read_planned(self._bucket, self.folder)
+
+    @property
+    def _uploads(self) -> Uploads:
+        if self._made is None:
+            raise AssertionError("plan comes first")
+        return self._made
+
+    @property
+    def _manifest(self) -> Manifest:
+        if self._planned is None:
+            raise AssertionError("plan comes first")
+        return self._planned
+
+    def plan(
+        self,
+        sites: Collection[str],
+        open_plan: Callable[[], Manifest],
+        join_plan: Callable[[], Manifest],
+        waiting: Callable[[], None],
+    ) -> Manifest:
+        """Give the plan, the same here and in the bucket, once what was left here to be sent is there; blocks.
+
+        Args:
+            sites: those that the job makes.
+            open_plan: plans in the folder, or compares with the plan that is there.
+            join_plan: compares all but the corpus.
+            waiting: called now and then while another process of this machine plans.
+
+        Raises:
+            StoreExistsError: folder or prefix hold something else.
+            MmcacheError: what `open_plan` raises, and `BucketFolder.fetch`.
+        """
+        self._here.mark()
+        self._claims = self._claims or Claims(self.folder)
+        self._made = self._made or Uploads(self._bucket, self.folder, self._claims)
+        lock = FolderLock.wait(self.folder / STAGING, waiting)
+        try:
+            self._fetch(sites)
+            manifest = open_plan()
+            while not self._here.send():
+                # Another machine was quicker. The corpus may be read only once, and was when ours was planned.
+                self._fetch(sites)
+                ours, manifest = manifest, join_plan()
+                self._compare(ours, manifest)
+        except PlanMismatchError as error:
+            # Of the folder nobody has asked anything.
+            raise PlanMismatchError(str(error).replace(str(self.folder), self.url)) from error
+        finally:
+            lock.release()
+        self._planned = manifest
+        return manifest
+
+    def _compare(self, ours: Manifest, theirs: Manifest) -> None:
+        said = [(plan.source.get("tokenised"), plan.source.get("max_tokens")) for plan in (ours, theirs)]
+        if said[0] != said[1]:
+            raise PlanMismatchError(
+                f"{self.url} was planned at this moment by another machine, with other texts or another max_tokens: "
+                f"give the same to all"
+            )
+
+    def _fetch(self, sites: Collection[str]) -> None:
+        left = self._here.fetch(sites)
+        sizes = {key: (self.folder / key).stat().st_size for key in left}
+        if sizes and self._uploads.adopt(sizes, read_manifest(self.folder)):
+            self._uploads.wait()
+
+    def check_room(self, missing: Mapping[str, np.ndarray]) -> None:
+        """Check that there is room here for what waits to be sent while missing shards are made.
+
+        Args:
+            missing: of each site, `[slots, blocks]` bool.
+
+        Raises:
+            ArgumentError: one block is more than may be staged.
+            DiskFullError: with the bytes needed and free.
+        """
+        manifest = self._manifest
+        rows = min(manifest.shard_tokens or 1, manifest.n_tokens or 0)
+        specs = [(manifest.spec(site), len(manifest.slots(site))) for site, which in missing.items() if which.any()]
+        self._block = sum(Layout(spec, rows).size * slots for spec, slots in specs)
+        if self._asked is not None and self._block > self._asked:
+            raise ArgumentError(
+                f"staging_bytes is {self._asked}, and one block of this job takes {self._block}: give at least that, "
+                f"better twice as much, so that one is made while another is sent"
+            )
+        free = free_bytes(self.folder)
+        needed = min(bytes_to_write(manifest, dict(missing)), self._most(1))
+        if needed > free:
+            raise DiskFullError(
+                errno.ENOSPC,
+                f"shards that wait to be sent to {self.url} take {needed} bytes there, and {free} are free: make room, "
+                f"choose another folder with --staging (staging=…), or let them take less with --staging-bytes "
+                f"(staging_bytes=…; a block takes {self._block})",
+                str(self.folder),
+            )
+
+    def _most(self, processes: int) -> int:
+        if self._asked is not None:
+            return self._asked
+        return max(min(_MOST, free_bytes(self.folder) // _SHARE), _BLOCKS * self._block * processes)
+
+    def refresh(self) -> None:
+        """See now and then which shards the bucket has. Errors as `BucketFolder.refresh`."""
+        self._here.refresh(self._manifest)
+
+    def reserve(self, files: Mapping[Path, int], alive: Callable[[], None]) -> None:
+        """Wait until there is room for some more shards.
+
+        Args:
+            files: where they will be, and their bytes.
+            alive: called now and then; raises to end it.
+
+        Raises:
+            MmcacheError: what failed while others were sent.
+        """
+        self._uploads.reserve({self._key(file): size for file, size in files.items()}, self._most, alive)
+
+    def release(self, files: Collection[Path]) -> None:
+        """Give back the room of shards that will not be made."""
+        if self._claims is not None:
+            self._claims.release([self._key(file) for file in files])
+
+    def published(self, files: Sequence[Path]) -> None:
+        """Send shards that are made; does not block. By one thread at a time."""
+        for file in files:
+            self._uploads.send(self._key(file))
+
+    def _key(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+    def drain(self, waiting: Callable[[int], None] = lambda _: None) -> bool:
+        """Wait until nothing is here that is not in the bucket, whoever made it; False where some has to be made again.
+
+        Args:
+            waiting: called now and then with how many shards are still to be sent.
+
+        Raises:
+            MmcacheError: what failed.
+        """
+        uploads, manifest = self._uploads, self._manifest
+        uploads.damaged, pause = False, _AGAIN
+        uploads.wait(waiting)
+        while left := self._here.unsent(manifest):
+            waiting(len(left))
+            if uploads.adopt(left, manifest):
+                uploads.wait(waiting)
+                continue
+            time.sleep(pause)
+            pause = min(1.5 * pause, _AGAIN_AT_LAST)
+        return not uploads.damaged
+
+    def complete(self) -> Store:
+        """Open the finished store, with its merged statistics in the bucket, and leave nothing of it here."""
+        self._here.fetch_statistics()
+        store = open_store(self.url)
+        with contextlib.suppress(LockedError):
+            lock = FolderLock(self.folder / STAGING)
+            try:
+                for site in store.sites:
+                    if not self._has_statistics(site):
+                        save_summary(self.folder, self._manifest, site, store[site].statistics)
+                        self._here.send_statistics(site)
+            finally:
+                lock.release()
+        if self._claims is not None:
+            self._claims.leave(self._here.forget)
+        return store
+
+    def _has_statistics(self, site: str) -> bool:
+        try:
+            return load_summary(self.folder, self._manifest, site) is not None
+        except CorruptError:
+            return False
+
+    def stop(self) -> None:
+        """Send nothing more; what was not sent stays where it is. Does not wait for what is under way."""
+        if self._made is not None:
+            self._made.stop()
+        if self._claims is not None:
+            self._claims.leave()

@@ -1,0 +1,320 @@
+"""Rows of one site of a store in a bucket: from what is here of it, or by ranged reads of what is not.
+
+Whole shards that are in the cache are mapped and read as those of any store. Of the others, rows that lie close to each
+other are read in one request, or the whole shard is brought here, whichever moves fewer bytes. A shard of which as much
+was read in pieces as it has bytes is brought here too, where there is room without another's having to go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from mmcache.crew import let_end
+from mmcache.extents import Extents
+from mmcache.format import HEADER_BYTES, Layout
+from mmcache.runs import alike
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmcache.shards import ShardFolder
+
+__all__ = ["RemoteRows"]
+
+# So much that nobody asked for is read rather than asking twice, and so much at most in one request.
+_GAP_BYTES, _REQUEST_BYTES = 128 << 10, 16 << 20
+# What one file of rows that are read ahead has.
+_EXTENT_BYTES = 16 << 20
+_CHECKED: Future[None] = Future()
+_CHECKED.set_result(None)
+
+
+class LocalRows(Protocol):
+    """What reads the rows of files: `SiteRows` or `ShardMaps`."""
+
+    def row(self, slot: int, position: int) -> torch.Tensor:
+        """Copy one row: `[d_model]`."""
+
+    def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
+        """Copy rows: positions int64 `[k]` into contiguous host memory `[k, len(slots), d_model]`."""
+
+    def forget(self) -> None:
+        """Let go of every map."""
+
+
+class _Part(NamedTuple):
+    """What is wanted of one shard.
+
+    Rows of it, int64 `[n]` ascending, and their places among all that are asked for; the slots, and their columns.
+    """
+
+    shard: tuple[int, int]
+    rows: np.ndarray
+    places: np.ndarray
+    slots: list[int]
+    columns: list[int]
+
+
+class RemoteRows:
+    """The rows of one site. Safe to use from several threads; reading blocks until the rows are there.
+
+    Args:
+        folder: the site's shards, in a bucket.
+        layout: the store's.
+        n_layers: how many layers there are; a slot is a layer's place among them.
+        local: what reads the rows of shards that are here.
+        fits: whether all of the store fits into the cache.
+    """
+
+    def __init__(self, folder: ShardFolder, layout: str, n_layers: int, local: LocalRows, *, fits: bool) -> None:
+        if folder.remote is None:
+            raise AssertionError("the store is not in a bucket")
+        self._folder, self._by_layer, self._n_layers, self._local = folder, layout == "layer", n_layers, local
+        self.remote, self.fits = folder.remote, fits
+        self._row_bytes = folder.spec.row_shape[-1] * folder.spec.dtype.size
+        self._extents = Extents(folder)
+        # Shards whose headers were looked at, and the bytes of each that were read in pieces.
+        self._known: dict[tuple[int, int], Future[None]] = {}
+        self._moved: dict[tuple[int, int], int] = {}
+        self._generation = self.remote.cache.generation
+        self._lock = threading.Lock()
+        self.remote.cache.hold(self)
+
+    def row(self, slot: int, position: int) -> torch.Tensor:
+        """Copy one row: `[d_model]`. Errors as `take`."""
+        self._catch_up()
+        spec = self._folder.spec
+        block, row = divmod(position, spec.shard_rows)
+        shard = (slot if self._by_layer else 0, block)
+        if self._is_here(shard):
+            with self._reading():
+                return self._local.row(slot, position)
+        if self._extents.covered(shard, np.array([row])).any():
+            into = torch.empty((1, 1, spec.row_shape[-1]), dtype=spec.dtype.torch)
+            self.take(np.array([position]), [slot], into)
+            return into[0, 0]
+        # In this thread: to hand it to another one takes a tenth of what the server does.
+        self._know(shard)
+        start = HEADER_BYTES + row * spec.row_bytes + (0 if self._by_layer else slot * self._row_bytes)
+        data = self.remote.read(self._folder.array, self._folder.key(*shard), start, start + self._row_bytes)
+        self._count(shard, self._row_bytes, Layout(spec, spec.rows_in_block(block, self._folder.rows)).size)
+        return torch.frombuffer(bytearray(data), dtype=spec.dtype.torch)
+
+    def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
+        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+
+        Raises:
+            IncompleteError, CorruptError, AccessError, RemoteError, DiskFullError: as `Mirror.fetch`; what `into`
+                holds then is undefined.
+        """
+        self._catch_up()
+        if not slots:
+            return
+        parts = list(self._parts(positions, slots))
+        here = [self._is_here(part.shard) for part in parts]
+        if all(here) and (self.fits or len(parts) == 1):
+            with self._reading():
+                self._local.take(positions, slots, into)
+            return
+        # Shard by shard, so that no more of them than the cache has room for are needed at the same time.
+        asked: list[Future[None]] = []
+        coming: list[_Part] = []
+        try:
+            for part in itertools.compress(parts, map(operator.not_, here)):
+                left = self._from_extents(part, into)
+                if left is not None:
+                    self._ask(left, into, asked, coming)
+            for part in itertools.compress(parts, here):
+                self._from_local(part, into)
+            # Behind what is here, which might else have to make room first.
+            asked += [self.remote.fetch_later(self._bring, part, into) for part in coming]
+            for answer in asked:
+                answer.result()
+        finally:
+            # Nothing is written to the caller's memory behind its back.
+            let_end(asked)
+
+    def read_ahead(self, slots: list[int], start: int, stop: int) -> None:
+        """Bring the rows of the tokens from `start` to before `stop` here; blocks until then. Errors as `take`.
+
+        Whole shards, where all of the store fits into the cache or a whole one is wanted; else just those rows.
+        """
+        rows = self._folder.spec.shard_rows
+        wanted: list[Future[Any]] = []
+        for block in range(start // rows, -(-stop // rows)):
+            first, last = max(start - block * rows, 0), min(stop - block * rows, rows)
+            there = self._folder.spec.rows_in_block(block, self._folder.rows)
+            for slot in slots:
+                if self._is_here((slot, block)):
+                    continue
+                if self.fits or last - first >= there:
+                    wanted.append(self.remote.fetch_later(self._folder.bring, slot, block))
+                    continue
+                step = max(1, _EXTENT_BYTES // self._folder.spec.row_bytes)
+                for at in range(first, last, step):
+                    end = min(at + step, last)
+                    wanted.append(self.remote.fetch_later(self._bring_extent, (slot, block), at, end))
+        for fetched in wanted:
+            fetched.result()
+
+    def _bring(self, part: _Part, into: torch.Tensor) -> None:
+        self._folder.bring(*part.shard)
+        self._from_local(part, into)
+
+    def _bring_extent(self, shard: tuple[int, int], start: int, stop: int) -> None:
+        self._know(shard)
+        self._extents.bring(shard, start, stop)
+
+    def forget(self) -> None:
+        """Let go of every map; they come back as they are needed."""
+        self._local.forget()
+        self._extents.forget()
+
+    def _catch_up(self) -> None:
+        """Let go of maps, where shards had to make room in the cache since the last time, so that the disk has it."""
+        generation = self.remote.cache.generation
+        if generation != self._generation:
+            self._generation = generation
+            self.forget()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Map nothing for longer that has gone meanwhile, as what was opened just before it went."""
+        generation = self.remote.cache.generation
+        try:
+            yield
+        finally:
+            if self.remote.cache.generation != generation:
+                self.forget()
+
+    def _is_here(self, shard: tuple[int, int]) -> bool:
+        return self.remote.find(self._folder.array, self._folder.key(*shard)) is not None
+
+    def _parts(self, positions: np.ndarray, slots: list[int]) -> Iterator[_Part]:
+        """Sort what is wanted by shard; in the layer layout each slot has shards of its own."""
+        order = np.argsort(positions, kind="stable")
+        blocks, within = np.divmod(positions[order], self._folder.spec.shard_rows)
+        for start, stop in alike(blocks):
+            block, rows, places = int(blocks[start]), within[start:stop], order[start:stop]
+            if not self._by_layer:
+                yield _Part((0, block), rows, places, slots, list(range(len(slots))))
+                continue
+            for column, slot in enumerate(slots):
+                yield _Part((slot, block), rows, places, [slot], [column])
+
+    def _from_local(self, part: _Part, into: torch.Tensor) -> None:
+        rows = torch.empty((len(part.rows), len(part.slots), into.shape[2]), dtype=into.dtype)
+        with self._reading():
+            self._local.take(part.rows + part.shard[1] * self._folder.spec.shard_rows, part.slots, rows)
+        into[torch.from_numpy(part.places)[:, None], torch.tensor(part.columns)] = rows
+
+    def _from_extents(self, part: _Part, into: torch.Tensor) -> _Part | None:
+        """Copy what was read ahead, and give what is left of a part, None where nothing is."""
+        which, found = self._extents.take(part.shard, part.rows)
+        if not len(which):
+            return part
+        rows = found[:, None] if self._by_layer else found[:, part.slots]
+        into[torch.from_numpy(part.places[which])[:, None], torch.tensor(part.columns)] = rows
+        left = np.ones(len(part.rows), bool)
+        left[which] = False
+        return part._replace(rows=part.rows[left], places=part.places[left]) if left.any() else None
+
+    def _ask(self, part: _Part, into: torch.Tensor, asked: list[Future[None]], coming: list[_Part]) -> None:
+        """Ask for ranges of a shard that is not here, or note that all of it is to come."""
+        spec, (_, block) = self._folder.spec, part.shard
+        offsets, into_bytes, places = self._units(part, into)
+        size = into_bytes.shape[1]
+        order = np.argsort(offsets, kind="stable")
+        offsets, places = offsets[order], places[order]
+        begins = _begins(offsets, size)
+        edges = [*begins.tolist(), len(offsets)]
+        spans = [(int(offsets[a]), int(offsets[b - 1]) + size) for a, b in itertools.pairwise(edges)]
+        moved = sum(stop - start for start, stop in spans)
+        whole = Layout(spec, spec.rows_in_block(block, self._folder.rows)).size
+        if moved >= whole and whole <= self.remote.cache.most_bytes:
+            coming.append(part)
+            return
+        for (start, stop), (first, last) in zip(spans, itertools.pairwise(edges), strict=True):
+            there = (offsets[first:last] - start) // size, places[first:last]
+            asked.append(self.remote.submit(self._read, part.shard, start, stop, into_bytes, *there))
+        self._count(part.shard, moved, whole)
+
+    def _units(self, part: _Part, into: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cut what is wanted into pieces of one size: their offsets in the shard, `into` as such pieces, their places.
+
+        A piece is a row, or where all layers of a token are wanted as they lie, all of them.
+        """
+        spec = self._folder.spec
+        base = HEADER_BYTES + part.rows * spec.row_bytes
+        flat = into.view(torch.uint8).numpy().reshape(-1)
+        if not self._by_layer and part.slots == list(range(self._n_layers)):
+            return base, flat.reshape(-1, spec.row_bytes), part.places
+        within = np.array([0 if self._by_layer else slot * self._row_bytes for slot in part.slots])
+        offsets = (base[:, None] + within).reshape(-1)
+        places = (part.places[:, None] * into.shape[1] + np.array(part.columns)).reshape(-1)
+        return offsets, flat.reshape(-1, self._row_bytes), places
+
+    def _read(
+        self, shard: tuple[int, int], start: int, stop: int, into: np.ndarray, units: np.ndarray, places: np.ndarray
+    ) -> None:
+        """Read one range, and put its pieces in their places."""
+        self._know(shard)
+        name, size = (self._folder.array, self._folder.key(*shard)), into.shape[1]
+        # The pieces that are wanted are a whole number of such pieces apart.
+        whole = len(units) * size == stop - start and places[-1] - places[0] == len(places) - 1
+        # What is asked for twice is there but once.
+        if whole and _ascends(units) and _ascends(places):
+            there, at = into[places[0] : places[-1] + 1].reshape(-1), 0
+            for data in self.remote.stream(*name, start, stop):
+                there[at : at + len(data)] = np.frombuffer(data, np.uint8)
+                at += len(data)
+        else:
+            into[places] = np.frombuffer(self.remote.read(*name, start, stop), np.uint8).reshape(-1, size)[units]
+
+    def _know(self, shard: tuple[int, int]) -> None:
+        """Check a shard's header the first time that something of it is read; others wait for it meanwhile."""
+        mine: Future[None] = Future()
+        known = self._known.setdefault(shard, mine)
+        if known is not mine:
+            known.result()
+            return
+        try:
+            self._folder.check(*shard, *self.remote.head(self._folder.array, self._folder.key(*shard)))
+            mine.set_result(None)
+            self._known[shard] = _CHECKED
+        except BaseException as error:
+            # The next one asks again.
+            del self._known[shard]
+            mine.set_exception(error)
+            raise
+
+    def _count(self, shard: tuple[int, int], moved: int, whole: int) -> None:
+        """Bring a shard here, behind the caller's back, once as much of it was read in pieces, if there is room."""
+        with self._lock:
+            total = self._moved.get(shard, 0) + moved
+            wanted = total >= whole
+            self._moved[shard] = 0 if wanted else total
+        if wanted and self.remote.cache.used() + whole <= self.remote.cache.most_bytes:
+            self.remote.fetch_later(self._folder.bring, *shard)
+
+
+def _begins(offsets: np.ndarray, size: int) -> np.ndarray:
+    """Say where requests begin in pieces of `size` bytes at ascending offsets `[n]`: int64, the first of them 0."""
+    far = np.diff(offsets) - size > _GAP_BYTES
+    begins = np.concatenate([[True], far])
+    first = offsets[np.maximum.accumulate(np.where(begins, np.arange(len(offsets)), 0))]
+    # One that became too long is cut at even distances from its begin.
+    begins[1:] |= np.diff((offsets - first) // max(size, _REQUEST_BYTES)) != 0
+    return np.flatnonzero(begins)
+
+
+def _ascends(numbers: np.ndarray) -> bool:
+    return bool((np.diff(numbers) > 0).all())
