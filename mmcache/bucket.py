@@ -219,6 +219,8 @@ class Bucket:
         """
         if file.stat().st_size <= PART_BYTES:
             return self.put(key, file.read_bytes(), alive, replace=replace)
+        # In a fork, what tidies up would wait for ever.
+        self.check_process(self.where(key))
         whole = f"{_UPLOADS}/{secrets.token_hex(8)}"
 
         def upload() -> bool:

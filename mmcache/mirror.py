@@ -116,15 +116,15 @@ class Mirror:
             raise StoreNotFoundError(2, "no mmcache store there (a store is a prefix with a zarr.json)", self.url)
         tags_file, known = self.folder / _TAGS, {}
         # Left by another version, or what a power failure made of it.
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            known = json.loads(tags_file.read_text())
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            known = dict(json.loads(tags_file.read_text()))
         wanted = [key for key, tag in metadata.items() if tag is None or known.get(key) != tag or not self._has(key)]
         for key in known.keys() - metadata.keys():
             remove_file(self.folder / key)
         # The root comes last: what it names is here then.
-        for key, fetched in [(key, self.submit(self.bucket.read_whole, key, _METADATA_LIMIT)) for key in wanted]:
-            if key != ROOT:
-                self._keep(key, fetched.result())
+        others = [key for key in wanted if key != ROOT]
+        for key, fetched in [(key, self.submit(self.bucket.read_whole, key, _METADATA_LIMIT)) for key in others]:
+            self._keep(key, fetched.result())
         if ROOT in wanted:
             root, tag = self.bucket.read_tagged(ROOT, _METADATA_LIMIT)
             if tag != metadata[ROOT]:
@@ -153,7 +153,7 @@ class Mirror:
         found: dict[str, dict[str, str | None]] = {"": {}}
         for key, _, tag in itertools.chain.from_iterable(self.bucket.names()):
             parts = key.split("/")
-            if not all(part.isprintable() and not part.startswith(".") and part for part in parts):
+            if not all(part.isprintable() and part[:1] not in ("", ".") and len(part.encode()) < 256 for part in parts):
                 continue
             if len(parts) == 2 and parts[1].startswith("c."):
                 found.setdefault(parts[0], {})[parts[1]] = None

@@ -53,11 +53,32 @@ def _boot() -> str:
     return ""
 
 
+def _tell(folder: Path) -> None:
+    """Say, to all processes, that files of a folder have gone."""
+    marker, now = folder / _GONE, time.time_ns()
+    marker.touch()
+    os.utime(marker, ns=(now, now))
+    for holder in list(_HOLDERS):
+        held, found = holder[0], holder[1]()
+        if found is None:
+            with contextlib.suppress(ValueError):
+                _HOLDERS.remove(holder)
+        elif held == folder:
+            found.forget()
+
+
 def _settle(path: Path) -> None:
     """Make a file durable, and seal it: then it counts after a power cut too. One that is gone is fine."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.fchmod(file.fileno(), SEALED)
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), SEALED)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        # The system may have dropped the bytes, and would not say so again.
+        path.unlink(missing_ok=True)
+        _tell(path.parent)
 
 
 class _Entry(NamedTuple):
@@ -90,15 +111,22 @@ class ShardCache:
 
     def _clear_unsettled(self) -> None:
         """Remove what was not on the disk yet when the machine last went down, and may have lost bytes."""
-        marker = self.folder / _BOOT
-        if marker.exists() and marker.read_text() == self._boot:
+        if self._is_cleared():
             return
         with locked(self.folder / ".room.lock"):
+            # Another one may have done it meanwhile, and made files since.
+            if self._is_cleared():
+                return
             for entry in self._entries():
                 path = self.folder / entry.name
-                if not entry.name.startswith(".") and path.stat().st_mode & stat.S_IWUSR:
-                    remove_file(path)
-            publish(marker, self._boot.encode(), durable=False)
+                with contextlib.suppress(FileNotFoundError):
+                    if not entry.name.startswith(".") and path.stat().st_mode & stat.S_IWUSR:
+                        remove_file(path)
+            publish(self.folder / _BOOT, self._boot.encode(), durable=False)
+
+    def _is_cleared(self) -> bool:
+        marker = self.folder / _BOOT
+        return marker.exists() and marker.read_text() == self._boot
 
     @property
     def generation(self) -> int:
@@ -140,7 +168,7 @@ class ShardCache:
         if _taken(size) > self.most_bytes:
             raise ArgumentError(
                 f"a file of {size} bytes is wanted in {self.folder}, which may take {self.most_bytes}: give at least "
-                f"cache_bytes={size}"
+                f"cache_bytes={_taken(size)}"
             )
         with locked(self.folder / f".{name}.lock"):
             found = self.find(name)
@@ -166,7 +194,7 @@ class ShardCache:
             (self.folder / name).unlink()
         except FileNotFoundError:
             return False
-        self._tell()
+        _tell(self.folder)
         return True
 
     def used(self) -> int:
@@ -194,27 +222,15 @@ class ShardCache:
                     remove_file(self.folder / entry.name)
                 excess, gone = excess - entry.size, True
         if gone:
-            self._tell()
+            _tell(self.folder)
         return excess <= 0
 
     def _entries(self) -> list[_Entry]:
         found = []
         with os.scandir(self.folder) as entries:
-            for entry in entries:
+            for entry in (entry for entry in entries if entry.name != _BOOT):
                 # Others remove files at any moment.
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
                     found.append(_Entry(status.st_atime_ns, _taken(status.st_size), entry.name))
         return found
-
-    def _tell(self) -> None:
-        marker, now = self.folder / _GONE, time.time_ns()
-        marker.touch()
-        os.utime(marker, ns=(now, now))
-        for holder in list(_HOLDERS):
-            folder, found = holder[0], holder[1]()
-            if found is None:
-                with contextlib.suppress(ValueError):
-                    _HOLDERS.remove(holder)
-            elif folder == self.folder:
-                found.forget()

@@ -137,7 +137,8 @@ def _deleted(folder):
 def _there(folder):
     found = {}
     with os.scandir(folder) as entries:
-        for entry in entries:
+        # The page that says since when the machine is up is none of the files that the bound is of.
+        for entry in (entry for entry in entries if entry.name != ".boot"):
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
                 found[entry.name, status.st_ino] = max(status.st_size, status.st_blocks * 512)

@@ -15,7 +15,6 @@ from mmcache.outgoing import staging_folder
 
 pytest.importorskip("transformers")
 pytest.importorskip("obstore")
-s3 = pytest.importorskip("s3")
 small = pytest.importorskip("small")
 kills = pytest.importorskip("test_kills")
 
@@ -25,28 +24,6 @@ SETTINGS = {"sites": ("mlp_in", "mlp_out"), "context_length": 24, "batch_size": 
 LONG = ["abcdefgh " * 1400]
 LARGE = {"sites": ("resid_post",), "context_length": 128, "dtype": torch.float64, "shard_tokens": 1 << 14, "pack": True}
 both_layouts = pytest.mark.parametrize("layout", ["token", "layer"])
-
-
-@pytest.fixture(scope="module")
-def served():
-    with s3.serve_s3() as server:
-        yield server
-
-
-@pytest.fixture
-def server(served, tmp_path, monkeypatch):
-    served.clear()
-    for name, value in served.env().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
-    return served
-
-
-@pytest.fixture
-def proxy(server, monkeypatch):
-    with s3.FaultProxy(server.host, server.port, seed=2, hang_s=0.2) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
 
 
 @pytest.fixture(autouse=True)
@@ -84,71 +61,74 @@ def keys(server, prefix="acts"):
 
 
 @both_layouts
-def test_the_bucket_has_the_objects_that_a_folder_has_as_files(server, tmp_path, layout):
+def test_the_bucket_has_the_objects_that_a_folder_has_as_files(s3_server, tmp_path, layout):
     extract(tmp_path / "local", layout=layout, max_tokens=500)
-    extract(server.url("acts"), layout=layout, max_tokens=500)
-    small.assert_same_store(fetched(server, "acts", tmp_path / "one"), tmp_path / "local")
+    extract(s3_server.url("acts"), layout=layout, max_tokens=500)
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "one"), tmp_path / "local")
     extract(tmp_path / "local", layout=layout)
-    store = extract(server.url("acts"), layout=layout, staging=tmp_path / "another")
-    small.assert_same_store(fetched(server, "acts", tmp_path / "two"), tmp_path / "local")
+    store = extract(s3_server.url("acts"), layout=layout, staging=tmp_path / "another")
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "two"), tmp_path / "local")
     assert torch.equal(
         store["mlp_out"].gather([5, 700, 3]), mmcache.open(tmp_path / "local")["mlp_out"].gather([5, 700, 3])
     )
-    assert not server.uploads()
+    assert not s3_server.uploads()
 
 
-def test_large_shards_go_in_parts_through_a_network_that_fails(request, server, proxy, tmp_path):
+def test_large_shards_go_in_parts_through_a_network_that_fails(request, s3_server, s3_proxy, tmp_path):
     extract(tmp_path / "local", LONG, **LARGE)
     for seed in range(12 if request.config.getoption("--slow") else 1):
-        proxy._seed = seed
-        proxy.set_rates(close=0.05, cut_request=0.08, lost=0.05, error_500=0.05, slow_down=0.05, short=0.03, hang=0.02)
-        extract(server.url(f"large-{seed}"), LONG, **LARGE)
-        proxy.set_rates()
-        assert {"cut_request", "lost"} & set(proxy.met())
-        small.assert_same_store(fetched(server, f"large-{seed}", tmp_path / f"{seed}"), tmp_path / "local")
-    assert not [key for key in keys(server, "large-0") if "/.uploads/" in key]
+        s3_proxy._seed, s3_proxy.hang_s = seed, 0.2
+        s3_proxy.set_rates(
+            close=0.05, cut_request=0.08, lost=0.05, error_500=0.05, slow_down=0.05, short=0.03, hang=0.02
+        )
+        extract(s3_server.url(f"large-{seed}"), LONG, **LARGE)
+        s3_proxy.set_rates()
+        assert {"cut_request", "lost"} & set(s3_proxy.met())
+        small.assert_same_store(fetched(s3_server, f"large-{seed}", tmp_path / f"{seed}"), tmp_path / "local")
+    assert not [key for key in keys(s3_server, "large-0") if "/.uploads/" in key]
 
 
 @both_layouts
-def test_faults_at_random_cost_nothing(server, proxy, tmp_path, layout):
+def test_faults_at_random_cost_nothing(s3_server, s3_proxy, tmp_path, layout):
     extract(tmp_path / "local", layout=layout)
-    proxy.set_rates(
+    s3_proxy.hang_s = 0.2
+    s3_proxy.set_rates(
         close=0.03, cut_response=0.03, cut_request=0.03, lost=0.03, error_500=0.03, slow_down=0.03, short=0.03
     )
-    extract(server.url("acts"), layout=layout, staging_bytes=1 << 18)
-    proxy.set_rates()
-    assert len(proxy.met()) >= 4
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), tmp_path / "local")
+    extract(s3_server.url("acts"), layout=layout, staging_bytes=1 << 18)
+    s3_proxy.set_rates()
+    assert len(s3_proxy.met()) >= 4
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), tmp_path / "local")
 
 
-def test_a_server_that_is_gone_ends_the_job_which_goes_on_when_it_is_back(server, proxy, tmp_path, monkeypatch):
+def test_a_server_that_is_gone_ends_the_job_which_goes_on_when_it_is_back(s3_server, s3_proxy, tmp_path, monkeypatch):
     monkeypatch.setattr(bucket, "PATIENCE", 0.5)
-    url = server.url("acts")
+    url = s3_server.url("acts")
 
     def progress(at):
         if at.phase == "extract" and at.run_tokens > 300:
-            proxy.down()
+            s3_proxy.down()
 
     with pytest.raises(RemoteError, match=rf"{url}/mlp_\w+/c\.0\.\d+\.0: no whole answer") as failed:
         extract(url, progress=progress)
     staging = staging_folder(url, None)
     assert f"What was made and not sent is in {staging}; the same command goes on from there" in str(failed.value)
     assert [file for file in staging.glob("mlp_*/c.*") if file.stat().st_size]
-    proxy.up()
+    s3_proxy.up()
     monkeypatch.setattr(bucket, "PATIENCE", 60)
     extract(url)
     extract(tmp_path / "local")
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), tmp_path / "local")
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), tmp_path / "local")
 
 
 # Below, real processes, which a server forks: its environment is that of the first test that asks for it.
 
 
 @pytest.fixture(scope="module")
-def runner(served, tmp_path_factory):
+def runner(_s3_process, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bucket")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in served.env().items():
+        for name, value in _s3_process.env().items():
             patch.setenv(name, value)
         patch.setenv("MMCACHE_CACHE", str(folder / "cache"))
         made = kills.Runner(folder)
@@ -164,39 +144,39 @@ def never(runner, tmp_path_factory):
     return path
 
 
-def test_killed_at_its_nth_write_again_and_again(request, server, runner, never, tmp_path):
+def test_killed_at_its_nth_write_again_and_again(request, s3_server, runner, never, tmp_path):
     # The writes of the plan, of shards, and of the empty files that take their place once they are sent.
     slow = request.config.getoption("--slow")
     number = 0
     while True:
         number += 1 if slow else 11
-        code = runner.run(server.url("acts"), writes=number, after=number % 2 == 0)
+        code = runner.run(s3_server.url("acts"), writes=number, after=number % 2 == 0)
         if code == 0:
             break
         assert code == -signal.SIGKILL, runner.errors.read_text()
     assert number > 30
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), never)
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)
 
 
-def test_growth_and_sites_killed_at_their_nth_write(request, server, runner, tmp_path):
+def test_growth_and_sites_killed_at_their_nth_write(request, s3_server, runner, tmp_path):
     steps = [["--max-tokens", "400"], ["--max-tokens", "900"], ["--max-tokens", "900", "--sites", "resid_post"]]
     slow = request.config.getoption("--slow")
     for step in steps:
         assert runner.run(tmp_path / "once", *step) == 0, runner.errors.read_text()
     for step in steps:
         for number in range(3, 400, 2 if slow else 29):
-            code = runner.run(server.url("acts"), *step, writes=number, after=number % 2 == 0)
+            code = runner.run(s3_server.url("acts"), *step, writes=number, after=number % 2 == 0)
             if code == 0:
                 break
             assert code == -signal.SIGKILL, runner.errors.read_text()
         assert number > 3
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), tmp_path / "once")
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), tmp_path / "once")
 
 
-def test_stopped_at_random_moments_it_says_where_the_rest_is(request, server, runner, never, tmp_path):
+def test_stopped_at_random_moments_it_says_where_the_rest_is(request, s3_server, runner, never, tmp_path):
     chance = random.Random(4)  # noqa: S311
     wanted = 100 if request.config.getoption("--slow") else 4
-    url, stopped = server.url("acts"), 0
+    url, stopped = s3_server.url("acts"), 0
     for number in range(wanted):
         how = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[number % 3]
         code, lived = runner.killed(url, how, chance.uniform(0.05, 1.2))
@@ -212,15 +192,15 @@ def test_stopped_at_random_moments_it_says_where_the_rest_is(request, server, ru
             assert "the same command goes on from there" in runner.errors.read_text()
     assert stopped
     assert runner.run(url) == 0, runner.errors.read_text()
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), never)
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)
 
 
 @pytest.mark.parametrize("folders", [["one", "one"], ["one", "two"]])
-def test_two_workers_of_one_machine_or_of_two(server, runner, never, tmp_path, folders):
-    url = server.url("acts")
+def test_two_workers_of_one_machine_or_of_two(s3_server, runner, never, tmp_path, folders):
+    url = s3_server.url("acts")
     both = [runner.start(url, "--staging", str(tmp_path / name)) for name in folders]
     assert [runner.wait(pid) for pid in both] == [0, 0], runner.errors.read_text()
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), never)
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)
     # Whoever leaves last takes everything along.
     for name in folders:
         left = [file for file in (tmp_path / name).rglob("*") if file.is_file()]
@@ -228,35 +208,35 @@ def test_two_workers_of_one_machine_or_of_two(server, runner, never, tmp_path, f
 
 
 @pytest.mark.parametrize("folders", [["one", "one"], pytest.param(["one", "two"], marks=pytest.mark.slow)])
-def test_one_of_two_workers_is_killed(server, runner, never, tmp_path, folders):
-    url = server.url("acts")
+def test_one_of_two_workers_is_killed(s3_server, runner, never, tmp_path, folders):
+    url = s3_server.url("acts")
     both = [runner.start(url, "--staging", str(tmp_path / name), "--staging-bytes", str(1 << 17)) for name in folders]
     deadline = time.monotonic() + kills.HANGING
-    while sum("/mlp_" in key for key in keys(server)) < 7 and time.monotonic() < deadline:
+    while sum("/mlp_" in key for key in keys(s3_server)) < 7 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(both[0], signal.SIGKILL)
     assert [runner.wait(pid) for pid in both] == [-signal.SIGKILL, 0], runner.errors.read_text()
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), never)
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)
 
 
-def test_killed_in_the_middle_of_an_upload(server, runner, tmp_path):
+def test_killed_in_the_middle_of_an_upload(s3_server, runner, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text(LONG[0])
     options = ["--sites", "resid_post", "--dtype", "float64", "--context-length", "128"]
 
     options += ["--shard-tokens", str(1 << 14), "--pack", "--batch-size", "8"]
     assert run(runner, text, tmp_path / "local", options) == 0, runner.errors.read_text()
-    url = server.url("acts")
+    url = s3_server.url("acts")
     runner.errors.write_text("")
     pid = start(runner, text, url, options)
     deadline = time.monotonic() + kills.HANGING
-    while not server.uploads() and time.monotonic() < deadline:
+    while not s3_server.uploads() and time.monotonic() < deadline:
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     assert runner.wait(pid) == -signal.SIGKILL
-    assert not [key for key in keys(server) if "/resid_post/c." in key]
+    assert not [key for key in keys(s3_server) if "/resid_post/c." in key]
     assert run(runner, text, url, options) == 0, runner.errors.read_text()
-    small.assert_same_store(fetched(server, "acts", tmp_path / "fetched"), tmp_path / "local")
+    small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), tmp_path / "local")
 
 
 def start(runner, text, path, options):
