@@ -47,8 +47,9 @@ Ts = TypeVarTuple("Ts")
 
 # What the cache may take, where nobody says: of the room that is free, and at the most.
 _SHARE, _MOST_CACHE = 4, 64 << 30
-# Requests that are under way together, and what each of those that bring a shard here brings.
-_THREADS, _PART_BYTES = 16, 16 << 20
+# Requests for rows that are under way together, those that bring shards here, of which more than the processors can
+# take in only get into each other's way, and what one of these brings.
+_THREADS, _STREAMS, _PART_BYTES = 16, min(16, 2 * (os.cpu_count() or 2)), 16 << 20
 # Shards that are brought here together, ahead of being needed.
 _BRINGERS = 3
 # Metadata is small; what is larger below such names is no store's.
@@ -95,7 +96,8 @@ class Mirror:
         self.cache = ShardCache(above / "shards", cache_bytes)
         self.folder = above / "stores" / _digest(self.url)[:16]
         # Who brings a shard waits for requests, and must not take the place of one.
-        self._crew, self._bringers, self._lock = Crew(_THREADS, "request"), Crew(_BRINGERS, "bring"), threading.Lock()
+        self._crew, self._streams = Crew(_THREADS, "request"), Crew(_STREAMS, "stream")
+        self._bringers, self._lock = Crew(_BRINGERS, "bring"), threading.Lock()
         make_folder(self.folder)
         with locked(self.folder / ".mirror.lock"):
             self._refresh()
@@ -266,7 +268,9 @@ class Mirror:
 
     def _download(self, array: str, key: str, layout: Layout, head: bytes, draft: Draft) -> None:
         arriving = Arriving(layout, head, _PART_BYTES)
-        asked = [self.submit(self._receive, array, key, part, stop, draft) for part, stop in arriving.parts]
+        with self._lock:
+            submit = self._streams.submit
+            asked = [submit(self._receive, array, key, part, stop, draft) for part, stop in arriving.parts]
         try:
             for part in asked:
                 part.result()

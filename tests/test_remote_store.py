@@ -35,6 +35,8 @@ def _quick(monkeypatch):
 @pytest.fixture(scope="module", params=KINDS)
 def local(request, tmp_path_factory):
     """A store of 32 MiB, or half of that in bfloat16, in shards of 1 MiB at most."""
+    if request.param in list(KINDS)[2:] and not request.config.getoption("--slow"):
+        pytest.skip("slow: run it with --slow")
     dtype, layout = KINDS[request.param]
     path, wide = tmp_path_factory.mktemp("local") / "acts", {"a": 1024, "b": 256}
     return remote.make(path, layout=layout, dtype=dtype, tokens=1630, sites=wide, shard=64)
