@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import crc32c
 import numpy as np
 
+from mmcache.arriving import ArrivingPart
 from mmcache.errors import CorruptError
 from mmcache.format import HEADER_BYTES, STATISTICS, said_ids
 from mmcache.memory import anonymous
@@ -74,25 +74,14 @@ def _index_problems(shard: ShardBytes, layout: Layout, tell: Callable[[int], Non
 
 def _read(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
     """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows."""
-    step, piece = layout.spec.chunk_bytes, anonymous(min(_PIECE, layout.size)).data
-    crcs: list[int] = []
-    crc, offset, tail = 0, 0, bytearray()
-    while offset < layout.size:
-        count = min(len(piece), layout.size - offset)
-        if not shard.read(piece[:count], offset):
-            raise CorruptError(f"it ends behind byte {offset}, while it is read; {layout.size} were there")
-        at, stop = max(offset, HEADER_BYTES), min(offset + count, layout.chunks_end)
-        while at < stop:
-            end = min(stop, at + step - (at - HEADER_BYTES) % step)
-            crc = crc32c.crc32c(piece[at - offset : end - offset], crc)
-            if not (end - HEADER_BYTES) % step:
-                crcs.append(crc)
-                crc = 0
-            at = end
-        tail += piece[max(0, layout.data_end - offset) : count]
-        offset += count
+    piece, whole = anonymous(min(_PIECE, layout.size)).data, ArrivingPart(layout, 0)
+    while whole.at < layout.size:
+        count = min(len(piece), layout.size - whole.at)
+        if not shard.read(piece[:count], whole.at):
+            raise CorruptError(f"it ends behind byte {whole.at}, while it is read; {layout.size} were there")
+        whole.add(piece[:count])
         tell(count)
-    return crcs, bytes(tail)
+    return whole.crcs, bytes(whole.tail)
 
 
 def _tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
