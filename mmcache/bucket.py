@@ -19,7 +19,7 @@ from mmcache.errors import ArgumentError, CorruptError, MmcacheError, RemoteErro
 from mmcache.retries import short_answer, try_again
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["Bucket", "is_url"]
@@ -132,7 +132,22 @@ class Bucket:
 
         What breaks off goes on from there. Blocks until the next are there; errors as `read`.
         """
-        at, coming = start, None
+        return self._stream(key, start, stop, None)
+
+    def whole(self, key: str) -> tuple[int, Generator[memoryview]]:
+        """Read a whole object as `stream` does, in one request, and give its size; blocks until that is known."""
+
+        def begin() -> tuple[int, Iterator[Any]]:
+            # An answer to a range says how long the object is, whatever of it comes.
+            answer = self._obstore.get(self._store, key, options={"range": {"offset": 0}})
+            return answer.meta["size"], iter(answer.stream(min_chunk_size=_PIECE_BYTES))
+
+        size, coming = self._again(self.where(key), begin, lambda: self._check_size(key, 1))
+        return size, self._stream(key, 0, size, coming)
+
+    def _stream(self, key: str, start: int, stop: int, coming: Iterator[Any] | None) -> Generator[memoryview]:
+        """As `stream`; `coming` has begun already."""
+        at = start
 
         def more() -> memoryview:
             nonlocal coming

@@ -65,6 +65,8 @@ class Carrier:
         progress: called with bytes that are done, and of how many, from several threads.
     """
 
+    copies = _COPIES
+
     def __init__(
         self,
         source: Place,
@@ -129,7 +131,7 @@ class Carrier:
     def copy(self, arrays: Iterable[str]) -> None:
         """Copy what `plan` found, an array after the other; blocks until then. Errors are those of `push` or `pull`."""
         for array in arrays:
-            sizes = self._each(self._carry, [(shard,) for shard in self._todo[array]], _COPIES)
+            sizes = self._each(self._carry, [(shard,) for shard in self._todo[array]], self.copies)
             self.copied += sum(size > 0 for size in sizes)
             self.there += sum(size == 0 for size in sizes)
             self.bytes += sum(sizes)

@@ -20,6 +20,9 @@ __all__ = ["SCHEMES", "client_library", "connect", "said"]
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "file")
 # Seconds that a server may take to be reached, to send anything more of an answer, and all of it.
 _CONNECT, _SILENCE, _REQUEST = 10, 30, 600
+# Times that the client itself tries again, and the longest pause between two: the caller, who can be told to stop,
+# tries again behind it.
+_TIMES, _PAUSE = 4, 1
 _KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
                   "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")  # fmt: skip
 
@@ -62,7 +65,11 @@ def connect(url: str, obstore: ModuleType, patience: float) -> Any:
     }
     options: dict[str, Any] = {
         "client_options": client,
-        "retry_config": {"max_retries": 5, "retry_timeout": timedelta(seconds=patience / 2)},
+        "retry_config": {
+            "max_retries": _TIMES,
+            "retry_timeout": timedelta(seconds=patience / 2),
+            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=_PAUSE), "base": 2},
+        },
     }
     if url.startswith("s3"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", ""))

@@ -13,6 +13,7 @@ import fcntl
 import itertools
 import os
 import secrets
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,8 +57,8 @@ def remove_drafts(folder: Path) -> list[str]:
 class Draft:
     """A file that is being written, and is not yet there under its own name.
 
-    Not for use by several threads at the same time. The draft holds a lock on its temporary file, by which
-    `remove_drafts` tells live writers from dead ones.
+    Parts that lie apart may be written by several threads; all else is for one at a time. The draft holds a lock on
+    its temporary file, by which `remove_drafts` tells live writers from dead ones.
 
     Args:
         path: the final name.
@@ -71,7 +72,7 @@ class Draft:
         self.path = path
         self._direct_fd = self._fd = -1
         # Whether to try writes past the page cache; else, whether to try such as do not stay in it.
-        self._direct, self._uncached = bool(O_DIRECT), LINUX
+        self._direct, self._uncached, self._opening = bool(O_DIRECT), LINUX, threading.Lock()
         with explained(path, "starting the file", reserve):
             try:
                 while not self._create():
@@ -127,21 +128,23 @@ class Draft:
 
     def _write_directly(self, view: memoryview, offset: int) -> bool:
         """Write whole pages past the page cache; False where that is refused."""
-        if self._direct and self._direct_fd < 0:
-            try:
-                self._direct_fd = os.open(self._temporary, os.O_WRONLY | O_DIRECT)
-            except OSError:
-                self._direct = False
-        if self._direct:
-            try:
-                self._write_all(self._direct_fd, view, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                # Opened, but not written, directly: some file systems want larger sectors.
-                os.close(self._direct_fd)
-                self._direct, self._direct_fd = False, -1
-        return self._direct
+        with self._opening:
+            if self._direct and self._direct_fd < 0:
+                try:
+                    self._direct_fd = os.open(self._temporary, os.O_WRONLY | O_DIRECT)
+                except OSError:
+                    self._direct = False
+        if not self._direct:
+            return False
+        try:
+            self._write_all(self._direct_fd, view, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Opened, but not written, directly: some file systems want larger sectors. Others may be at it still.
+            self._direct = False
+            return False
+        return True
 
     def _write_uncached(self, view: memoryview, offset: int) -> int:
         """Write as much as the system takes without keeping it in the page cache; give how many bytes that was."""

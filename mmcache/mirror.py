@@ -15,7 +15,7 @@ import os
 import threading
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 import numpy as np
 
@@ -25,11 +25,12 @@ from mmcache.crew import Crew, let_end
 from mmcache.draft import publish
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNotFoundError
 from mmcache.files import free_bytes, list_names, make_folder, remove_file
-from mmcache.format import HEADER_BYTES
+from mmcache.landing import Landing
 from mmcache.lock import locked
 from mmcache.manifest import read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
 from mmcache.shard_cache import ShardCache
+from mmcache.shard_objects import ShardObjects
 from mmcache.signed import ROOT
 
 if TYPE_CHECKING:
@@ -40,18 +41,18 @@ if TYPE_CHECKING:
     from mmcache.draft import Draft
     from mmcache.format import Layout
 
-__all__ = ["Mirror", "cache_folder"]
+__all__ = ["STREAMS", "Mirror", "cache_folder"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 # What the cache may take, where nobody says: of the room that is free, and at the most.
 _SHARE, _MOST_CACHE = 4, 64 << 30
-# Requests for rows that are under way together, those that bring shards here, of which more than the processors can
-# take in only get into each other's way, and what one of these brings.
-_THREADS, _STREAMS, _PART_BYTES = 16, min(16, 2 * (os.cpu_count() or 2)), 16 << 20
-# Shards that are brought here together, ahead of being needed.
-_BRINGERS = 3
+# Requests for rows that are under way together, and those that bring shards here, of which more than the processors can
+# take in only get into each other's way.
+_THREADS, STREAMS = 16, min(16, 2 * (os.cpu_count() or 2))
+# What a stream brings at least.
+_PART_BYTES = 16 << 20
 # Metadata is small; what is larger below such names is no store's.
 _METADATA_LIMIT = 256 << 20
 _TAGS = ".tags.json"
@@ -66,7 +67,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcache"
 
 
-class Mirror:
+class Mirror(ShardObjects):
     """What is here of one store in a bucket. Safe to use from several threads and, one made in each, processes.
 
     Made, it lists the bucket and fetches the metadata that changed; blocks until then.
@@ -86,7 +87,7 @@ class Mirror:
         self, url: str, cache_dir: str | os.PathLike[str] | None = None, cache_bytes: int | None = None
     ) -> None:
         self._asked = cache_dir, cache_bytes
-        self.bucket = Bucket(url)
+        super().__init__(Bucket(url))
         self.url = self.bucket.url
         above = cache_folder() if cache_dir is None else Path(cache_dir)
         if cache_bytes is None:
@@ -95,9 +96,10 @@ class Mirror:
             raise ArgumentError(f"cache_bytes is {cache_bytes}: expected what the shards in {above} may take")
         self.cache = ShardCache(above / "shards", cache_bytes)
         self.folder = above / "stores" / _digest(self.url)[:16]
-        # Who brings a shard waits for requests, and must not take the place of one.
-        self._crew, self._streams = Crew(_THREADS, "request"), Crew(_STREAMS, "stream")
-        self._bringers, self._lock = Crew(_BRINGERS, "bring"), threading.Lock()
+        # Who brings a shard waits for its other parts, and must not take the place of one.
+        self._crew, self._streams = Crew(_THREADS, "request"), Crew(STREAMS, "stream")
+        self._bringers, self._lock = Crew(STREAMS, "bring"), threading.Lock()
+        self._landing, self._coming = Landing(2 * STREAMS), 0
         make_folder(self.folder)
         with locked(self.folder / ".mirror.lock"):
             self._refresh()
@@ -183,17 +185,20 @@ class Mirror:
             return self._crew.submit(work, *arguments)
 
     def fetch_later(self, bring: Callable[[*Ts], T], *arguments: *Ts) -> Future[T]:
-        """Bring a shard, or a part of it, here in the background, a few at a time; `bring` ends in `fetch`.
+        """Bring a shard, or a part of it, here in the background, some at a time; `bring` ends in `fetch`.
 
         Raises RemoteError in a process that was forked.
         """
         self.bucket.check_process()
         with self._lock:
-            return self._bringers.submit(bring, *arguments)
+            self._coming += 1
+            future = self._bringers.submit(bring, *arguments)
+        future.add_done_callback(self._came)
+        return future
 
-    def where(self, array: str, key: str) -> str:
-        """Give the address of a shard."""
-        return f"{self.url}/{array}/{key}"
+    def _came(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._coming -= 1
 
     def find(self, array: str, key: str) -> Path | None:
         """Give the file of a shard that is here, or None."""
@@ -201,27 +206,6 @@ class Mirror:
 
     def _file(self, array: str, key: str, part: str = "") -> str:
         return _digest(f"{self.url}/{array}/{key}{part}")[:40]
-
-    def read(self, array: str, key: str, start: int, stop: int) -> memoryview:
-        """Read bytes of a shard from the bucket, exactly so many; blocks until they are there.
-
-        Raises:
-            IncompleteError: the bucket has no such shard.
-            CorruptError: it ends before `stop`.
-            AccessError, RemoteError: as `Bucket.read`.
-        """
-        with _shard_errors(self.where(array, key)):
-            return self.bucket.read(f"{array}/{key}", start, stop)
-
-    def stream(self, array: str, key: str, start: int, stop: int) -> Iterator[memoryview]:
-        """Read bytes of a shard from the bucket as they come, some megabytes at a time. Errors as `read`."""
-        with _shard_errors(self.where(array, key)):
-            yield from self.bucket.stream(f"{array}/{key}", start, stop)
-
-    def head(self, array: str, key: str) -> tuple[bytes, int]:
-        """Read the header of a shard from the bucket, and its size. Errors as `read`."""
-        with _shard_errors(self.where(array, key)):
-            return self.bucket.read_head(f"{array}/{key}", HEADER_BYTES)
 
     def use(self, array: str, key: str, check: Callable[[bytes, int], Layout], use: Callable[[Path], T]) -> T:
         """Use the file of a shard, brought here where it is not; again if others had it removed by then.
@@ -255,23 +239,37 @@ class Mirror:
         found = self.cache.find(name)
         if found is not None:
             return found
-        seen = self.head(array, key)
+        seen: tuple[bytes, int] | None = None
+
+        def begin() -> tuple[int, Callable[[Draft], None]]:
+            nonlocal seen
+            head, size, coming = self.whole(array, key)
+            seen = head, size
+            return size, partial(self._download, array, key, check(head, size), head, coming)
+
         while True:
-            layout = check(*seen)
             try:
-                return self.cache.add(name, seen[1], partial(self._download, array, key, layout, seen[0]))
+                return self.cache.add(name, begin)
             except CorruptError:
                 # It may have been replaced while it came.
-                before, seen = seen, self.head(array, key)
-                if seen == before:
+                if seen is None or seen == self.head(array, key):
                     raise
 
-    def _download(self, array: str, key: str, layout: Layout, head: bytes, draft: Draft) -> None:
-        arriving = Arriving(layout, head, _PART_BYTES)
+    def _download(
+        self, array: str, key: str, layout: Layout, head: bytes, coming: Iterator[memoryview], draft: Draft
+    ) -> None:
+        """Write a shard whose first bytes have come: in as many parts as there are streams for it.
+
+        Of several shards each is one request, and where they come quickly too: some servers answer it far sooner than
+        one for a part.
+        """
+        parts = 1 if self.quick else max(1, STREAMS // max(1, self._coming))
+        arriving = Arriving(layout, head, max(_PART_BYTES, -(-layout.size // parts)))
+        (first, end), *others = arriving.parts
         with self._lock:
-            submit = self._streams.submit
-            asked = [submit(self._receive, array, key, part, stop, draft) for part, stop in arriving.parts]
+            asked = [self._streams.submit(self._receive, array, key, part, stop, draft) for part, stop in others]
         try:
+            self._landing.land(_up_to(end, coming), draft, 0, first.add)
             for part in asked:
                 part.result()
         finally:
@@ -282,30 +280,31 @@ class Mirror:
 
     def _receive(self, array: str, key: str, part: ArrivingPart, stop: int, draft: Draft) -> None:
         """Write one part of a shard as it comes; parts lie apart, so that several threads may write them."""
-        for data in self.stream(array, key, part.at, stop):
-            draft.write(np.frombuffer(data, np.uint8), part.at)
-            part.add(data)
+        self._landing.land(self.stream(array, key, part.at, stop), draft, part.at, part.add)
 
     def extent(self, array: str, key: str, start: int, stop: int) -> Path:
         """Give a file of some bytes of a shard, brought here where it is not. Errors as `fetch`."""
 
         def fill(draft: Draft) -> None:
             at = 0
+            # Into the page cache: they are wanted at once, and all of them.
             for data in self.stream(array, key, start, stop):
                 draft.write(np.frombuffer(data, np.uint8), at)
                 at += len(data)
 
         # Its bytes do not say which store they are of, and another one may come to the same address.
-        return self.cache.add(self._file(array, key, f":{self._store}:{start}-{stop}"), stop - start, fill)
+        name = self._file(array, key, f":{self._store}:{start}-{stop}")
+        return self.cache.add(name, lambda: (stop - start, fill))
 
 
-@contextlib.contextmanager
-def _shard_errors(where: str) -> Iterator[None]:
-    """Tell an object that is not there as a shard that is not there."""
-    try:
-        yield
-    except StoreNotFoundError as error:
-        raise IncompleteError(f"the bucket has no shard {where}: it was not uploaded yet, or removed") from error
+def _up_to(stop: int, coming: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Give the first `stop` bytes of what comes, and let go of the rest."""
+    at = 0
+    for data in coming:
+        yield data[: stop - at]
+        at += len(data)
+        if at >= stop:
+            return
 
 
 def _digest(text: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mmcache.crew import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from concurrent.futures import Future
 
     from mmcache.kept import Kept
     from mmcache.order import BlockOrder
@@ -33,12 +35,21 @@ class BringAll:
 
     def __init__(self, views: Sequence[SiteView], shard_tokens: int) -> None:
         self._crew = Crew(_BRINGERS, "bring-all")
+        self._first: list[Future[None]] = []
         for start in range(0, views[0].shape[1], shard_tokens):
-            for view in views:
-                self._crew.submit(view.read_ahead, start, min(start + shard_tokens, view.shape[1]))
+            stop = min(start + shard_tokens, views[0].shape[1])
+            bring = [partial(view.read_ahead, start, stop, all_come=True) for view in views]
+            asked = [self._crew.submit(work) for work in bring]
+            self._first = self._first or asked
 
-    def need(self, places: Sequence[tuple[int, int]]) -> None:
-        """Do nothing: a row that is not here yet is read from the bucket."""
+    def need(self, places: Sequence[tuple[int, int]]) -> None:  # noqa: ARG002 -- as `ReadAhead.need`
+        """Wait for the first shards alone, by which it is known how quickly they come.
+
+        A row that is not here yet waits for its shard, or is read from the bucket, whichever is sooner.
+        """
+        for piece in self._first:
+            with contextlib.suppress(CancelledError):
+                piece.exception()
 
     def close(self) -> None:
         """Bring no more. Does not block."""

@@ -4,71 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
-from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mmcache.bucket import PART_BYTES
+from mmcache.arriving import ArrivingPart
 from mmcache.carrier import Carrier, Shard
-from mmcache.crew import Crew
 from mmcache.draft import Draft
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
 from mmcache.files import open_file
 from mmcache.format import HEADER_BYTES, Layout
+from mmcache.landing import Landing
+from mmcache.mirror import STREAMS
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.places import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
 from mmcache.shard_bytes import FileBytes
+from mmcache.shard_check import check_ids, tail_problems
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
 from mmcache.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from mmcache.bucket import Bucket
     from mmcache.manifest import Manifest
     from mmcache.places import Glance
-    from mmcache.shard_bytes import ShardBytes
 
 __all__ = ["Receiver"]
 
-# Parts of a shard that are fetched at a time.
-_PARTS = 4
-
 
 class _Arriving(ShardFolder):
-    """An array's shards, where the one that is asked for is in a draft still; errors name the object it comes from."""
+    """An array's shards on their way here; errors name the object that one comes from."""
 
     def __init__(self, path: Path, manifest: Manifest, array: str, object_at: str) -> None:
         super().__init__(path, manifest, array, manifest.rows(array))
-        self.object_at, self.draft = object_at, path
+        self.object_at = object_at
 
     def where(self, slot: int, block: int) -> str:  # noqa: ARG002 -- it is this one
         return self.object_at
 
-    def open_layout(
-        self,
-        slot: int,
-        block: int,
-        *,
-        direct: bool = False,
-        scattered: bool = False,  # noqa: ARG002 -- all of it is read
-    ) -> tuple[ShardBytes, Layout]:
-        fd, status = open_file(self.draft, what=f"the draft of {self.object_at}", direct=direct)
-        shard = FileBytes(fd, status.size, direct=direct)
-        try:
-            return shard, self.check(slot, block, shard.head(), shard.size)
-        except BaseException:
-            shard.close()
-            raise
-
 
 class Receiver(Carrier):
     """From a bucket into a folder; the other arguments are those of `Carrier`."""
+
+    # Each comes by one stream.
+    copies = STREAMS
 
     def __init__(
         self,
@@ -80,7 +62,7 @@ class Receiver(Carrier):
     ) -> None:
         self._place = BucketPlace(bucket)
         super().__init__(self._place, FolderPlace(folder), manifest, there, progress)
-        self._folder, self._bucket = folder, bucket
+        self._folder, self._bucket, self._landing = folder, bucket, Landing(STREAMS)
 
     def stage(self, scratch: Path, sites: Sequence[str], *, sequences: bool) -> None:
         """Fetch all but shards and root into a folder that is thrown away, and check it; also the table of sequences.
@@ -152,63 +134,47 @@ class Receiver(Carrier):
             )
 
     def _carry(self, shard: Shard) -> int:
-        key, size = self.key(shard.array, shard.slot, shard.block), shard.size
-        for last in (False, True):
-            problem = self._fetch(shard, key, size)
-            if problem is None:
+        key, size, problem = self.key(shard.array, shard.slot, shard.block), shard.size, ""
+        # Once more: somebody may have put another one there since it was listed, or while it came.
+        for _ in range(2):
+            size, coming = self._bucket.whole(key)
+            with contextlib.closing(coming):
+                problem = self._fetch(shard, key, size, coming)
+            if not problem:
                 return size
-            if not last:
-                # Somebody may have put another one there since it was listed.
-                size = self._bucket.size(key)
         raise CorruptError(
             f"{self._bucket.where(key)}: {problem}. It was fetched twice: the object is damaged. Delete it, and push "
             f"it again from a good copy"
         )
 
-    def _fetch(self, shard: Shard, key: str, size: int) -> str | None:
-        """Fetch a shard, verify it, and put it in place; what is wrong with it, or None."""
+    def _fetch(self, shard: Shard, key: str, size: int, coming: Iterator[memoryview]) -> str:
+        """Put a shard in place as it comes, if every byte is what belongs there; what is wrong with it, or nothing."""
         array, manifest = shard.array, self._manifest
         least = expected_bytes(manifest, array, shard.block)
         most = least if self._exact(array) else Layout(manifest.spec(array), manifest.spec(array).shard_rows).size
         if not least <= size <= most:
             return f"it has {size} bytes, and {least} belong there"
         folder = _Arriving(self._folder, manifest, array, self._bucket.where(key))
-        draft = Draft(self._folder / key, reserve=size)
-        folder.draft = draft._temporary  # noqa: SLF001 -- to read what was written before it has its name
-        done = 0
+        first = next(coming)
         try:
-            with contextlib.closing(self._parts(key, size)) as parts:
-                for start, data in parts:
-                    if not start:
-                        folder.check(shard.slot, shard.block, bytes(data[:HEADER_BYTES]), size)
-                    draft.write(np.frombuffer(data, np.uint8), start, direct=True)
-                    done += len(data)
-                    self._tell(len(data))
-            problem = self._problem(folder, shard.slot, shard.block, self._ids(shard, self._folder))
-            if problem is None:
-                draft.publish(size)
-                return None
+            layout = folder.check(shard.slot, shard.block, bytes(first[:HEADER_BYTES]), size)
+            check_ids(bytes(first[:HEADER_BYTES]), self._ids(shard, self._folder))
         except CorruptError as error:
-            problem = str(error).removeprefix(folder.object_at).lstrip(": ")
+            return str(error).removeprefix(folder.object_at).lstrip(": ")
+        part = ArrivingPart(layout, 0)
+
+        def seen(data: memoryview) -> None:
+            part.add(data)
+            self._tell(len(data))
+
+        draft = Draft(self._folder / key, reserve=size)
+        try:
+            self._landing.land(itertools.chain([first], coming), draft, 0, seen)
+            wrong = tail_problems(layout, part.crcs, bytes(part.tail))
+            if not wrong:
+                draft.publish(size)
+                return ""
         finally:
             draft.discard()
-        self._tell(-done)
-        return problem
-
-    def _parts(self, key: str, size: int) -> Generator[tuple[int, memoryview]]:
-        """Fetch an object in parts, several at a time: where each begins, in order, and its bytes."""
-        if size <= PART_BYTES:
-            yield 0, self._bucket.read(key, 0, size)
-            return
-        crew, asked = Crew(_PARTS, "pull"), deque[tuple[int, "Future[memoryview]"]]()
-        try:
-            for start in range(0, size, PART_BYTES):
-                stop = min(start + PART_BYTES, size)
-                asked.append((start, crew.submit(self._bucket.read, key, start, stop)))
-                if len(asked) >= _PARTS:
-                    first, answer = asked.popleft()
-                    yield first, answer.result()
-            for first, answer in asked:
-                yield first, answer.result()
-        finally:
-            crew.close()
+        self._tell(-size)
+        return "; ".join(wrong)

@@ -1,8 +1,8 @@
 """Rows of one site of a store in a bucket: from what is here of it, or by ranged reads of what is not.
 
 Whole shards that are in the cache are mapped and read as those of any store. Of the others, rows that lie close to each
-other are read in one request, or the whole shard is brought here, whichever moves fewer bytes. A shard of which as much
-was read in pieces as it has bytes is brought here too, where there is room without another's having to go.
+other are read in one request, which is of the whole shard where nearly all of it is wanted. A shard of which as much
+was read in pieces as it has bytes is brought here, where there is room without another's having to go.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import contextlib
 import itertools
 import operator
 import threading
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from concurrent.futures import CancelledError, Future
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -20,17 +20,21 @@ import torch
 from mmcache.crew import let_end
 from mmcache.extents import Extents
 from mmcache.format import HEADER_BYTES, Layout
-from mmcache.runs import alike
+from mmcache.mirror import STREAMS
+from mmcache.scatter import Part, begins_of, parts_of, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mmcache.shards import ShardFolder
 
 __all__ = ["RemoteRows"]
 
-# So much that nobody asked for is read rather than asking twice, and so much at most in one request.
-_GAP_BYTES, _REQUEST_BYTES = 128 << 10, 16 << 20
+# One request has at least so much, where there is.
+_REQUEST_BYTES = 16 << 20
+# Of a shard of which no more than such a part is not wanted, all is asked for: some servers, and what lies before them,
+# answer that far sooner than a range.
+_UNWANTED = 8
 # What one file of rows that are read ahead has.
 _EXTENT_BYTES = 16 << 20
 _CHECKED: Future[None] = Future()
@@ -50,17 +54,8 @@ class LocalRows(Protocol):
         """Let go of every map."""
 
 
-class _Part(NamedTuple):
-    """What is wanted of one shard.
-
-    Rows of it, int64 `[n]` ascending, and their places among all that are asked for; the slots, and their columns.
-    """
-
-    shard: tuple[int, int]
-    rows: np.ndarray
-    places: np.ndarray
-    slots: list[int]
-    columns: list[int]
+# Offsets of pieces in a shard, ascending, and their places.
+_Pieces: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 class RemoteRows:
@@ -84,6 +79,8 @@ class RemoteRows:
         # Shards whose headers were looked at, and the bytes of each that were read in pieces.
         self._known: dict[tuple[int, int], Future[None]] = {}
         self._moved: dict[tuple[int, int], int] = {}
+        # Whether all of it is being brought here: then rows may wait for it.
+        self.all_come = False
         self._generation = self.remote.cache.generation
         self._lock = threading.Lock()
         self.remote.cache.hold(self)
@@ -118,24 +115,21 @@ class RemoteRows:
         self._catch_up()
         if not slots:
             return
-        parts = list(self._parts(positions, slots))
-        here = [self._is_here(part.shard) for part in parts]
+        parts = list(parts_of(positions, slots, self._folder.spec.shard_rows, by_layer=self._by_layer))
+        here = [self._is_here(part.shard) or self._waited_for(part.shard) for part in parts]
         if all(here) and (self.fits or len(parts) == 1):
             with self._reading():
                 self._local.take(positions, slots, into)
             return
         # Shard by shard, so that no more of them than the cache has room for are needed at the same time.
         asked: list[Future[None]] = []
-        coming: list[_Part] = []
         try:
-            for part in itertools.compress(parts, map(operator.not_, here)):
-                left = self._from_extents(part, into)
-                if left is not None:
-                    self._ask(left, into, asked, coming)
+            left = [self._from_extents(part, into) for part in itertools.compress(parts, map(operator.not_, here))]
+            wanted = [part for part in left if part is not None]
+            for part in wanted:
+                self._ask(part, into, asked, max(1, STREAMS // len(wanted)))
             for part in itertools.compress(parts, here):
                 self._from_local(part, into)
-            # Behind what is here, which might else have to make room first.
-            asked += [self.remote.fetch_later(self._bring, part, into) for part in coming]
             for answer in asked:
                 answer.result()
         finally:
@@ -164,10 +158,6 @@ class RemoteRows:
                     wanted.append(self.remote.fetch_later(self._bring_extent, (slot, block), at, end))
         for fetched in wanted:
             fetched.result()
-
-    def _bring(self, part: _Part, into: torch.Tensor) -> None:
-        self._folder.bring(*part.shard)
-        self._from_local(part, into)
 
     def _bring_extent(self, shard: tuple[int, int], start: int, stop: int) -> None:
         self._know(shard)
@@ -198,25 +188,22 @@ class RemoteRows:
     def _is_here(self, shard: tuple[int, int]) -> bool:
         return self.remote.find(self._folder.array, self._folder.key(*shard)) is not None
 
-    def _parts(self, positions: np.ndarray, slots: list[int]) -> Iterator[_Part]:
-        """Sort what is wanted by shard; in the layer layout each slot has shards of its own."""
-        order = np.argsort(positions, kind="stable")
-        blocks, within = np.divmod(positions[order], self._folder.spec.shard_rows)
-        for start, stop in alike(blocks):
-            block, rows, places = int(blocks[start]), within[start:stop], order[start:stop]
-            if not self._by_layer:
-                yield _Part((0, block), rows, places, slots, list(range(len(slots))))
-                continue
-            for column, slot in enumerate(slots):
-                yield _Part((slot, block), rows, places, [slot], [column])
+    def _waited_for(self, shard: tuple[int, int]) -> bool:
+        """Wait for a shard where all are coming, and quickly; what fails is told by the rows, which come by range."""
+        if not (self.all_come and self.remote.quick):
+            return False
+        coming = self.remote.fetch_later(self._folder.bring, *shard)
+        with contextlib.suppress(CancelledError):
+            coming.exception()
+        return self._is_here(shard)
 
-    def _from_local(self, part: _Part, into: torch.Tensor) -> None:
+    def _from_local(self, part: Part, into: torch.Tensor) -> None:
         rows = torch.empty((len(part.rows), len(part.slots), into.shape[2]), dtype=into.dtype)
         with self._reading():
             self._local.take(part.rows + part.shard[1] * self._folder.spec.shard_rows, part.slots, rows)
         into[torch.from_numpy(part.places)[:, None], torch.tensor(part.columns)] = rows
 
-    def _from_extents(self, part: _Part, into: torch.Tensor) -> _Part | None:
+    def _from_extents(self, part: Part, into: torch.Tensor) -> Part | None:
         """Copy what was read ahead, and give what is left of a part, None where nothing is."""
         which, found = self._extents.take(part.shard, part.rows)
         if not len(which):
@@ -227,27 +214,26 @@ class RemoteRows:
         left[which] = False
         return part._replace(rows=part.rows[left], places=part.places[left]) if left.any() else None
 
-    def _ask(self, part: _Part, into: torch.Tensor, asked: list[Future[None]], coming: list[_Part]) -> None:
-        """Ask for ranges of a shard that is not here, or note that all of it is to come."""
+    def _ask(self, part: Part, into: torch.Tensor, asked: list[Future[None]], streams: int) -> None:
+        """Ask for what is wanted of a shard that is not here, in about as many requests as there are streams for it."""
         spec, (_, block) = self._folder.spec, part.shard
         offsets, into_bytes, places = self._units(part, into)
         size = into_bytes.shape[1]
         order = np.argsort(offsets, kind="stable")
         offsets, places = offsets[order], places[order]
-        begins = _begins(offsets, size)
-        edges = [*begins.tolist(), len(offsets)]
-        spans = [(int(offsets[a]), int(offsets[b - 1]) + size) for a, b in itertools.pairwise(edges)]
-        moved = sum(stop - start for start, stop in spans)
         whole = Layout(spec, spec.rows_in_block(block, self._folder.rows)).size
-        if moved >= whole and whole <= self.remote.cache.most_bytes:
-            coming.append(part)
-            return
-        for (start, stop), (first, last) in zip(spans, itertools.pairwise(edges), strict=True):
-            there = (offsets[first:last] - start) // size, places[first:last]
-            asked.append(self.remote.submit(self._read, part.shard, start, stop, into_bytes, *there))
+        unwanted = whole - (int(offsets[-1]) + size - int(offsets[0]))
+        edges = [*begins_of(offsets, size, max(_REQUEST_BYTES, -(-whole // streams))).tolist(), len(offsets)]
+        moved = sum(int(offsets[last - 1] - offsets[first]) + size for first, last in itertools.pairwise(edges))
+        pieces = [(offsets[first:last], places[first:last]) for first, last in itertools.pairwise(edges)]
+        # What is asked for in one request has no gap that is worth two.
+        if unwanted * _UNWANTED <= whole and len(begins_of(offsets, size, whole)) == 1:
+            asked.append(self.remote.submit(self._read_whole, part.shard, into_bytes, pieces, asked))
+        else:
+            asked += [self.remote.submit(self._read, part.shard, into_bytes, *piece) for piece in pieces]
         self._count(part.shard, moved, whole)
 
-    def _units(self, part: _Part, into: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _units(self, part: Part, into: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut what is wanted into pieces of one size: their offsets in the shard, `into` as such pieces, their places.
 
         A piece is a row, or where all layers of a token are wanted as they lie, all of them.
@@ -262,22 +248,38 @@ class RemoteRows:
         places = (part.places[:, None] * into.shape[1] + np.array(part.columns)).reshape(-1)
         return offsets, flat.reshape(-1, self._row_bytes), places
 
-    def _read(
-        self, shard: tuple[int, int], start: int, stop: int, into: np.ndarray, units: np.ndarray, places: np.ndarray
-    ) -> None:
+    def _read(self, shard: tuple[int, int], into: np.ndarray, offsets: np.ndarray, places: np.ndarray) -> None:
         """Read one range, and put its pieces in their places."""
-        self._know(shard)
-        name, size = (self._folder.array, self._folder.key(*shard)), into.shape[1]
-        # The pieces that are wanted are a whole number of such pieces apart.
-        whole = len(units) * size == stop - start and places[-1] - places[0] == len(places) - 1
-        # What is asked for twice is there but once.
-        if whole and _ascends(units) and _ascends(places):
-            there, at = into[places[0] : places[-1] + 1].reshape(-1), 0
-            for data in self.remote.stream(*name, start, stop):
-                there[at : at + len(data)] = np.frombuffer(data, np.uint8)
-                at += len(data)
-        else:
-            into[places] = np.frombuffer(self.remote.read(*name, start, stop), np.uint8).reshape(-1, size)[units]
+        start, stop = int(offsets[0]), int(offsets[-1]) + into.shape[1]
+        stream: Iterable[memoryview] = self._from_file(shard, start, stop)
+        if not stream:
+            self._know(shard)
+            stream = self.remote.stream(self._folder.array, self._folder.key(*shard), start, stop)
+        scatter(stream, start, into, offsets, places)
+
+    def _from_file(self, shard: tuple[int, int], start: int, stop: int) -> list[memoryview]:
+        """Read bytes of a shard that has come here since they were asked for; nothing where it has not."""
+        if not self._is_here(shard):
+            return []
+        file, _ = self._folder.open_layout(*shard)
+        try:
+            found = bytearray(stop - start)
+            return [memoryview(found)] if file.read(memoryview(found), start) else []
+        finally:
+            file.close()
+
+    def _read_whole(
+        self, shard: tuple[int, int], into: np.ndarray, pieces: list[_Pieces], asked: list[Future[None]]
+    ) -> None:
+        """Read a whole shard in one request; where it comes slowly, ask for all but the first pieces beside it."""
+        head, size, stream = self.remote.whole(self._folder.array, self._folder.key(*shard))
+        self._folder.check(*shard, head, size)
+        self._known[shard] = _CHECKED
+        if self.remote.quick:
+            pieces = [(np.concatenate([piece[0] for piece in pieces]), np.concatenate([piece[1] for piece in pieces]))]
+        # Before this one ends, so that who waits for it sees them.
+        asked += [self.remote.submit(self._read, shard, into, *piece) for piece in pieces[1:]]
+        scatter(stream, 0, into, *pieces[0])
 
     def _know(self, shard: tuple[int, int]) -> None:
         """Check a shard's header the first time that something of it is read; others wait for it meanwhile."""
@@ -304,17 +306,3 @@ class RemoteRows:
             self._moved[shard] = 0 if wanted else total
         if wanted and self.remote.cache.used() + whole <= self.remote.cache.most_bytes:
             self.remote.fetch_later(self._folder.bring, *shard)
-
-
-def _begins(offsets: np.ndarray, size: int) -> np.ndarray:
-    """Say where requests begin in pieces of `size` bytes at ascending offsets `[n]`: int64, the first of them 0."""
-    far = np.diff(offsets) - size > _GAP_BYTES
-    begins = np.concatenate([[True], far])
-    first = offsets[np.maximum.accumulate(np.where(begins, np.arange(len(offsets)), 0))]
-    # One that became too long is cut at even distances from its begin.
-    begins[1:] |= np.diff((offsets - first) // max(size, _REQUEST_BYTES)) != 0
-    return np.flatnonzero(begins)
-
-
-def _ascends(numbers: np.ndarray) -> bool:
-    return bool((np.diff(numbers) > 0).all())

@@ -153,27 +153,28 @@ class ShardCache:
             return None
         return path
 
-    def add(self, name: str, size: int, fill: Callable[[Draft], None]) -> Path:
+    def add(self, name: str, begin: Callable[[], tuple[int, Callable[[Draft], None]]]) -> Path:
         """Give a file, made now where it is not there; blocks while another thread or process makes the same one.
 
         Args:
             name: its name.
-            size: its bytes.
-            fill: writes all of them; what it raises is passed on, and leaves nothing behind.
+            begin: called where it is not there; gives its bytes, and what writes all of them. What either raises is
+                passed on, and leaves nothing behind.
 
         Raises:
             ArgumentError: it is larger than the whole cache.
             DiskFullError: the disk has less room than the cache may take.
         """
-        if _taken(size) > self.most_bytes:
-            raise ArgumentError(
-                f"a file of {size} bytes is wanted in {self.folder}, which may take {self.most_bytes}: give at least "
-                f"cache_bytes={_taken(size)}"
-            )
         with locked(self.folder / f".{name}.lock"):
             found = self.find(name)
             if found is not None:
                 return found
+            size, fill = begin()
+            if _taken(size) > self.most_bytes:
+                raise ArgumentError(
+                    f"a file of {size} bytes is wanted in {self.folder}, which may take {self.most_bytes}: give at "
+                    f"least cache_bytes={_taken(size)}"
+                )
             draft = self._begin(name, size)
             try:
                 fill(draft)

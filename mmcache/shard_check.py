@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmcache.shard_bytes import ShardBytes
     from mmcache.shards import ShardFolder
 
-__all__ = ["check_shard"]
+__all__ = ["check_ids", "check_shard", "tail_problems"]
 
 _PIECE = 8 << 20
 
@@ -49,13 +49,18 @@ def check_shard(
             raise
         shard, layout = folder.open_layout(slot, block)
     try:
-        said = said_ids(shard.head())
-        if ids is not None and said not in ("", ids):
-            raise CorruptError(f"its rows are of other tokens ({said}) than those that the store has there ({ids})")
-        wrong = _tail_problems(layout, *_read(shard, layout, tell)) if full else _index_problems(shard, layout, tell)
+        check_ids(shard.head(), ids)
+        wrong = tail_problems(layout, *_read(shard, layout, tell)) if full else _index_problems(shard, layout, tell)
     finally:
         shard.close()
     return wrong, layout.size if full else HEADER_BYTES + layout.size - _index_start(layout)
+
+
+def check_ids(head: bytes, ids: str | None) -> None:
+    """Raise CorruptError if a shard's header says that its rows are of other tokens; None where these are not known."""
+    said = said_ids(head)
+    if ids is not None and said not in ("", ids):
+        raise CorruptError(f"its rows are of other tokens ({said}) than those that the store has there ({ids})")
 
 
 def _index_start(layout: Layout) -> int:
@@ -84,8 +89,11 @@ def _read(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> tup
     return whole.crcs, bytes(whole.tail)
 
 
-def _tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
-    """Write anew what stands behind the rows, from their checksums and the statistics, and compare."""
+def tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
+    """Say what of a whole shard is wrong: from the checksums of its inner chunks, and all that stands behind its rows.
+
+    It is written anew, from the checksums and the statistics, and compared.
+    """
     start = layout.data_end
 
     def bytes_of(name: str, of: bytes = tail) -> bytes:

@@ -170,7 +170,7 @@ class ShardFolder:
         """
         if numbers >= MANY:
             slot = slot if self._manifest.layout == "layer" else 0
-            close_read(self.open_file(slot, position // self.spec.shard_rows)[0])
+            self.open_layout(slot, position // self.spec.shard_rows)[0].close()
 
     def believe_rows(self, start: int, stop: int) -> None:
         """Before memory is taken for something of each of some rows: look whether there are files for as many.

@@ -292,15 +292,15 @@ class SiteView:
             raise kind(f"out is {tuple(out.shape)} {out.dtype}: expected {shape} {self.dtype}")
         return self._take(slots, wanted, device, out=out, non_blocking=non_blocking)
 
-    def read_ahead(self, start: int, stop: int) -> None:
-        """Bring the rows of some tokens, of all layers, into the page cache, or from a bucket to this machine.
+    def read_ahead(self, start: int, stop: int, *, all_come: bool = False) -> None:
+        """Bring the rows of some tokens, of all layers, into the page cache, or from a bucket to this machine; blocks.
 
-        Blocks until they are there, read in large pieces. Raises OutOfRangeError, and what `get_position` does.
+        `all_come`: all others will be too, and rows may wait for that. Raises OutOfRangeError, and as `get_position`.
         """
         if not 0 <= start <= stop <= self._n_tokens:
             raise OutOfRangeError(f"tokens {start} to {stop} out of range ({self._length}={self._n_tokens})")
-        reader, slots = self.rows_of(None)
-        bring_near(reader, self._folder, slots if self._layout == "layer" else [0], start, stop)
+        reader, every = self.rows_of(None)
+        bring_near(reader, self._folder, every if self._layout == "layer" else [0], start, stop, all_come=all_come)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read all of a small site: `[n_layers, n_tokens, d_model]`, bfloat16 as ml_dtypes' own.

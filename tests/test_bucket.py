@@ -326,7 +326,7 @@ def test_a_forked_process_is_told_and_a_pickled_one_works(s3_server, large):
 
 
 def test_who_asks_now_and_then_whether_to_go_on_ends_what_waits_for_a_server(s3_proxy, s3_server, large, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 6.0)
+    monkeypatch.setattr(bucket, "PATIENCE", 60.0)
     where = prepared(s3_server)
     s3_proxy.down()
     ended = threading.Event()
@@ -348,7 +348,8 @@ def test_who_asks_now_and_then_whether_to_go_on_ends_what_waits_for_a_server(s3_
             ended.set()
             with pytest.raises(InterruptedError):
                 running.result()
-        assert time.monotonic() - began < 3
+        # Far sooner than patience is over: a request or two, each tried a few times.
+        assert time.monotonic() - began < 20
 
 
 def test_who_ends_an_upload_half_way_leaves_nothing(place, large, request):

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from support import python, same, shards, widened, without_sync
 
 import mmcache
 from mmcache import bucket
-from mmcache.remote_rows import _begins
 
 MIB = 1 << 20
 KINDS = ("token", "layer")
@@ -193,15 +191,3 @@ def test_a_longer_shard_of_the_same_store_takes_the_place_of_what_is_here(s3_ser
     remote.upload(s3_server, here)
     right, found = mmcache.open(here), mmcache.open(url)
     assert same(found["a"].gather(range(700)), right["a"].gather(range(700)))
-
-
-@given(st.lists(st.integers(0, 1 << 16), min_size=1, max_size=200, unique=True), st.sampled_from([64, 1536, 1 << 15]))
-def test_requests_leave_nothing_out_and_go_over_no_long_gap(places, size):
-    offsets = np.array(sorted(places)) * size
-    begins = _begins(offsets, size)
-    edges = [*begins.tolist(), len(offsets)]
-    assert begins[0] == 0
-    assert (np.diff(edges) > 0).all()
-    for first, last in pairwise(edges):
-        assert (np.diff(offsets[first:last]) - size <= 128 << 10).all()
-        assert offsets[last - 1] + size - offsets[first] <= (16 << 20) + size

@@ -21,7 +21,7 @@ FILE = 4 * PAGE
 
 
 def add(cache, name, size=FILE):
-    return cache.add(name, size, lambda draft: draft.write(np.full(size, ord(name), np.uint8), 0))
+    return cache.add(name, lambda: (size, lambda draft: draft.write(np.full(size, ord(name), np.uint8), 0)))
 
 
 def names(cache):

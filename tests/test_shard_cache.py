@@ -36,7 +36,7 @@ def fill(name, size):
 
 
 def add(cache, name, size=PAGE):
-    return cache.add(name, size, fill(name, size))
+    return cache.add(name, lambda: (size, fill(name, size)))
 
 
 def names(cache):
@@ -50,7 +50,7 @@ def test_a_file_is_made_once_and_found_again(folder):
     assert path.read_bytes() == content("a", 5000).tobytes()
     assert cache.find("a") == path
     assert ShardCache(folder, PAGE).find("a") == path, "another one knows it, too"
-    cache.add("a", 5000, lambda _: pytest.fail("it is there already"))
+    cache.add("a", lambda: pytest.fail("it is there already"))
     assert cache.drop("a")
     assert not cache.drop("a")
     assert cache.find("a") is None
@@ -91,7 +91,7 @@ def test_a_file_that_could_not_be_filled_leaves_nothing(folder, error):
         raise error
 
     with pytest.raises(type(error)):
-        cache.add("a", PAGE, broken)
+        cache.add("a", lambda: (PAGE, broken))
     assert names(cache) == []
     assert remote.tidy(folder)
     add(cache, "a")
@@ -131,7 +131,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(folder):
         draft.write(content("a", 100), 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = start_fork(lambda: ShardCache(folder, 5 * PAGE).add("a", 4 * PAGE, killed))
+    child = start_fork(lambda: ShardCache(folder, 5 * PAGE).add("a", lambda: (4 * PAGE, killed)))
     assert exit_code(child) == -signal.SIGKILL
     assert cache.used() == 4 * PAGE, "its draft takes room"
     add(cache, "b", 4 * PAGE)
@@ -149,7 +149,7 @@ def test_who_needs_room_waits_for_what_is_under_way(folder):
             fill(name, 3 * PAGE)(draft)
             order.append(name)
 
-        return cache.add(name, 3 * PAGE, work)
+        return cache.add(name, lambda: (3 * PAGE, work))
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(slow, "a", 0.3)
@@ -195,7 +195,7 @@ def test_of_many_who_want_a_file_one_makes_it(folder):
         fill("a", PAGE)(draft)
 
     with ThreadPoolExecutor(8) as pool:
-        paths = set(pool.map(lambda _: cache.add("a", PAGE, make), range(20)))
+        paths = set(pool.map(lambda _: cache.add("a", lambda: (PAGE, make)), range(20)))
     assert (paths, next(made)) == ({folder / "a"}, 1)
 
 
