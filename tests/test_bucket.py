@@ -208,10 +208,16 @@ def test_a_listing_comes_in_pages(monkeypatch):
             list(where.names())
 
 
+def all_of(where, key):
+    size, coming = where.whole(key)
+    return size, b"".join(coming)
+
+
 # What is asked of an object, and whether the answer is right.
 READS = {
     "read": lambda where, _: bytes(where.read("there/small", 2, 9)) == SMALL[2:9],
     "stream": lambda where, _: b"".join(where.stream("there/large", 5, len(LARGE))) == LARGE[5:],
+    "all": lambda where, _: all_of(where, "there/large") == (len(LARGE), LARGE),
     "head": lambda where, _: where.read_head("there/small", 4) == (SMALL[:4], 10),
     "whole": lambda where, _: where.read_whole("there/small", 99) == SMALL,
     "size": lambda where, _: where.size("there/small") == 10,

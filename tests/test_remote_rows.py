@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from support import python, same, shards, widened, without_sync
 
 import mmcache
-from mmcache import bucket
+from mmcache import bucket, remote_rows
+from mmcache import shards as shards_module
+from mmcache.shard_objects import ShardObjects
 
 MIB = 1 << 20
 KINDS = ("token", "layer")
@@ -76,6 +78,43 @@ def test_rows_that_lie_close_come_in_one_request(path, url, s3_proxy):
     positions = [3, 40, 9, 9, 20]
     assert same(found.get_positions(2, positions), right.get_positions(2, positions))
     assert s3_proxy.n_requests() == 1
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_nearly_all_of_a_shard_comes_in_one_request_or_beside_others_where_it_is_slow(
+    path, url, s3_proxy, monkeypatch, quick
+):
+    monkeypatch.setattr(ShardObjects, "quick", property(lambda _: quick, lambda *_: None), raising=False)
+    monkeypatch.setattr(remote_rows, "_REQUEST_BYTES", 100_000)
+    right, found = mmcache.open(path)["a"], mmcache.open(url)["a"]
+    found.rows_of(None)
+    s3_proxy.reset()
+    assert same(found.gather(range(5, 255), layers=[1]), right.gather(range(5, 255), layers=[1]))
+    # Ranges go beside a slow one.
+    assert s3_proxy.n_requests() == 1 if quick else s3_proxy.n_requests() > 1
+    scattered = np.random.default_rng(0).permutation(250)
+    assert same(found.gather(scattered), right.gather(scattered))
+
+
+def test_many_rows_do_not_bring_the_shard_that_the_first_is_in(path, url, monkeypatch):
+    monkeypatch.setattr(shards_module, "MANY", 1000)
+    found = mmcache.open(url)
+    assert same(found["a"].gather(range(20)), mmcache.open(path)["a"].gather(range(20)))
+    names = [name for name in (file.name for file in shards(path / "a")) if found.remote.find("a", name)]
+    assert not names
+
+
+def test_where_all_comes_and_quickly_rows_wait_for_it(path, url, s3_proxy, monkeypatch):
+    monkeypatch.setattr(ShardObjects, "quick", property(lambda _: True, lambda *_: None), raising=False)
+    right, found = mmcache.open(path)["a"], mmcache.open(url)["a"]
+    found.read_ahead(0, 1, all_come=True)
+    s3_proxy.reset()
+    positions = list(range(0, 900, 50))
+    assert same(found.gather(positions), right.gather(positions))
+    # The shards, each once; those of the first block are here.
+    assert s3_proxy.n_requests() == 3 * (remote.LAYERS if mmcache.open(path).layout == "layer" else 1)
+    s3_proxy.down()
+    assert same(found.gather(range(900)), right.gather(range(900)))
 
 
 def test_a_gather_moves_no_more_than_whole_shards(path, url, s3_proxy):
