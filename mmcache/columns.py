@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.draft import Draft, remove_drafts
-from mmcache.files import make_folder, sync_folder
+from mmcache.draft import remove_drafts
 from mmcache.format import encode
 from mmcache.shards import ShardFolder
+from mmcache.small_files import publish_all
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from mmcache.manifest import Manifest
 
-__all__ = ["Column"]
+__all__ = ["Column", "publish_columns"]
 
 
 class Column:
@@ -57,24 +58,33 @@ class Column:
 
     def publish(self) -> None:
         """Put the shards that changed in place; blocks until they and their names are durable."""
+        publish_columns([self])
+
+    def _changed(self) -> dict[Path, bytes]:
+        """Give the shards that changed, by where they go."""
         if not self._dirty:
-            return
-        spec = self._spec
-        make_folder(self._path / self._array)
-        rows = np.concatenate(self._parts)
+            return {}
+        spec, files = self._spec, {}
+        self._parts = [rows := np.concatenate(self._parts)]
         for start in range(0, len(rows), spec.shard_rows):
             block = (self._since + start) // spec.shard_rows
             metadata = self._manifest.shard_metadata(self._array, block)
-            data = encode(spec, rows[start : start + spec.shard_rows], metadata)
-            draft = Draft(self._path / self._array / self._manifest.shard_key(self._array, block))
-            try:
-                draft.write(np.frombuffer(data, np.uint8), 0)
-                draft.publish(len(data))
-            except BaseException:
-                draft.discard()
-                raise
-        sync_folder(self._path / self._array)
-        # The last row's shard stays: it may be extended, or its last sequence continued.
-        full = max(0, len(rows) - 1) // spec.shard_rows * spec.shard_rows
-        self._parts, self._since = [rows[full:].copy()], self._since + full
-        self._dirty = False
+            file = self._path / self._array / self._manifest.shard_key(self._array, block)
+            files[file] = encode(spec, rows[start : start + spec.shard_rows], metadata)
+        return files
+
+    def _settle(self) -> None:
+        """Let go of all but the last row's shard: it may be extended, or its last sequence continued."""
+        if self._dirty:
+            (rows,) = self._parts
+            full = max(0, len(rows) - 1) // self._spec.shard_rows * self._spec.shard_rows
+            self._parts, self._since = [rows[full:].copy()], self._since + full
+            self._dirty = False
+
+
+def publish_columns(columns: Collection[Column]) -> None:
+    """Put the shards of some columns that changed in place; blocks until they and their names are durable."""
+    files = [column._changed() for column in columns]  # noqa: SLF001 -- of the module's own class
+    publish_all({file: data for changed in files for file, data in changed.items()})
+    for column in columns:
+        column._settle()  # noqa: SLF001

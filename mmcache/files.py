@@ -21,7 +21,7 @@ from mmcache.memory import anonymous
 from mmcache.syscalls import PORTABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "free_bytes",
     "list_names",
     "make_folder",
+    "make_folders",
     "map_file",
     "name_batches",
     "open_file",
@@ -82,13 +83,23 @@ def free_bytes(folder: Path) -> int:
 
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, durably. One that is there already is fine."""
-    if path.is_dir():
-        return
-    if path.parent != path:
-        make_folder(path.parent)
-    with explained(path, "making the folder"):
-        path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+    for changed in make_folders([path]):
+        sync_folder(changed)
+
+
+def make_folders(paths: Iterable[Path]) -> list[Path]:
+    """Make folders, and those above them, and give the folders that they are in: durable with `sync_folder` of these.
+
+    Those that are there already are fine.
+    """
+    changed: dict[Path, None] = {}
+    for path in paths:
+        missing = itertools.takewhile(lambda folder: not folder.is_dir(), (path, *path.parents))
+        for folder in reversed(list(missing)):
+            with explained(folder, "making the folder"):
+                folder.mkdir(exist_ok=True)
+            changed[folder.parent] = None
+    return list(changed)
 
 
 def sync_folder(path: Path) -> None:

@@ -19,7 +19,7 @@ from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError
 from mmcache.format import FORMAT_VERSION, Layout, ShardSpec
 from mmcache.geometry import inner_rows
 from mmcache.names import RESERVED, site_name_problem
-from mmcache.signed import ROOT, attributes, read_signed, signed
+from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,9 +156,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Write the root's `zarr.json`."""
-        memory = zarr.storage.MemoryStore()
-        zarr.create_group(memory, attributes=attributes(**asdict(self)), zarr_format=3)
-        return signed(memory)
+        return group_json(**asdict(self))
 
     @classmethod
     def from_attributes(cls, said: dict[str, Any], where: Path | str) -> Self:

@@ -29,6 +29,7 @@ from mmcache.provenance import compare
 from mmcache.room import check_room, missing_of, shards_from
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
+from mmcache.small_files import publish_all
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
 from mmcache.tokenizer_file import restore_tokenizer, save_tokenizer
 
@@ -230,10 +231,11 @@ def _tokenised(
         tokenised(state.tokens)
 
     state = tokenise(path, manifest, settings.contexts(tokenizer), documents, settings.max_tokens, commit)
+    tokenised(state.tokens)
     shard = shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, state.tokens)
     manifest = replace(manifest, n_tokens=state.tokens, n_sequences=state.sequences)
-    source = {**manifest.source, "max_tokens": settings.max_tokens, "tokens": _first_tokens(path, manifest)}
-    source |= save_tokenizer(path, tokenizer)
+    source = {**manifest.source, "tokenised": state.to_json(), "max_tokens": settings.max_tokens}
+    source |= {"tokens": _first_tokens(path, manifest), **save_tokenizer(path, tokenizer)}
     manifest = replace(manifest, source=source).with_geometry(shard, state.tokens)
     if old.n_tokens is not None:
         _check_idle(path, old)
@@ -264,9 +266,8 @@ def _first_tokens(path: Path, manifest: Manifest) -> str:
 
 def _published(path: Path, manifest: Manifest) -> Manifest:
     """Write the metadata of every array, then the root."""
-    for array in (*manifest.sites, *RESERVED):
-        make_folder(path / array)
-        publish(path / array / ROOT, array_json(manifest, array, manifest.rows(array)))
+    arrays = (*manifest.sites, *RESERVED)
+    publish_all({path / array / ROOT: array_json(manifest, array, manifest.rows(array)) for array in arrays})
     publish(path / ROOT, manifest.to_json())
     return manifest
 

@@ -11,6 +11,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+
 from mmcache.errors import CorruptError, VersionError
 from mmcache.files import read_file
 from mmcache.format import FORMAT_VERSION
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from zarr.storage import MemoryStore
 
-__all__ = ["ROOT", "attributes", "check_signed", "read_signed", "signed"]
+__all__ = ["ROOT", "attributes", "check_signed", "group_json", "read_signed", "signed"]
 
 ROOT = "zarr.json"
 _BLANK = "0" * 64
@@ -33,7 +36,16 @@ def attributes(**said: Any) -> dict[str, Any]:
 
 def signed(memory: MemoryStore, key: str = ROOT) -> bytes:
     """Give the bytes of a `zarr.json` that zarr wrote to memory, its digest filled in."""
-    text: bytes = memory._store_dict[key].to_bytes()  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
+    return _signed(memory._store_dict[key].to_bytes())  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
+
+
+def group_json(**said: Any) -> bytes:
+    """Give the signed `zarr.json` of a group, from zarr's metadata: to create one waits for zarr's own thread."""
+    metadata = GroupMetadata(attributes=attributes(**said), zarr_format=3)
+    return _signed(metadata.to_buffer_dict(default_buffer_prototype())[ROOT].to_bytes())
+
+
+def _signed(text: bytes) -> bytes:
     return text.replace(_BLANK.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from mmcache.geometry import PAGE
-from mmcache.statistics import WHOLE_ROWS
+from mmcache.statistics import WHOLE_ROWS, block_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mmcache.format import ShardSpec
     from mmcache.pipeline import Pipeline, Slot
     from mmcache.shard_writer import ShardWriter
 
@@ -122,7 +123,7 @@ class Stager:
         """
         spec = shard.spec
         rows, done = len(parts[0]), 0
-        whole_rows = max(PAGE // math.gcd(spec.row_bytes, PAGE), WHOLE_ROWS)
+        whole_rows = _whole_rows(spec, self._pipeline.ring.slot_bytes)
         on_cuda = parts[0].device.type == "cuda"
         plain = _plain(parts, spec.dtype.torch)
         while done < rows:
@@ -212,6 +213,13 @@ class Stager:
             tensor.record_stream(stream)
         job.sources.extend(queued)
         return overflow
+
+
+def _whole_rows(spec: ShardSpec, slot_bytes: int) -> int:
+    """Give how many rows are whole pages, and whole blocks of sums where a slot has room for one, or parts of one."""
+    block = block_rows(spec.stat_layers, spec.row_shape[-1]) if spec.stat_layers else WHOLE_ROWS
+    fits = block * spec.row_bytes <= slot_bytes
+    return max(PAGE // math.gcd(spec.row_bytes, PAGE), block if fits else WHOLE_ROWS)
 
 
 def _narrows(source: torch.dtype, target: torch.dtype) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from mmcache.format import NORM_COLUMNS
 from mmcache.sums import SPAN, Sums, sum_block
 
-__all__ = ["WHOLE_ROWS", "Moments", "merge_moments"]
+__all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments"]
 
 # Every block has a multiple of so many rows: two spans at least, since the sums of each are added up in float64.
 WHOLE_ROWS = 2 * SPAN
@@ -28,7 +28,7 @@ _BLOCK_NUMBERS = 1 << 20
 _PENDING_ROWS = 4096
 
 
-def _block_rows(layers: int, width: int) -> int:
+def block_rows(layers: int, width: int) -> int:
     """Give how many rows are summed together: a power of two."""
     fit = _BLOCK_NUMBERS // (layers * width)
     return max(WHOLE_ROWS, 1 << max(0, fit.bit_length() - 1))
@@ -45,7 +45,7 @@ class Moments:
 
     def __init__(self, layers: int, width: int, chunk_rows: int) -> None:
         self._layers, self._width, self._chunk_rows = layers, width, chunk_rows
-        self._block = _block_rows(layers, width)
+        self._block = block_rows(layers, width)
         self._rows = 0
         self._count = np.zeros(layers)
         self._shift, self._first, self._second = np.zeros((3, layers, width))

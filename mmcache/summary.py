@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import crc32c
 import numpy as np
 import torch
 import zarr
@@ -19,10 +20,11 @@ from zarr.core.buffer import default_buffer_prototype
 
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import check_folder, list_names, make_folder, read_file
+from mmcache.files import check_folder, list_names, read_file
 from mmcache.names import STATISTICS_FOLDER
-from mmcache.signed import ROOT, attributes, read_signed, signed
+from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
 from mmcache.site_statistics import SiteStatistics
+from mmcache.small_files import publish_all
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,33 +54,29 @@ def _of(manifest: Manifest) -> dict[str, object]:
 
 def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistics) -> None:
     """Keep the merged statistics of a complete site; blocks until they are durable."""
-    memory = zarr.storage.MemoryStore()
-    zarr.create_group(memory, attributes=attributes(**_of(manifest)), zarr_format=3)
+    folder, memory = path / STATISTICS_FOLDER / site, zarr.storage.MemoryStore()
+    contents = {folder.parent / ROOT: group_json()}
     for name, rows in (("dimensions", _DIMENSIONS), ("layers", _LAYERS)):
         data = np.stack([getattr(found, row).double().numpy() for row in rows])
         zarr.create_array(
             memory,
             name=name,
-            data=data,
+            shape=data.shape,
+            dtype=data.dtype,
             chunks=data.shape,
             compressors=[Crc32cCodec()],
             fill_value=float("nan"),
-            config={"write_empty_chunks": True},
             attributes=attributes(),
         )
-    above = zarr.storage.MemoryStore()
-    zarr.create_group(above, attributes=attributes(), zarr_format=3)
-    folder = path / STATISTICS_FOLDER / site
-    contents = {folder.parent / ROOT: signed(above)}
-    for name, chunk in _ARRAYS.items():
-        contents[folder / chunk] = memory._store_dict[chunk].to_bytes()  # noqa: SLF001 -- its bytes, at once
         contents[folder / name / ROOT] = signed(memory, f"{name}/{ROOT}")
-    # The site's own comes last: where it is, all of them are, and this is not done again.
-    contents[folder / ROOT] = signed(memory)
-    for file, content in contents.items():
-        make_folder(file.parent)
-        remove_drafts(file.parent)
-        publish(file, content)
+        chunk = data.astype("<f8").tobytes()
+        contents[folder / _ARRAYS[name]] = chunk + crc32c.crc32c(chunk).to_bytes(4, "little")
+    for parent in dict.fromkeys(file.parent for file in contents):
+        remove_drafts(parent)
+    publish_all(contents)
+    # Where it is, all of them are, and this is not done again.
+    remove_drafts(folder)
+    publish(folder / ROOT, group_json(**_of(manifest)))
 
 
 def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:

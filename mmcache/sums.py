@@ -26,8 +26,9 @@ __all__ = ["SPAN", "Sums", "sum_block"]
 
 # Rows that are added up in float32.
 SPAN = 32
-# What is widened at once: more leaves the cache, less waits for the interpreter.
-_TILE_BYTES = 8 << 20
+# What is widened at once, to float32 and to float64: more leaves the cache, less waits for the interpreter. Rows in
+# float64 are gone through five times, beside a model that wants the cache too.
+_TILE_BYTES, _WIDE_BYTES = 8 << 20, 1 << 20
 # From 10,000 numbers on, BLAS may use threads of its own, and then their number shows in the last bits.
 _LONGEST_DOT = 8192
 # From 32,768 numbers on, torch copies with as many threads as the user gave it, in each thread of ours.
@@ -145,36 +146,54 @@ def _sum_narrow(sums: Sums, rows: np.ndarray, masked: np.ndarray | None, layers:
 
 
 def _sum_wide(sums: Sums, rows: np.ndarray, masked: np.ndarray | None, layers: slice) -> None:
-    """Sum rows of some layers in float64."""
-    tile = _SCRATCH.take(rows.shape, np.float64)
-    _widen(rows, tile)
+    """Sum rows of some layers in float64, a few rows at a time: one after the other, however many those are."""
+    n, deep, width = rows.shape
+    some = min(n, max(1, _WIDE_BYTES // (deep * width * 8)))
+    # In front of the rows is room for the sums so far, which are added up like one row more.
+    tile = _SCRATCH.take((1 + some, deep, width), np.float64)
     squared = sums.norms[:, layers]
-    squared[...] = _squared_norms(tile)
-    left_out = None if masked is None else np.repeat(masked[:, None], tile.shape[1], axis=1)
-    non_finite = zero = None
-    odd = ~np.isfinite(squared)
-    if odd.any():
-        # Finite float64 values may have an infinite square.
-        non_finite = odd.copy()
-        non_finite[odd] = ~np.isfinite(tile[odd]).all(axis=-1)
-        left_out = non_finite if left_out is None else left_out | non_finite
-    small = squared == 0
-    if small.any():
-        zero = small.copy()
-        zero[small] = ~tile[small].any(axis=-1)
-    _note(sums, layers, left_out, non_finite, zero)
+    non_finite, zero = np.zeros((2, n, deep), np.bool_)
+    left_out = np.zeros((n, deep), np.bool_) if masked is None else np.repeat(masked[:, None], deep, axis=1)
+    shift = None
     if sums.shift is not None:
-        shift = sums.shift[layers]
-        which = 0 if left_out is None else np.argmin(left_out, axis=0)
-        shift[...] = tile[which, np.arange(tile.shape[1])]
-        # Without any row that counts it is one that does not, which may be NaN.
-        shift[sums.count[layers] == 0] = 0
-        np.subtract(tile, shift, out=tile)
-    if left_out is not None:
-        tile[left_out] = 0
-    flat = tile.reshape(len(rows), -1)
-    np.add.reduce(flat, axis=0, out=sums.first[layers].reshape(-1))
-    np.einsum("nw,nw->w", flat, flat, out=sums.second[layers].reshape(-1))
+        shift = sums.shift[layers] = _row_that_counts(rows, left_out)
+    for start in range(0, n, some):
+        here = slice(start, min(start + some, n))
+        part = tile[1 : 1 + here.stop - start]
+        _widen(rows[here], part)
+        squared[here] = _squared_norms(part)
+        odd = ~((squared[here] > 0) & (squared[here] < np.inf))
+        if odd.any():
+            # Finite float64 values may have an infinite square, or one of zero.
+            non_finite[here][odd] = ~np.isfinite(part[odd]).all(axis=-1)
+            zero[here][odd] = ~part[odd].any(axis=-1)
+            left_out[here] |= non_finite[here]
+        if shift is not None:
+            np.subtract(part, shift, out=part)
+        if left_out[here].any():
+            part[left_out[here]] = 0
+        _add_up(tile, here, sums.first[layers])
+        # No product and sum in one, which rounds otherwise and which not every processor has.
+        np.multiply(part, part, out=part)
+        _add_up(tile, here, sums.second[layers])
+    _note(sums, layers, left_out, non_finite, zero)
+
+
+def _row_that_counts(rows: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """Give the first row of each layer that is finite and not left out, `[layers, width]`; zeros where none is."""
+    layers = np.arange(rows.shape[1])
+    first = np.argmin(left_out, axis=0)
+    found: np.ndarray = rows[first, layers].astype(np.float64)
+    for layer in np.flatnonzero(left_out[first, layers] | ~np.isfinite(found).all(axis=-1)):
+        fine = np.isfinite(rows[:, layer]).all(axis=-1) & ~left_out[:, layer]
+        found[layer] = rows[np.argmax(fine), layer] if fine.any() else 0
+    return found
+
+
+def _add_up(tile: np.ndarray, here: slice, into: np.ndarray) -> None:
+    """Add the rows of a tile, which are rows `here` of the block, to the sums of those before them."""
+    tile[0] = into
+    np.add.reduce(tile[1 if here.start == 0 else 0 : 1 + here.stop - here.start], axis=0, out=into)
 
 
 def _note(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from mmcache.columns import Column
+from mmcache.columns import Column, publish_columns
 from mmcache.contexts import Context, Contexts, CorpusDigest, Place
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.flags import flagged
@@ -127,7 +127,7 @@ def tokenise(
         contexts: cuts the documents.
         documents: the whole corpus, from its first document on.
         max_tokens: stop before the context that would pass this many; None for all.
-        commit: called with each state that is stored, the last one too; it keeps it.
+        commit: called with each state that is stored; it keeps it. The last one is given, and the caller's to keep.
 
     Raises:
         PlanMismatchError: the documents that were used before are others now.
@@ -149,25 +149,19 @@ def tokenise(
         used = hashed.after(place.document if place.offset else place.document - 1)
         if tokens - committed >= _TOKENS_A_COMMIT:
             committed = tokens
-            commit(_stored(columns, Tokenised(tokens, len(columns["sequences"]), **_at(place, used), whole=False)))
+            publish_columns(columns.values())
+            commit(Tokenised(tokens, len(columns["sequences"]), **_at(place, used), whole=False))
     if not full:
         used = hashed.digest
     if not tokens:
         raise CorpusError(_nothing(hashed.digest.documents, max_tokens if full else None))
     at = {**asdict(place), "documents": state.documents, "sha256": state.sha256} if used is None else _at(place, used)
-    state = Tokenised(tokens, len(columns["sequences"]), **at, whole=not full)
-    commit(_stored(columns, state))
-    return state
+    publish_columns(columns.values())
+    return Tokenised(tokens, len(columns["sequences"]), **at, whole=not full)
 
 
 def _at(place: Place, used: CorpusDigest) -> dict[str, Any]:
     return {**asdict(place), "documents": used.documents, "sha256": used.hexdigest()}
-
-
-def _stored(columns: dict[str, Column], state: Tokenised) -> Tokenised:
-    for column in columns.values():
-        column.publish()
-    return state
 
 
 def _store(columns: dict[str, Column], context: Context, start: int, special_ids: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from mmcache.batch import check_batch
 from mmcache.block import Block
-from mmcache.columns import Column
+from mmcache.columns import Column, publish_columns
 from mmcache.draft import remove_drafts
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, CorruptError, ReadOnlyError
@@ -212,8 +212,7 @@ class Writer(GrownStore):
             self._block.seal(pipeline, stager)
             self._block = None
         pipeline.drain()
-        for column in self._columns.values():
-            column.publish()
+        publish_columns(self._columns.values())
         manifest = replace(self._manifest, n_tokens=self._n_tokens, n_sequences=self.n_sequences)
         rows = dict.fromkeys((*manifest.sites, "tokens", "flags"), self._n_tokens)
         self._commit_root(manifest, {**rows, "sequences": self.n_sequences})

@@ -134,7 +134,7 @@ class Writes:
 
     def __init__(self, monkeypatch, most=1 << 30, direct=None):
         self.calls, self.most, self.real = [], most, os.pwrite
-        self.refuse_direct = direct
+        self.refuse_direct, self.refused = direct, 0
         self.draft = None
         monkeypatch.setattr(os, "pwrite", self)
         if hasattr(os, "pwritev"):
@@ -143,6 +143,7 @@ class Writes:
 
     def __call__(self, fd, view, offset):
         if self.refuse_direct and self.draft is not None and fd == self.draft._direct_fd:
+            self.refused += 1
             raise OSError(self.refuse_direct, os.strerror(self.refuse_direct))
         self.calls.append((fd, len(view), offset))
         return self.real(fd, view[: self.most], offset)
@@ -202,11 +203,12 @@ def test_a_file_system_that_refuses_a_direct_write_is_written_through_the_page_c
     writes = Writes(monkeypatch, direct=errno.EINVAL)
     writes.draft = draft
     draft.write(data[: 2 * PAGE], 0, direct=True)
-    assert draft._direct_fd == -1
+    refused = writes.refused
+    draft.write(data[2 * PAGE :], 2 * PAGE, direct=True)
+    assert writes.refused == refused == 1
+    draft.publish(len(data))
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(direct)
-    draft.write(data[2 * PAGE :], 2 * PAGE, direct=True)
-    draft.publish(len(data))
     assert (tmp_path / "file").read_bytes() == data.tobytes()
 
 
@@ -295,6 +297,17 @@ def test_after_any_failure_the_old_file_is_there_and_the_new_one_is_not(call, tm
     assert asked == [call]  # above all no second fsync: the system may have dropped the bytes, and says so once
     assert names(tmp_path) == ["zarr.json"]
     assert (tmp_path / "zarr.json").read_bytes() == b"old"
+
+
+def test_folders_are_made_and_told_where(tmp_path):
+    (tmp_path / "there").mkdir()
+    made = [tmp_path / "there", tmp_path / "a" / "b", tmp_path / "a" / "c", tmp_path / "there" / "d"]
+    assert files.make_folders(made) == [tmp_path, tmp_path / "a", tmp_path / "there"]
+    assert all(folder.is_dir() for folder in made)
+    assert files.make_folders(made) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="making the folder"):
+        files.make_folders([tmp_path / "file" / "under"])
 
 
 def test_a_folder_that_cannot_be_made_durable_is_an_error(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ ORDER = [
     "page_cache", "dlpack", "syscalls", "descriptor", "held", "crew", "aio", "runs", "scatter", "direct", "window",
     "files", "draft", "lock", "claims", "shard_cache", "sums", "statistics", "signed", "names", "manifest", "listing",
     "arriving", "landing", "shard_objects", "mirror", "shard_bytes", "tokenizer_file", "bucket_listing",
-    "bucket_folder", "shards", "shard_statistics", "site_statistics", "summary", "devices",
+    "bucket_folder", "shards", "shard_statistics", "site_statistics", "small_files", "summary", "devices",
     "positions", "shard_maps", "extents", "remote_rows", "checked_rows", "site_map", "row_pieces", "site_rows",
     "site_view", "together", "flags", "sequences", "token_arrays", "xarray_view", "store", "opening", "headers",
     "selection", "outbox", "export", "permutation", "split", "kept", "lanes", "order", "shares", "feed_plan",

@@ -25,7 +25,7 @@ from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.shard_writer import Seal, ShardWriter
 from mmcache.staging import Stager
-from mmcache.statistics import Moments
+from mmcache.statistics import WHOLE_ROWS, Moments
 from mmcache.syscalls import LINUX
 
 METADATA = {"format": "mmcache/1", "array": "a", "key": "c.0.0.0"}
@@ -143,6 +143,26 @@ def test_pieces_of_a_shard_begin_on_pages(tmp_path, monkeypatch):
     shard.discard()
     assert len(offsets) > 4
     assert [offset % 4096 for offset in offsets] == [0] * len(offsets)
+
+
+@pytest.mark.parametrize(("slot", "block"), [(5 << 20, 1024), (1 << 20, WHOLE_ROWS)])
+def test_a_full_slot_ends_with_a_block_of_sums_where_it_has_room_for_one(tmp_path, monkeypatch, slot, block):
+    pieces, add = [], Moments.add
+    monkeypatch.setattr(
+        Moments, "add", lambda moments, rows, keep: (pieces.append(len(rows)), add(moments, rows, keep))
+    )
+    pipeline = Pipeline(slot)
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 1000, shard=4096, chunk=2048)
+    shard = shard_writer(tmp_path / "c", spec)
+    for rows in (300, 1700, 1000):
+        stager.stage(shard, [torch.zeros(rows, 1000)])
+    stager.flush()
+    pipeline.drain()
+    pipeline.close()
+    shard.discard()
+    ends = np.cumsum(pieces)
+    assert ends[-1] == 3000
+    assert (ends[:-1] % block == 0).all()
 
 
 @pytest.mark.skipif(not LINUX, reason="needs pwritev2's flags")

@@ -114,6 +114,40 @@ def test_wide_rows_and_many_layers_are_summed_in_pieces():
     assert_equal(sum_block(rows, None), plainly(rows))
 
 
+def at_once(rows, keep):
+    """Sum float32 rows as one tile of float64, as the first shards that there are were summed."""
+    wide = rows.astype(np.float64)
+    left_out = ~np.isfinite(wide).all(axis=-1)
+    if keep is not None:
+        left_out |= ~keep[:, None]
+    which = np.argmin(left_out, axis=0)
+    shift = np.where(left_out.all(axis=0)[:, None], 0, wide[which, np.arange(rows.shape[1])])
+    moved = wide - shift
+    moved[left_out] = 0
+    norms = np.sqrt(np.vecdot(wide, wide))
+    norms[left_out] = np.nan
+    return shift, np.add.reduce(moved, axis=0), np.add.reduce(moved * moved, axis=0), norms
+
+
+@pytest.mark.parametrize("tile", [1, 3000, 1 << 20])
+@pytest.mark.parametrize("bad", [False, True])
+def test_no_number_of_rows_that_are_widened_together_shows_in_the_last_bit(monkeypatch, tile, bad):
+    monkeypatch.setattr(module, "_WIDE_BYTES", tile)
+    rng = np.random.default_rng(7)
+    rows = rng.standard_normal((100, 3, 20)).astype(np.float32) + np.float32(3)
+    keep = None
+    if bad:
+        keep = rng.random(100) < 0.7
+        keep[0] = False
+        rows[rng.random((100, 3)) < 0.3, 4] = np.nan
+        rows[:, 1, 0] = np.inf  # a layer without any row that counts
+    found = sum_block(rows, keep)
+    with np.errstate(invalid="ignore"):
+        expected = at_once(rows, keep)
+    for name, right in zip(("shift", "first", "second", "norms"), expected, strict=True):
+        assert np.array_equal(getattr(found, name), right, equal_nan=True), name
+
+
 def test_memory_in_any_order():
     rows = normal(6, 40, 2, 8)
     turned = np.asfortranarray(rows)

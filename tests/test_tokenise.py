@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmcache import columns, manifest, tokenise
+from mmcache import draft, manifest, tokenise
 from mmcache.contexts import Contexts, CorpusDigest
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.flags import BOS, SPECIAL
@@ -54,7 +54,10 @@ class Plan:
 
     def tokenise(self, documents=DOCUMENTS, max_tokens=None, commit=None):
         contexts = Contexts(small.byte_tokenizer(), self.length, 257, pack=self.pack)
-        return tokenise.tokenise(self.path, self.manifest, contexts, documents, max_tokens, commit or self.commit)
+        commit = commit or self.commit
+        state = tokenise.tokenise(self.path, self.manifest, contexts, documents, max_tokens, commit)
+        commit(state)
+        return state
 
     def column(self, array):
         state = Tokenised.of(self.manifest)
@@ -109,7 +112,7 @@ class Writes:
 
     def __init__(self, monkeypatch, when="after"):
         self.done, self.crash_at = 0, None
-        publish = columns.Draft.publish
+        publish = draft.Draft.publish
 
         def counted(draft, size, **options):
             self.done += 1
@@ -119,7 +122,7 @@ class Writes:
             if self.done == self.crash_at:
                 raise Crash
 
-        monkeypatch.setattr(columns.Draft, "publish", counted)
+        monkeypatch.setattr(draft.Draft, "publish", counted)
 
     def crash(self, number, call):
         self.done, self.crash_at = 0, number
