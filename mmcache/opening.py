@@ -36,7 +36,8 @@ def open_store(
             they lie in. Far slower where rows are scattered. Without it, a file that is cut short in the course of a
             read ends the process (SIGBUS), and checksums of rows are for `verify` to compare.
         cache_dir: for a store in a bucket, the folder that what comes from there is kept in, which any number of
-            stores and processes may share; None for `$MMCACHE_CACHE`, or the user's cache folder.
+            stores and processes may share; None for `$MMCACHE_CACHE`, or the user's cache folder. Shards come no faster
+            than its disk takes them.
         cache_bytes: what its shards may take there: those least used go first. None for a quarter of the room that is
             free, up to 64 GiB.
 

@@ -17,12 +17,14 @@ from test_format import METADATA, encoded, layouts, random_rows
 
 import mmcache
 from mmcache import bucket
+from mmcache import mirror as mirror_module
 from mmcache.arriving import Arriving
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNotFoundError
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.manifest import read_manifest
 from mmcache.mirror import Mirror, cache_folder
 from mmcache.shard_bytes import FileBytes, ObjectBytes
+from mmcache.shard_objects import ShardObjects
 from mmcache.shards import ShardFolder
 
 KEY = "c.0.0.0"
@@ -319,6 +321,27 @@ def test_one_that_is_replaced_while_it_comes_is_noticed(url, made, s3_server, tm
     with pytest.raises(CorruptError):
         mirror.use("a", key, check, use)
     assert seen[2:] == [grown, grown]
+
+
+def test_a_shard_that_comes_slowly_comes_in_parts(s3_server, s3_proxy, tmp_path, monkeypatch):
+    made = remote.make(tmp_path / "long", sites={"a": 512}, shard=2048, tokens=2048)
+    url, right = remote.upload(s3_server, made, "long"), (made / "a" / KEY).read_bytes()
+    monkeypatch.setattr(mirror_module, "_PART_BYTES", 1 << 20)
+    monkeypatch.setattr(mirror_module, "STREAMS", 3)
+    for quick, parts in ((True, 1), (False, 4)):
+        monkeypatch.setattr(ShardObjects, "quick", property(lambda _, said=quick: said, lambda *_: None), raising=False)
+        mirror = Mirror(url, tmp_path / f"cache-{quick}")
+        s3_proxy.reset()
+        assert mirror.fetch("a", KEY, checking(mirror)).read_bytes() == right
+        # Of the first request, what lies behind its part is left.
+        assert s3_proxy.n_requests() == parts
+    # Damage is found in whichever part it is.
+    for at in (5000, len(right) // 2, len(right) - 9000):
+        remote.replace(s3_server, f"long/a/{KEY}", right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :])
+        mirror = Mirror(url, tmp_path / f"cache-{at}")
+        with pytest.raises(CorruptError, match="match"):
+            mirror.fetch("a", KEY, checking(mirror))
+        assert left(mirror) == []
 
 
 def test_extents_and_pieces_are_the_objects_bytes(url, made, tmp_path):

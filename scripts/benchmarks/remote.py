@@ -35,7 +35,7 @@ _BESIDE = "obstore, the same objects"
 # Objects that the bare client gets at a time, in the second comparison.
 _THREADS = 4
 _ROWS = 200
-_SIDES = ("bare", "together", "brought", "gathered", "epoch")
+_SIDES = ("bare", "together", "brought", "gathered", "pulled", "epoch")
 
 
 def from_a_bucket(plan: Plan) -> Iterator[Row]:
@@ -101,6 +101,12 @@ class _Sides:
             every = range(store.n_tokens)
             return self._rate(lambda: [store[site].gather(every, out=self._out) for site in store.sites])
 
+    def pulled(self) -> float:
+        """Copy the store into a folder, durably."""
+        folder = self._cache.with_name("pulled")
+        shutil.rmtree(folder, ignore_errors=True)
+        return self._rate(lambda: mmcache.pull(self._url, folder))
+
     def epoch(self) -> float:
         """Go through an epoch."""
         with self.opened() as store:
@@ -115,6 +121,7 @@ def _measured(plan: Plan, local: Store, url: str) -> Iterator[Row]:
     for name, what, goal in (
         ("brought", "all shards brought into the cache, checksums compared", 0.8),
         ("gathered", "a gather of every row, nothing cached", 0.8),
+        ("pulled", "pulled into a folder, verified and synced", 0.8),
         ("epoch", "an epoch of a block shuffle, nothing cached", None),
     ):
         yield compare(f"bucket {name}", f"{said}: {what}", _BESIDE, "GB/s", found[name], found["bare"], goal=goal)
