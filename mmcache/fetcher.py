@@ -86,7 +86,7 @@ class Source:
                 f"{self.store.where}: two pools of the block shuffle, and what is fetched ahead, take {needed} bytes, "
                 f"and the cache may take {remote.cache.most_bytes}: rows are fetched one by one, far slower. Give a "
                 f"larger cache_bytes, or a smaller buffer_bytes",
-                stacklevel=5,
+                stacklevel=4,
             )
         return needed <= remote.cache.most_bytes
 

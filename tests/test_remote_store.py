@@ -109,8 +109,11 @@ def test_a_block_shuffle_moves_each_byte_once(local, s3_proxy, s3_server):
 
 def test_a_pool_that_has_no_room_is_said(small_one, s3_server):
     right, url = mmcache.open(small_one), remote.upload(s3_server, small_one)
-    with mmcache.open(url, cache_bytes=2 * MIB) as found, pytest.warns(UserWarning, match="larger cache_bytes, or a"):
+    told = pytest.warns(UserWarning, match="larger cache_bytes, or a")
+    with mmcache.open(url, cache_bytes=2 * MIB) as found, told as warned:
         remote.compare_epoch(found, right, shuffle="block", buffer_bytes=4 * MIB)
+    # It points at the loop.
+    assert {warning.filename for warning in warned} == {remote.__file__}
 
 
 def test_a_fresh_process_reads_it(request, s3_server, tmp_path):
