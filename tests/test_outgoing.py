@@ -549,7 +549,7 @@ def test_a_server_that_is_gone_holds_up_nobody_who_leaves(tmp_path, monkeypatch)
     sending.stop()
     began = time.monotonic()
     sending.wait()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert (tmp_path / "c.0.0.0").read_bytes() == b"data"
 
 

@@ -211,7 +211,7 @@ def test_a_server_that_hangs_is_given_up(server, proxy):
     began = time.monotonic()
     with pytest.raises(GenericError):
         obstore.get(store, "key")
-    assert 0.2 < time.monotonic() - began < 3
+    assert 0.2 < time.monotonic() - began < 4.5
     # The fixture ends at once, though five seconds are not over.
     assert obstore.get(store, "key").bytes() == b"value"
 
