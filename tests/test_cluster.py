@@ -141,7 +141,7 @@ def test_a_machine_that_is_lost_on_the_way_changes_no_byte(model, alone, nodes, 
     assert [plan.shards_to_do for plan in plans] == [sum(store.n_shards(site) for site in store.sites)]
 
 
-@pytest.mark.parametrize("restarts", [5, 0])
+@pytest.mark.parametrize("restarts", [5, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_job_whose_only_worker_dies_goes_on(model, alone, nodes, tmp_path, monkeypatch, restarts):
     """Ray starts it again so many times; after that it is made anew, as it was of use before."""
     monkeypatch.setattr(cluster_pool, "_RESTARTS", restarts)

@@ -164,7 +164,7 @@ def test_growth_and_sites_killed_at_their_nth_write(request, s3_server, runner, 
     for step in steps:
         assert runner.run(tmp_path / "once", *step) == 0, runner.errors.read_text()
     for step in steps:
-        for number in range(3, 400, 2 if slow else 29):
+        for number in range(3, 400, 2 if slow else 47):
             code = runner.run(s3_server.url("acts"), *step, writes=number, after=number % 2 == 0)
             if code == 0:
                 break

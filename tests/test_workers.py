@@ -87,7 +87,7 @@ def alone(folder):
     return folder / "alone"
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_torchrun_makes_the_store_that_one_process_makes(folder, alone, tmp_path, workers):
     code, out, err = end(start(command(folder, tmp_path / "store"), workers))
     assert code == 0, err
