@@ -72,7 +72,7 @@ class Arriving:
             return tail[start - layout.data_end : stop - layout.data_end]
 
         if first != self._head:
-            return "its header is not the one that it had just before"
+            return "its header is not the one that was checked"
         bad = np.flatnonzero(np.frombuffer(of("crc32c"), "<u4") != np.array(crcs, np.uint32))
         if len(bad):
             return f"inner chunk {bad[0]} does not match its checksum"

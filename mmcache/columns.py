@@ -56,10 +56,6 @@ class Column:
         last: np.ndarray = self._parts[-1][-1]
         return last
 
-    def publish(self) -> None:
-        """Put the shards that changed in place; blocks until they and their names are durable."""
-        publish_columns([self])
-
     def _changed(self) -> dict[Path, bytes]:
         """Give the shards that changed, by where they go."""
         if not self._dirty:

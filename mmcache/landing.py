@@ -37,7 +37,7 @@ class Landing:
     """
 
     def __init__(self, most: int) -> None:
-        self._windows, self._crew, self._lock = Buffers(2 * most), Crew(most, "landing"), threading.Lock()
+        self._windows, self._crew, self._lock = Buffers(most), Crew(most, "landing"), threading.Lock()
 
     def land(self, stream: Iterable[memoryview], draft: Draft, offset: int, seen: Callable[[memoryview], None]) -> None:
         """Write what comes into a draft, while more comes; blocks until all of it is written.
@@ -75,6 +75,8 @@ class Landing:
     def _write(self, some: np.ndarray, draft: Draft, offset: int, writing: list[Future[None]]) -> None:
         """Write a window in the background, once the other one is written."""
         if writing:
-            writing.pop().result()
+            # In the list meanwhile, so that an interrupt here does not leave it alone.
+            writing[0].result()
+            writing.clear()
         with self._lock:
             writing.append(self._crew.submit(partial(draft.write, some, offset, direct=True)))

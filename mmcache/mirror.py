@@ -34,7 +34,7 @@ from mmcache.shard_objects import ShardObjects
 from mmcache.signed import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from concurrent.futures import Future
 
     from mmcache.arriving import ArrivingPart
@@ -99,7 +99,7 @@ class Mirror(ShardObjects):
         # Who brings a shard waits for its other parts, and must not take the place of one.
         self._crew, self._streams = Crew(_THREADS, "request"), Crew(STREAMS, "stream")
         self._bringers, self._lock = Crew(STREAMS, "bring"), threading.Lock()
-        self._landing, self._coming = Landing(2 * STREAMS), 0
+        self._landing, self._coming = Landing(STREAMS), 0
         make_folder(self.folder)
         with locked(self.folder / ".mirror.lock"):
             self._refresh()
@@ -191,8 +191,8 @@ class Mirror(ShardObjects):
         """
         self.bucket.check_process()
         with self._lock:
-            self._coming += 1
             future = self._bringers.submit(bring, *arguments)
+            self._coming += 1
         future.add_done_callback(self._came)
         return future
 
@@ -256,7 +256,7 @@ class Mirror(ShardObjects):
                     raise
 
     def _download(
-        self, array: str, key: str, layout: Layout, head: bytes, coming: Iterator[memoryview], draft: Draft
+        self, array: str, key: str, layout: Layout, head: bytes, coming: Generator[memoryview], draft: Draft
     ) -> None:
         """Write a shard whose first bytes have come: in as many parts as there are streams for it.
 
@@ -269,7 +269,8 @@ class Mirror(ShardObjects):
         with self._lock:
             asked = [self._streams.submit(self._receive, array, key, part, stop, draft) for part, stop in others]
         try:
-            self._landing.land(_up_to(end, coming), draft, 0, first.add)
+            with contextlib.closing(coming):
+                self._landing.land(_up_to(end, coming), draft, 0, first.add)
             for part in asked:
                 part.result()
         finally:
@@ -298,7 +299,7 @@ class Mirror(ShardObjects):
 
 
 def _up_to(stop: int, coming: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Give the first `stop` bytes of what comes, and let go of the rest."""
+    """Give the first `stop` bytes of what comes."""
     at = 0
     for data in coming:
         yield data[: stop - at]

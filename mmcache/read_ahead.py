@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mmcache.crew import Crew
+from mmcache.errors import AccessError, RemoteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +28,7 @@ _BRINGERS = 4
 class BringAll:
     """Brings all shards of a store in a bucket here, in order and in the background, while batches are made of rows.
 
-    For a store that fits into the cache. What fails is told by the rows, which do not wait for it.
+    For a store that fits into the cache. What fails is told by the rows.
 
     Args:
         views: the sites.
@@ -36,23 +38,30 @@ class BringAll:
     def __init__(self, views: Sequence[SiteView], shard_tokens: int) -> None:
         self._crew = Crew(_BRINGERS, "bring-all")
         self._first: list[Future[None]] = []
+        going = threading.Event()
+        going.set()
+        self._end = weakref.finalize(self, going.clear)
         for start in range(0, views[0].shape[1], shard_tokens):
             stop = min(start + shard_tokens, views[0].shape[1])
-            bring = [partial(view.read_ahead, start, stop, all_come=True) for view in views]
+            bring = [partial(view.read_ahead, start, stop, all_come=going) for view in views]
             asked = [self._crew.submit(work) for work in bring]
             self._first = self._first or asked
 
     def need(self, places: Sequence[tuple[int, int]]) -> None:  # noqa: ARG002 -- as `ReadAhead.need`
         """Wait for the first shards alone, by which it is known how quickly they come.
 
-        A row that is not here yet waits for its shard, or is read from the bucket, whichever is sooner.
+        Raises AccessError or RemoteError where the bucket gives none; what else fails is told by the rows.
+
+        A row that is not here yet waits for its shard where they come quickly, and else is read from the bucket.
         """
         for piece in self._first:
             with contextlib.suppress(CancelledError):
-                piece.exception()
+                if isinstance(error := piece.exception(), AccessError | RemoteError):
+                    raise error
 
     def close(self) -> None:
-        """Bring no more. Does not block."""
+        """Bring no more, and have no row wait for it. Does not block."""
+        self._end()
         self._crew.close()
 
 

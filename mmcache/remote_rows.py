@@ -18,20 +18,21 @@ import numpy as np
 import torch
 
 from mmcache.crew import let_end
+from mmcache.errors import ArgumentError, CorruptError, DiskFullError
 from mmcache.extents import Extents
 from mmcache.format import HEADER_BYTES, Layout
 from mmcache.mirror import STREAMS
 from mmcache.scatter import Part, begins_of, parts_of, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from mmcache.shards import ShardFolder
 
 __all__ = ["RemoteRows"]
 
-# One request has at least so much, where there is.
-_REQUEST_BYTES = 16 << 20
+# One request has at least so much, where there is; what has come here since is read in such pieces.
+_REQUEST_BYTES, _PIECE_BYTES = 16 << 20, 2 << 20
 # Of a shard of which no more than such a part is not wanted, all is asked for: some servers, and what lies before them,
 # answer that far sooner than a range.
 _UNWANTED = 8
@@ -79,8 +80,8 @@ class RemoteRows:
         # Shards whose headers were looked at, and the bytes of each that were read in pieces.
         self._known: dict[tuple[int, int], Future[None]] = {}
         self._moved: dict[tuple[int, int], int] = {}
-        # Whether all of it is being brought here: then rows may wait for it.
-        self.all_come = False
+        # Set while all of it is being brought here: then rows may wait for it.
+        self.all_come: threading.Event | None = None
         self._generation = self.remote.cache.generation
         self._lock = threading.Lock()
         self.remote.cache.hold(self)
@@ -116,7 +117,9 @@ class RemoteRows:
         if not slots:
             return
         parts = list(parts_of(positions, slots, self._folder.spec.shard_rows, by_layer=self._by_layer))
-        here = [self._is_here(part.shard) or self._waited_for(part.shard) for part in parts]
+        here = [self._is_here(part.shard) for part in parts]
+        if not all(here) and self.all_come is not None and self.all_come.is_set() and self.remote.quick:
+            here = self._wait_for(parts, here)
         if all(here) and (self.fits or len(parts) == 1):
             with self._reading():
                 self._local.take(positions, slots, into)
@@ -188,14 +191,18 @@ class RemoteRows:
     def _is_here(self, shard: tuple[int, int]) -> bool:
         return self.remote.find(self._folder.array, self._folder.key(*shard)) is not None
 
-    def _waited_for(self, shard: tuple[int, int]) -> bool:
-        """Wait for a shard where all are coming, and quickly; what fails is told by the rows, which come by range."""
-        if not (self.all_come and self.remote.quick):
-            return False
-        coming = self.remote.fetch_later(self._folder.bring, *shard)
-        with contextlib.suppress(CancelledError):
-            coming.exception()
-        return self._is_here(shard)
+    def _wait_for(self, parts: list[Part], here: list[bool]) -> list[bool]:
+        """Wait for the shards that are not here, if they have room, and say which are here then. Errors as `take`."""
+        missing = [part.shard for part, there in zip(parts, here, strict=True) if not there]
+        spec, cache = self._folder.spec, self.remote.cache
+        needed = sum(Layout(spec, spec.rows_in_block(block, self._folder.rows)).size for _, block in missing)
+        if cache.used() + needed > cache.most_bytes:
+            return here
+        for coming in [self.remote.fetch_later(self._folder.bring, *shard) for shard in missing]:
+            # What the cache has no room for comes by range.
+            with contextlib.suppress(DiskFullError, ArgumentError, CancelledError):
+                coming.result()
+        return [self._is_here(part.shard) for part in parts]
 
     def _from_local(self, part: Part, into: torch.Tensor) -> None:
         rows = torch.empty((len(part.rows), len(part.slots), into.shape[2]), dtype=into.dtype)
@@ -228,6 +235,7 @@ class RemoteRows:
         pieces = [(offsets[first:last], places[first:last]) for first, last in itertools.pairwise(edges)]
         # What is asked for in one request has no gap that is worth two.
         if unwanted * _UNWANTED <= whole and len(begins_of(offsets, size, whole)) == 1:
+            moved = whole
             asked.append(self.remote.submit(self._read_whole, part.shard, into_bytes, pieces, asked))
         else:
             asked += [self.remote.submit(self._read, part.shard, into_bytes, *piece) for piece in pieces]
@@ -251,20 +259,23 @@ class RemoteRows:
     def _read(self, shard: tuple[int, int], into: np.ndarray, offsets: np.ndarray, places: np.ndarray) -> None:
         """Read one range, and put its pieces in their places."""
         start, stop = int(offsets[0]), int(offsets[-1]) + into.shape[1]
-        stream: Iterable[memoryview] = self._from_file(shard, start, stop)
-        if not stream:
-            self._know(shard)
-            stream = self.remote.stream(self._folder.array, self._folder.key(*shard), start, stop)
+        if self._is_here(shard):
+            # It has come since its rows were asked for.
+            scatter(self._from_file(shard, start, stop), start, into, offsets, places)
+            return
+        self._know(shard)
+        stream = self.remote.stream(self._folder.array, self._folder.key(*shard), start, stop)
         scatter(stream, start, into, offsets, places)
 
-    def _from_file(self, shard: tuple[int, int], start: int, stop: int) -> list[memoryview]:
-        """Read bytes of a shard that has come here since they were asked for; nothing where it has not."""
-        if not self._is_here(shard):
-            return []
+    def _from_file(self, shard: tuple[int, int], start: int, stop: int) -> Iterator[memoryview]:
+        """Read bytes of a shard that is here, some at a time."""
         file, _ = self._folder.open_layout(*shard)
         try:
-            found = bytearray(stop - start)
-            return [memoryview(found)] if file.read(memoryview(found), start) else []
+            for at in range(start, stop, _PIECE_BYTES):
+                piece = memoryview(bytearray(min(_PIECE_BYTES, stop - at)))
+                if not file.read(piece, at):
+                    raise CorruptError(f"{self._folder.where(*shard)} was cut short while it was read: read it again")
+                yield piece
         finally:
             file.close()
 
@@ -299,10 +310,10 @@ class RemoteRows:
             raise
 
     def _count(self, shard: tuple[int, int], moved: int, whole: int) -> None:
-        """Bring a shard here, behind the caller's back, once as much of it was read in pieces, if there is room."""
+        """Bring a shard here, behind the caller's back, once more of it was read than it has, if there is room."""
         with self._lock:
             total = self._moved.get(shard, 0) + moved
-            wanted = total >= whole
+            wanted = total > whole
             self._moved[shard] = 0 if wanted else total
         if wanted and self.remote.cache.used() + whole <= self.remote.cache.most_bytes:
             self.remote.fetch_later(self._folder.bring, *shard)

@@ -10,7 +10,7 @@ from mmcache.errors import IncompleteError, StoreNotFoundError
 from mmcache.format import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from mmcache.bucket import Bucket
 
@@ -52,19 +52,21 @@ class ShardObjects:
         with _shard_errors(self.where(array, key)):
             yield from self.bucket.stream(f"{array}/{key}", start, stop)
 
-    def whole(self, array: str, key: str) -> tuple[bytes, int, Iterator[memoryview]]:
+    def whole(self, array: str, key: str) -> tuple[bytes, int, Generator[memoryview]]:
         """Read a whole shard from the bucket: its header, its size, and all of it, as it comes. Errors as `read`."""
         with _shard_errors(self.where(array, key)):
             size, coming = self.bucket.whole(f"{array}/{key}")
             began = time.perf_counter()
             first = next(coming, memoryview(b""))
+            while len(first) < min(HEADER_BYTES, size):
+                first = memoryview(bytes(first) + bytes(next(coming)))
             if len(first) >= _LEAST_MEASURED:
                 self.quick = len(first) > _QUICK * (time.perf_counter() - began)
         return bytes(first[:HEADER_BYTES]), size, self._rest(array, key, first, coming)
 
-    def _rest(self, array: str, key: str, first: memoryview, coming: Iterator[memoryview]) -> Iterator[memoryview]:
-        yield first
-        with _shard_errors(self.where(array, key)):
+    def _rest(self, array: str, key: str, first: memoryview, coming: Generator[memoryview]) -> Generator[memoryview]:
+        with contextlib.closing(coming), _shard_errors(self.where(array, key)):
+            yield first
             yield from coming
 
     def head(self, array: str, key: str) -> tuple[bytes, int]:

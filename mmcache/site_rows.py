@@ -303,10 +303,12 @@ def _mapping_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: 
     return ShardMaps(folder, layout, n_layers, most_open)
 
 
-def bring_near(reader: Reader, folder: ShardFolder, slots: list[int], start: int, stop: int, *, all_come: bool) -> None:
+def bring_near(
+    reader: Reader, folder: ShardFolder, slots: list[int], start: int, stop: int, *, all_come: threading.Event | None
+) -> None:
     """Read rows into the page cache, or bring them here from a bucket; blocks until then. Errors as `open_file`."""
     if isinstance(reader, RemoteRows):
-        reader.all_come |= all_come
+        reader.all_come = all_come or reader.all_come
         reader.read_ahead(slots, start, stop)
         return
     for slot in slots:

@@ -17,6 +17,7 @@ from mmcache.site_statistics import merge_site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from threading import Event
 
     from mmcache.shards import ShardFolder
     from mmcache.site_rows import Reader
@@ -233,9 +234,8 @@ class SiteView:
             return self.get_position(layer, rows)
         start, stop, step = rows.indices(self._n_tokens)
         wanted = range(start, stop, step)
-        slot = self._slot(layer)
         if step == 1 and wanted:
-            return self._read(slot, start, stop)
+            return self._read(self._slot(layer), start, stop)
         return self.gather(wanted, layers=[layer])[:, 0]
 
     def sequence(self, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -292,10 +292,10 @@ class SiteView:
             raise kind(f"out is {tuple(out.shape)} {out.dtype}: expected {shape} {self.dtype}")
         return self._take(slots, wanted, device, out=out, non_blocking=non_blocking)
 
-    def read_ahead(self, start: int, stop: int, *, all_come: bool = False) -> None:
+    def read_ahead(self, start: int, stop: int, *, all_come: Event | None = None) -> None:
         """Bring the rows of some tokens, of all layers, into the page cache, or from a bucket to this machine; blocks.
 
-        `all_come`: all others will be too, and rows may wait for that. Raises OutOfRangeError, and as `get_position`.
+        `all_come`: while it is set, so are all others: rows may wait. Raises OutOfRangeError, and as `get_position`.
         """
         if not 0 <= start <= stop <= self._n_tokens:
             raise OutOfRangeError(f"tokens {start} to {stop} out of range ({self._length}={self._n_tokens})")

@@ -1,5 +1,9 @@
 """What lands in a file is what came, past the page cache or not, from any place in it on."""
 
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,14 +33,52 @@ def test_the_file_has_what_came(tmp_path_factory, monkeypatch, window):
     check()
 
 
-def test_what_breaks_off_is_told_and_its_memory_used_again(tmp_path):
+class Slow:
+    """A draft whose writes take a while, and note when they are under way."""
+
+    def __init__(self):
+        self.running, self.lent, self.begun = 0, set(), threading.Event()
+
+    def write(self, data, _offset, *, direct):
+        assert direct
+        self.running += 1
+        self.lent.add(data.ctypes.data)
+        self.begun.set()
+        time.sleep(0.3)
+        self.running -= 1
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_what_breaks_off_is_told_once_nothing_is_written_any_more_and_its_memory_used_again(monkeypatch, windows):
+    monkeypatch.setattr(landing, "_WINDOW", PAGE)
+    target, draft = landing.Landing(1), Slow()
+
     def broken():
-        yield memoryview(b"some")
+        yield memoryview(bytes(windows * PAGE))
+        draft.begun.wait()
         raise ConnectionError
 
-    target, draft = landing.Landing(1), Draft(tmp_path / "file")
     for _ in range(3):
+        draft.begun.clear()
         with pytest.raises(ConnectionError):
             target.land(broken(), draft, 0, len)
-    draft.discard()
-    assert list(tmp_path.iterdir()) == []
+        assert not draft.running
+    assert 1 <= len(draft.lent) <= windows
+
+
+def test_a_signal_while_a_write_is_waited_for_leaves_none_behind(monkeypatch):
+    monkeypatch.setattr(landing, "_WINDOW", PAGE)
+    target, draft = landing.Landing(1), Slow()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            target.land([memoryview(bytes(4 * PAGE))], draft, 0, len)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not draft.running

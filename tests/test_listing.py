@@ -150,7 +150,7 @@ import numpy as np
 import mmcache
 import mmcache.files
 import mmcache.room
-from mmcache.columns import Column
+from mmcache.columns import Column, publish_columns
 from mmcache.fill import Fill
 from mmcache.manifest import Manifest, array_json, read_manifest
 from mmcache.ranks import Rank
@@ -168,7 +168,7 @@ columns["tokens"].extend(np.arange(shards) % 50_000)
 columns["flags"].extend(np.arange(shards) % 500 == 0)
 columns["sequences"].extend(np.stack([starts, starts + 500, starts // 5000], axis=1))
 for column in columns.values():
-    column.publish()
+    publish_columns([column])
 (path / "x").mkdir()
 (path / "x" / "zarr.json").write_bytes(array_json(manifest, "x", shards))
 (path / "zarr.json").write_bytes(manifest.to_json())

@@ -299,7 +299,7 @@ def test_one_that_is_replaced_while_it_comes_is_noticed(url, made, s3_server, tm
             remote.replace(s3_server, f"acts/a/{key}", grown)
             # What breaks off goes on with what is there then.
             begun, half = b"".join(coming), len(right) // 2
-            coming = iter([memoryview(begun[:half]), memoryview(grown[half : len(right)])])
+            coming = (memoryview(piece) for piece in (begun[:half], grown[half : len(right)]))
         return real(self, array, key, layout, head, coming, draft)
 
     monkeypatch.setattr(Mirror, "_download", download)

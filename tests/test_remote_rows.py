@@ -1,6 +1,8 @@
 """Rows of a store in a bucket are those of the local store: however they come, whatever fails, whoever else reads."""
 
+import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -104,17 +106,78 @@ def test_many_rows_do_not_bring_the_shard_that_the_first_is_in(path, url, monkey
     assert not names
 
 
-def test_where_all_comes_and_quickly_rows_wait_for_it(path, url, s3_proxy, monkeypatch):
+@pytest.fixture
+def coming(url, s3_proxy, monkeypatch):  # noqa: ARG001 -- which it is opened through
+    """A site all of which is being brought here, as it is told, and quickly."""
     monkeypatch.setattr(ShardObjects, "quick", property(lambda _: True, lambda *_: None), raising=False)
-    right, found = mmcache.open(path)["a"], mmcache.open(url)["a"]
-    found.read_ahead(0, 1, all_come=True)
+    going, found = threading.Event(), mmcache.open(url)["a"]
+    going.set()
+    found.read_ahead(0, 1, all_come=going)
+    return going, found
+
+
+def shards_of(path, blocks):
+    return blocks * (remote.LAYERS if mmcache.open(path).layout == "layer" else 1)
+
+
+def test_where_all_comes_and_quickly_rows_wait_for_it(path, coming, s3_proxy):
+    right, (_, found) = mmcache.open(path)["a"], coming
     s3_proxy.reset()
     positions = list(range(0, 900, 50))
     assert same(found.gather(positions), right.gather(positions))
     # The shards, each once; those of the first block are here.
-    assert s3_proxy.n_requests() == 3 * (remote.LAYERS if mmcache.open(path).layout == "layer" else 1)
+    assert s3_proxy.n_requests() == shards_of(path, 3)
     s3_proxy.down()
     assert same(found.gather(range(900)), right.gather(range(900)))
+
+
+def test_when_no_more_comes_no_row_waits(path, coming, s3_proxy):
+    right, (going, found) = mmcache.open(path)["a"], coming
+    going.clear()
+    s3_proxy.reset()
+    assert same(found.get_positions(1, [300]), right.get_positions(1, [300]))
+    assert s3_proxy.bytes_sent() < 3 * 4096
+
+
+@pytest.mark.parametrize("shuffle", ["global", None])
+def test_an_iteration_that_was_broken_off_has_no_row_wait(url, shuffle):
+    found = mmcache.open(url)
+    loop = iter(mmcache.ActivationDataset(found, batch_size=8, shuffle=shuffle, sites=["a"]))
+    next(loop)
+    going = found["a"].rows_of(None)[0].all_come
+    assert going.is_set()
+    del loop
+    gc.collect()
+    remote.wait_for(lambda: not going.is_set())
+
+
+def test_what_is_waited_for_and_damaged_is_told(path, coming, s3_server):
+    _, found = coming
+    file = max(shards(path / "a"))
+    broken = bytearray(file.read_bytes())
+    broken[5000] ^= 1
+    remote.replace(s3_server, f"acts/a/{file.name}", bytes(broken))
+    with pytest.raises(mmcache.CorruptError, match=file.name):
+        found.gather(range(900))
+
+
+def test_what_is_waited_for_and_does_not_come_is_told_in_time(coming, s3_proxy, monkeypatch):
+    monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    _, found = coming
+    s3_proxy.down()
+    began = time.monotonic()
+    with pytest.raises(mmcache.RemoteError, match="run it again"):
+        found.gather(range(900))
+    # Not once for each of the shards, and then for each of their ranges.
+    assert time.monotonic() - began < 10
+
+
+def test_where_there_is_no_room_nothing_is_waited_for(path, coming, s3_proxy, monkeypatch):
+    right, (_, found) = mmcache.open(path)["a"], coming
+    monkeypatch.setattr(found.rows_of(None)[0].remote.cache, "most_bytes", MIB)
+    s3_proxy.reset()
+    assert same(found.gather(range(0, 900, 50)), right.gather(range(0, 900, 50)))
+    assert found.rows_of(None)[0].remote.cache.used() <= shards_of(path, 1) * 2 * MIB
 
 
 def test_a_gather_moves_no_more_than_whole_shards(path, url, s3_proxy):

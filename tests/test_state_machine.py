@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support import Twin, abandon, random_bits, same
 
 import mmcache
+from mmcache.columns import publish_columns
 
 LENGTHS = st.one_of(st.integers(1, 5), st.sampled_from([63, 64, 65, 128, 150]))
 
@@ -150,7 +151,7 @@ class WriterMachine(Folder):
             self.writer._block = None
             self.writer._pipeline.drain()
             for column in self.writer._columns.values():
-                column.publish()
+                publish_columns([column])
         abandon(self.writer)
         self.writer = None
         self.twin = self.committed.copy()

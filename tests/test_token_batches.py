@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import without_sync
 
-from mmcache.columns import Column
+from mmcache.columns import Column, publish_columns
 from mmcache.manifest import Manifest
 from mmcache.token_batches import Batches
 
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
         without_sync(patch)
         column = Column(path, manifest, "sequences", 0)
         column.extend(spans)
-        column.publish()
+        publish_columns([column])
     return path, manifest, spans
 
 
