@@ -30,6 +30,7 @@ from support import (
 )
 
 import mmcache
+from mmcache.columns import publish_columns
 from mmcache.draft import Draft
 
 LAYOUTS = ("layer", "token")
@@ -671,7 +672,7 @@ def test_a_sequence_that_a_crash_took_back_in_part_ends_where_it_ended(path, con
     writer._block = None
     writer._pipeline.drain()
     for column in writer._columns.values():
-        column.publish()
+        publish_columns([column])
     abandon(writer)
     twin.check_path(path)
     with mmcache.append(path) as writer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.columns import Column
+from mmcache.columns import Column, publish_columns
 from mmcache.format import NORM_COLUMNS, Layout
 from mmcache.manifest import Manifest, array_json
 from mmcache.names import RESERVED
@@ -103,7 +103,7 @@ def _columns(path: Path, manifest: Manifest) -> None:
         (path / array).mkdir()
         column = Column(path, manifest, array, 0)
         column.extend(rows)
-        column.publish()
+        publish_columns([column])
 
 
 if __name__ == "__main__":
