@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -144,18 +145,34 @@ def never(runner, tmp_path_factory):
     return path
 
 
-def test_killed_at_its_nth_write_again_and_again(request, s3_server, runner, never, tmp_path):
+def test_killed_at_its_nth_write_again_and_again(s3_server, runner, never, tmp_path):
     # The writes of the plan, of shards, and of the empty files that take their place once they are sent.
-    slow = request.config.getoption("--slow")
     number = 0
     while True:
-        number += 1 if slow else 11
+        number += 11
         code = runner.run(s3_server.url("acts"), writes=number, after=number % 2 == 0)
         if code == 0:
             break
         assert code == -signal.SIGKILL, runner.errors.read_text()
     assert number > 30
     small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_once_at_each_write(s3_server, runner, never, tmp_path, after):
+    number = 0
+    while True:
+        number += 1
+        prefix = f"acts-{number}"
+        code = runner.run(s3_server.url(prefix), writes=number, after=after)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, runner.errors.read_text()
+        assert runner.run(s3_server.url(prefix)) == 0, runner.errors.read_text()
+        small.assert_same_store(fetched(s3_server, prefix, tmp_path / prefix), never)
+        shutil.rmtree(tmp_path / prefix)
+    assert number > 30
 
 
 def test_growth_and_sites_killed_at_their_nth_write(request, s3_server, runner, tmp_path):
