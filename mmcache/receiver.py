@@ -134,12 +134,15 @@ class Receiver(Carrier):
             )
 
     def _carry(self, shard: Shard) -> int:
-        key, size, problem = self.key(shard.array, shard.slot, shard.block), shard.size, ""
+        key, problem = self.key(shard.array, shard.slot, shard.block), ""
         # Once more: somebody may have put another one there since it was listed, or while it came.
         for _ in range(2):
-            size, coming = self._bucket.whole(key)
-            with contextlib.closing(coming):
-                problem = self._fetch(shard, key, size, coming)
+            try:
+                size, coming = self._bucket.whole(key)
+                with contextlib.closing(coming):
+                    problem = self._fetch(shard, key, size, coming)
+            except CorruptError as error:
+                problem = str(error).removeprefix(self._bucket.where(key)).lstrip(": ")
             if not problem:
                 return size
         raise CorruptError(
@@ -156,11 +159,8 @@ class Receiver(Carrier):
             return f"it has {size} bytes, and {least} belong there"
         folder = _Arriving(self._folder, manifest, array, self._bucket.where(key))
         first = next(coming)
-        try:
-            layout = folder.check(shard.slot, shard.block, bytes(first[:HEADER_BYTES]), size)
-            check_ids(bytes(first[:HEADER_BYTES]), self._ids(shard, self._folder))
-        except CorruptError as error:
-            return str(error).removeprefix(folder.object_at).lstrip(": ")
+        layout = folder.check(shard.slot, shard.block, bytes(first[:HEADER_BYTES]), size)
+        check_ids(bytes(first[:HEADER_BYTES]), self._ids(shard, self._folder))
         part = ArrivingPart(layout, 0)
 
         def seen(data: memoryview) -> None:
@@ -174,6 +174,9 @@ class Receiver(Carrier):
             if not wrong:
                 draft.publish(size)
                 return ""
+        except CorruptError:
+            self._tell(-part.at)
+            raise
         finally:
             draft.discard()
         self._tell(-size)

@@ -229,12 +229,12 @@ class RemoteRows:
         order = np.argsort(offsets, kind="stable")
         offsets, places = offsets[order], places[order]
         whole = Layout(spec, spec.rows_in_block(block, self._folder.rows)).size
-        unwanted = whole - (int(offsets[-1]) + size - int(offsets[0]))
+        span = int(offsets[-1]) + size - int(offsets[0])
         edges = [*begins_of(offsets, size, max(_REQUEST_BYTES, -(-whole // streams))).tolist(), len(offsets)]
         moved = sum(int(offsets[last - 1] - offsets[first]) + size for first, last in itertools.pairwise(edges))
         pieces = [(offsets[first:last], places[first:last]) for first, last in itertools.pairwise(edges)]
-        # What is asked for in one request has no gap that is worth two.
-        if unwanted * _UNWANTED <= whole and len(begins_of(offsets, size, whole)) == 1:
+        # All of it, and no gap between requests: these would be one if they could be as long.
+        if (whole - span) * _UNWANTED <= whole and len(begins_of(offsets, size, whole)) == 1:
             moved = whole
             asked.append(self.remote.submit(self._read_whole, part.shard, into_bytes, pieces, asked))
         else:

@@ -546,6 +546,29 @@ def test_what_was_damaged_on_the_way_is_fetched_once_more(planned, remote, tmp_p
     assert_same(contents(tmp_path / "back"), contents(planned))
 
 
+def test_what_became_shorter_on_the_way_is_fetched_once_more(planned, remote, tmp_path, monkeypatch):
+    mmcache.push(planned, remote.url)
+    whole, met = Bucket.whole, []
+
+    def ending(key, coming):
+        yield next(coming)[:5000]
+        raise mmcache.CorruptError(f"{key} has 5000 bytes, more belong there")
+
+    def shorter(self, key):
+        size, coming = whole(self, key)
+        if not key.startswith("mlp") or key in met:
+            return size, coming
+        met.append(key)
+        return size, ending(key, coming)
+
+    monkeypatch.setattr(Bucket, "whole", shorter)
+    told = []
+    pulled = mmcache.pull(remote.url, tmp_path / "back", progress=lambda *done: told.append(done))
+    assert (len(met), pulled.shards) == (10, 13)
+    assert told[-1][0] == told[-1][1]
+    assert_same(contents(tmp_path / "back"), contents(planned))
+
+
 def test_a_shard_of_other_tokens_gets_no_name(remote, tmp_path):
     """The same name, header and size; only `ids` tells that another corpus begins alike."""
     texts = [*broken.TEXTS[:5], *(text.upper() for text in broken.TEXTS[5:])]
