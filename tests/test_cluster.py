@@ -88,14 +88,18 @@ def _nothing_left():
     assert not ray.is_initialized(), "Ray was left connected"
 
 
-def slowly(model, seconds=0.02, pids=None):
-    """Give what loads a model that takes its time, and says in which process it is."""
+def slowly(model, seconds=0.02, pids=None, together=1):
+    """Give what loads a model that takes its time, and says in which process it is; so many begin together."""
 
     def load():
         loaded = load_model(str(model), None)
         loaded.register_forward_pre_hook(lambda *_: time.sleep(seconds))
         if pids is not None:
             (pids / str(os.getpid())).touch()
+            deadline = time.monotonic() + 60
+            while len(list(pids.iterdir())) < together:
+                assert time.monotonic() < deadline, f"fewer than {together} workers began"
+                time.sleep(0.02)
         return loaded
 
     return load
@@ -158,7 +162,7 @@ def test_a_signal_ends_the_workers_and_leaves_a_store_that_one_process_goes_on_w
     pids.mkdir()
     stop = Once(threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start)
     with pytest.raises(Stopped), stoppable("the rest"):
-        run(slowly(model, 0.2, pids), path, nodes, progress=stop)
+        run(slowly(model, 0.2, pids, together=3), path, nodes, progress=stop)
     assert stop.seen is not None
     assert len(list(pids.iterdir())) == 3
     for pid in pids.iterdir():
