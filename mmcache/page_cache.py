@@ -7,14 +7,14 @@ from mmcache.memory import available_memory
 __all__ = ["PageCachePolicy"]
 
 # A part of the memory that is free at the start.
-_SMALL = 256
+_SMALL = 1024
 
 
 class PageCachePolicy:
     """Decides when writes go past the page cache. Asked by one thread.
 
     What is small will be read at once, and may stay in it. Anything larger only drives other data out, and filling the
-    page cache costs more processor time than the write itself: once as much as a 256th of the memory that was free at
+    page cache costs more processor time than the write itself: once as much as a 1,024th of the memory that was free at
     the start has been written, writes are direct.
 
     Args:

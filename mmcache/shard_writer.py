@@ -12,7 +12,7 @@ import numpy as np
 from mmcache.draft import Draft
 from mmcache.files import sync_folder
 from mmcache.format import HEADER_BYTES, Layout
-from mmcache.statistics import Moments
+from mmcache.statistics import block_rows, shard_moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mmcache.format import ShardSpec
     from mmcache.page_cache import PageCachePolicy
+    from mmcache.statistics import Moments
 
 __all__ = ["Seal", "ShardWriter"]
 
@@ -28,6 +29,13 @@ __all__ = ["Seal", "ShardWriter"]
 def _layout(spec: ShardSpec, rows: int) -> Layout:
     """Give a layout; that of full shards, of which there are many, is computed once."""
     return Layout(spec, rows)
+
+
+def _digest_rows(spec: ShardSpec) -> int:
+    """Give the rows that are digested together: an inner chunk, or a block of sums where that is larger."""
+    if not spec.stat_layers:
+        return spec.chunk_rows
+    return max(spec.chunk_rows, block_rows(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows))
 
 
 class ShardWriter:
@@ -89,8 +97,7 @@ class ShardWriter:
 
     @cached_property
     def _moments(self) -> Moments | None:
-        spec = self.spec
-        return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows) if spec.stat_layers else None
+        return shard_moments(self.spec, self._first_token) if self.spec.stat_layers else None
 
     def carry(self, overflow: np.ndarray) -> None:
         """Go on counting from the overflow of the shard that this one replaces. Before anything is staged."""
@@ -99,26 +106,33 @@ class ShardWriter:
 
     def digest(self, data: np.ndarray, keep: np.ndarray | None, overflow: Sequence[np.ndarray]) -> None:
         """Take the next rows, as `[bytes]` uint8, into checksums and statistics."""
-        spec = self.spec
+        spec, step = self.spec, _digest_rows(self.spec)
         rows = len(data) // spec.row_bytes
         done = 0
         while done < rows:
-            room = spec.chunk_rows - self._digested % spec.chunk_rows
-            some = min(room, rows - done)
+            some = min(step - self._digested % step, rows - done)
             part = data[done * spec.row_bytes : (done + some) * spec.row_bytes]
-            self._crc = crc32c.crc32c(part.data, self._crc)
-            if some == room:
-                self._crcs.append(self._crc)
-                self._crc = 0
-            # While the chunk is still in the processor's cache.
+            self._check(part)
+            # While the rows are still in the processor's cache.
             if self._moments is not None:
                 shaped = part.view(spec.dtype.numpy).reshape(some, spec.stat_layers, spec.row_shape[-1])
                 self._moments.add(shaped, None if keep is None else keep[done : done + some])
             done += some
-            self._digested += some
         if self._moments is not None:
             for lost in overflow:
                 self._moments.add_overflow(lost)
+
+    def _check(self, data: np.ndarray) -> None:
+        """Take the next rows into the checksums of their inner chunks."""
+        size = self.spec.row_bytes
+        while len(data):
+            room = self.spec.chunk_rows - self._digested % self.spec.chunk_rows
+            part, data = data[: room * size], data[room * size :]
+            self._crc = crc32c.crc32c(part.data, self._crc)
+            if len(part) == room * size:
+                self._crcs.append(self._crc)
+                self._crc = 0
+            self._digested += len(part) // size
 
     def write(self, data: np.ndarray) -> None:
         """Write the next rows, as `[bytes]` uint8."""

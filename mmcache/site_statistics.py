@@ -12,7 +12,7 @@ import torch
 from mmcache.errors import ArgumentError, IncompleteError
 from mmcache.listing import in_order
 from mmcache.shard_statistics import overflow, shard_statistics
-from mmcache.statistics import Moments, merge_moments
+from mmcache.statistics import merge_moments, shard_moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -149,7 +149,7 @@ def merge_site(
 
 def _anew(folder: ShardFolder, slot: int, block: int, keep: np.ndarray) -> dict[str, np.ndarray]:
     spec = folder.spec
-    moments = Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows)
+    moments = shard_moments(spec, block * spec.shard_rows)
     rows = folder.checked(slot, block)
     flat = rows.contiguous().view(torch.uint8).numpy().reshape(-1).view(spec.dtype.numpy)
     moments.add(flat.reshape(len(rows), spec.stat_layers, spec.row_shape[-1]), keep)

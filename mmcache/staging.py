@@ -124,12 +124,18 @@ class Stager:
         spec = shard.spec
         rows, done = len(parts[0]), 0
         whole_rows = _whole_rows(spec, self._pipeline.ring.slot_bytes)
+        room_for_all = self._pipeline.ring.slot_bytes // spec.row_bytes
         on_cuda = parts[0].device.type == "cuda"
         plain = _plain(parts, spec.dtype.torch)
         while done < rows:
             job = self._job or self._next(pin=on_cuda)
             start = job.begin(shard)
-            fit = min((len(job.slot.memory) - start) // spec.row_bytes, rows - done)
+            room = (len(job.slot.memory) - start) // spec.row_bytes
+            if job.used and room < whole_rows <= room_for_all // 4 and shard.staged % whole_rows == 0:
+                # The next block of sums would be cut, even if these rows have room: others may follow them.
+                self._set_aside()
+                continue
+            fit = min(room, rows - done)
             if fit < rows - done:
                 # Whole pages, so that the next piece starts on one and may go to the device directly; and whole
                 # blocks of sums where it can be, which need not be kept until their other rows are there.
@@ -217,7 +223,7 @@ class Stager:
 
 def _whole_rows(spec: ShardSpec, slot_bytes: int) -> int:
     """Give how many rows are whole pages, and whole blocks of sums where a slot has room for one, or parts of one."""
-    block = block_rows(spec.stat_layers, spec.row_shape[-1]) if spec.stat_layers else WHOLE_ROWS
+    block = block_rows(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows) if spec.stat_layers else WHOLE_ROWS
     fits = block * spec.row_bytes <= slot_bytes
     return max(PAGE // math.gcd(spec.row_bytes, PAGE), block if fits else WHOLE_ROWS)
 

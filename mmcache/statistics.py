@@ -3,7 +3,7 @@
 Rows with a value that is not finite are counted and left out of everything else, and so are the rows that
 the caller masks (BOS and special tokens, whose norms would swamp the rest).
 
-Rows are summed in blocks of half a million numbers: few calls of numpy a megabyte, each on memory that is
+Rows are summed in blocks of up to a million and a half numbers: few calls of numpy a megabyte, each on memory that is
 still in the processor's cache. Where a block begins is a function of the row's number in the shard alone, and blocks
 are added up in order. So the result does not depend, to the last bit, on how the rows came.
 
@@ -13,24 +13,42 @@ Computing Sample Variances" (1979).
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from mmcache.format import NORM_COLUMNS
-from mmcache.sums import SPAN, Sums, sum_block
+from mmcache.sums import SPAN, Sums, sum_block, together
 
-__all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments"]
+if TYPE_CHECKING:
+    from mmcache.format import ShardSpec
+
+__all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments", "shard_moments"]
 
 # Every block has a multiple of so many rows: two spans at least, since the sums of each are added up in float64.
 WHOLE_ROWS = 2 * SPAN
 # An open shard may hold as much of a block that is not whole yet.
-_BLOCK_NUMBERS = 1 << 20
+_BLOCK_NUMBERS = 3 << 19
+# Bytes of an array from which on a quarter of a second for the kernel is well spent.
+_QUICK_FROM = 16 << 20
 # Norms of so many rows wait until they are added up together.
 _PENDING_ROWS = 4096
 
 
-def block_rows(layers: int, width: int) -> int:
-    """Give how many rows are summed together: a power of two."""
-    fit = _BLOCK_NUMBERS // (layers * width)
+def shard_moments(spec: ShardSpec, first: int) -> Moments:
+    """Give the statistics, of no rows so far, of a shard whose first row has place `first` in its array.
+
+    The kernel adds up norms in another order than numpy does, which shows in their last bits. So where it takes over is
+    a place in the array too: however often a job is stopped, and whoever goes on, the bytes are the same.
+    """
+    quick_from = max(0, -(-_QUICK_FROM // spec.row_bytes) - first)
+    return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows, quick_from)
+
+
+def block_rows(layers: int, width: int, chunk_rows: int) -> int:
+    """Give how many rows are summed together: a power of two, no more than an inner chunk's if those are enough."""
+    fit = min(_BLOCK_NUMBERS // (layers * width), chunk_rows)
     return max(WHOLE_ROWS, 1 << max(0, fit.bit_length() - 1))
 
 
@@ -41,14 +59,18 @@ class Moments:
         layers: layers a row has.
         width: numbers a layer has (`d_model`).
         chunk_rows: rows an inner chunk, the unit in which norms are kept.
+        quick_from: the row from which on blocks are summed by the compiled kernel, where there is one; None for never.
     """
 
-    def __init__(self, layers: int, width: int, chunk_rows: int) -> None:
+    def __init__(self, layers: int, width: int, chunk_rows: int, quick_from: int | None = None) -> None:
+        self._quick_from = math.inf if quick_from is None else quick_from
         self._layers, self._width, self._chunk_rows = layers, width, chunk_rows
-        self._block = block_rows(layers, width)
+        self._block = block_rows(layers, width, chunk_rows)
         self._rows = 0
         self._count = np.zeros(layers)
-        self._shift, self._first, self._second = np.zeros((3, layers, width))
+        self._shift = np.zeros((layers, width))
+        # As the blocks' own sums, which may have even and odd columns apart.
+        self._first = self._second = np.zeros(())
         self._norms: list[np.ndarray] = []
         self._pending: list[np.ndarray] = []
         self._n_pending = 0
@@ -73,7 +95,7 @@ class Moments:
             here = slice(done, done + some)
             kept = None if keep is None else keep[here]
             if some == self._block:
-                self._fold(sum_block(rows[here], kept))
+                self._sum(rows[here], kept)
             else:
                 self._hold(rows[here], kept)
             done += some
@@ -96,8 +118,11 @@ class Moments:
 
     def _release(self) -> None:
         if self._held is not None and self._n_held:
-            self._fold(sum_block(self._held[: self._n_held], self._held_keep[: self._n_held]))
+            self._sum(self._held[: self._n_held], self._held_keep[: self._n_held])
             self._n_held = 0
+
+    def _sum(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
+        self._fold(sum_block(rows, keep, quickly=self._rows >= self._quick_from))
 
     def _fold(self, sums: Sums) -> None:
         """Add the next block."""
@@ -112,8 +137,8 @@ class Moments:
                 weight = sums.count[:, None] * moved
                 second = second + moved * (2 * first + weight)
                 first = first + weight
-        self._first += first
-        self._second += second
+        self._first = self._first + first
+        self._second = self._second + second
         self._count += sums.count
         self._non_finite += sums.non_finite
         located = np.where(sums.first_non_finite < 0, -1, self._rows + sums.first_non_finite)
@@ -164,10 +189,11 @@ class Moments:
         self._add_norms()
         count = np.repeat(self._count[:, None], self._width, axis=1)
         with np.errstate(all="ignore"):
-            offset = self._first / count
+            first, second = together(self._first), together(self._second)
+            offset = first / count
             mean = self._shift + offset
             # Rounding may leave a constant dimension a hair below zero.
-            m2 = np.where(count > 0, np.maximum(self._second - self._first * offset, 0), 0)
+            m2 = np.where(count > 0, np.maximum(second - first * offset, 0), 0)
         located = np.where(self._first_non_finite < 0, -1, self._first_non_finite + first_token)
         return {
             "count": count,

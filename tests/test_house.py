@@ -21,26 +21,26 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 ORDER = [
     "errors", "connection", "retries", "bucket", "units", "html", "dtypes", "geometry", "format", "memory", "buffers",
     "page_cache", "dlpack", "syscalls", "descriptor", "held", "crew", "aio", "runs", "scatter", "direct", "window",
-    "files", "draft", "lock", "claims", "shard_cache", "sums", "statistics", "signed", "names", "manifest", "listing",
-    "arriving", "landing", "shard_objects", "mirror", "shard_bytes", "tokenizer_file", "bucket_listing",
-    "bucket_folder", "shards", "shard_statistics", "site_statistics", "small_files", "summary", "devices",
-    "positions", "shard_maps", "extents", "remote_rows", "checked_rows", "site_map", "row_pieces", "site_rows",
-    "site_view", "together", "flags", "sequences", "token_arrays", "xarray_view", "store", "opening", "headers",
-    "selection", "outbox", "export", "permutation", "split", "kept", "lanes", "order", "shares", "feed_plan",
-    "read_ahead", "conversion", "training_batch", "fetcher", "batch_feed", "feed_options", "dataset", "findings",
-    "shard_check", "uploads", "verify", "repair", "part", "places", "carrier", "sender", "receiver", "transfer",
-    "pipeline", "shard_writer", "staging", "block", "columns", "grown", "batch", "writer", "layer_writer", "cache",
-    "wrappers", "families", "sites", "capture", "corpus", "contexts", "loading", "provenance", "tokenise", "room",
-    "outgoing", "settings", "plan", "ranks", "turns", "token_batches", "threads", "fill", "survey", "model_use",
-    "job", "extract", "cluster_worker", "cluster_pool", "ray_session", "cluster", "plain", "overview", "view",
-    "visible", "tables", "heat", "terminal", "passages", "charts", "progress", "signals", "commands", "cli",
-    "__main__",
+    "files", "draft", "lock", "claims", "shard_cache", "kernel", "sums", "statistics", "signed", "names", "manifest",
+    "listing", "arriving", "landing", "shard_objects", "mirror", "shard_bytes", "tokenizer_file", "bucket_listing",
+    "bucket_folder", "shards", "shard_statistics", "site_statistics", "small_files", "summary", "devices", "positions",
+    "shard_maps", "extents", "remote_rows", "checked_rows", "site_map", "row_pieces", "site_rows", "site_view",
+    "together", "flags", "sequences", "token_arrays", "xarray_view", "store", "opening", "headers", "selection",
+    "outbox", "export", "permutation", "split", "kept", "lanes", "order", "shares", "feed_plan", "read_ahead",
+    "conversion", "training_batch", "fetcher", "batch_feed", "feed_options", "dataset", "findings", "shard_check",
+    "uploads", "verify", "repair", "part", "places", "carrier", "sender", "receiver", "transfer", "pipeline",
+    "shard_writer", "staging", "block", "columns", "grown", "batch", "writer", "layer_writer", "cache", "wrappers",
+    "families", "sites", "capture", "corpus", "contexts", "loading", "provenance", "tokenise", "room", "outgoing",
+    "settings", "plan", "ranks", "turns", "token_batches", "threads", "fill", "survey", "model_use", "job", "extract",
+    "cluster_worker", "cluster_pool", "ray_session", "cluster", "plain", "overview", "view", "visible", "tables",
+    "heat", "terminal", "passages", "charts", "progress", "signals", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 # What is imported only when it is used.
 LATE = {
     "transformers", "tokenizers", "datasets", "rich", "click", "plotly", "starlette", "uvicorn", "ray",
-    "tensorstore", "pandas", "pyarrow", "h5py", "xarray", "torch",
+    "tensorstore", "pandas", "pyarrow", "h5py", "xarray", "numba",
+    "torch",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import pytest
 from mmcache import page_cache
 from mmcache.page_cache import PageCachePolicy
 
-FREE = 256 << 20
+FREE = 1 << 30
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,39 @@ def test_a_full_slot_ends_with_a_block_of_sums_where_it_has_room_for_one(tmp_pat
     assert (ends[:-1] % block == 0).all()
 
 
+def test_a_block_of_sums_is_not_cut_by_the_end_of_a_slot_if_its_rows_come_one_by_one(tmp_path, monkeypatch):
+    held, hold = [], Moments._hold
+    monkeypatch.setattr(
+        Moments, "_hold", lambda moments, rows, keep: (held.append(len(rows)), hold(moments, rows, keep))
+    )
+    pipeline = Pipeline(11 << 19)
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 1000, shard=4096, chunk=256)
+    shards = [shard_writer(tmp_path / name, spec) for name in "ab"]
+    for shard in shards:
+        for _ in range(16):
+            stager.stage(shard, [torch.zeros(128, 1000)])
+    stager.flush()
+    pipeline.drain()
+    pipeline.close()
+    for shard in shards:
+        shard.discard()
+    assert not held
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_a_block_of_sums_of_several_inner_chunks_is_not_copied(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(Moments, "_hold", lambda *_: pytest.fail("a whole block was held"))
+    pipeline = Pipeline(8 << 20)
+    stager, spec = Stager(pipeline), spec_of(torch.float32, 30_000, shard=4096, chunk=chunk)
+    shard = shard_writer(tmp_path / "c", spec)
+    stager.stage(shard, [torch.zeros(128, 30_000)])
+    stager.flush()
+    pipeline.drain()
+    pipeline.close()
+    shard.discard()
+    assert len(shard._crcs) == 128 // chunk
+
+
 @pytest.mark.skipif(not LINUX, reason="needs pwritev2's flags")
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown to the system"])
 def test_without_direct_writes_the_page_cache_keeps_nothing_either(tmp_path, monkeypatch, pipeline, known):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache import sums as module
-from mmcache.sums import SPAN, sum_block
+from mmcache.sums import SPAN, together
+from mmcache.sums import sum_block as sum_apart
 
 FIELDS = ("count", "first", "second", "norms", "non_finite", "first_non_finite", "zero_rows")
 
@@ -19,6 +20,12 @@ FIELDS = ("count", "first", "second", "norms", "non_finite", "first_non_finite",
 def normal(seed, *shape, scale=1.0, mean=0.0):
     """Draw bfloat16 rows `[n, layers, width]`."""
     return (np.random.default_rng(seed).standard_normal(shape) * scale + mean).astype(ml_dtypes.bfloat16)
+
+
+def sum_block(rows, keep):
+    found = sum_apart(rows, keep)
+    found.first, found.second = together(found.first), together(found.second)
+    return found
 
 
 def plainly(rows, keep=None):
@@ -36,6 +43,7 @@ def is_narrow(monkeypatch, rows, keep=None):
     monkeypatch.setattr(module, "_sum_wide", lambda *args: (calls.append(1), wide(*args)))
     found = sum_block(rows, keep)
     monkeypatch.undo()
+    assert (sum_apart(rows, keep).first.ndim == 3) == (rows.dtype == ml_dtypes.bfloat16)
     return not calls, found
 
 
@@ -58,12 +66,24 @@ def test_float32_beside_float64(seed, n, layers, half, masked):
 def test_activations_are_summed_in_float32(monkeypatch):
     rows = normal(0, 100, 3, 64, scale=5)
     rows[..., 3] = 0
-    rows[7] = 0
-    rows[9, 1, 0] = np.nan
     narrow, found = is_narrow(monkeypatch, rows)
     assert narrow
     assert_equal(found, plainly(rows))
+
+
+def test_rows_that_are_odd_are_summed_in_float64_unless_they_do_not_count(monkeypatch):
+    rows, keep = normal(0, 100, 3, 64, scale=5), np.ones(100, np.bool_)
+    rows[7] = 0
+    rows[9, 1, 0] = np.nan
+    narrow, found = is_narrow(monkeypatch, rows)
+    assert not narrow
+    assert_equal(found, plainly(rows))
+    keep[[7, 9]] = False
+    narrow, found = is_narrow(monkeypatch, rows, keep)
+    assert narrow
+    assert_equal(found, plainly(rows, keep))
     assert found.first_non_finite.tolist() == [-1, 9, -1]
+    assert found.zero_rows.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("mean", [257.0, 1e4, -3e4])
@@ -129,10 +149,23 @@ def at_once(rows, keep):
     return shift, np.add.reduce(moved, axis=0), np.add.reduce(moved * moved, axis=0), norms
 
 
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 100, 256])
+def test_bfloat16_in_tiles_of_some_spans_and_layers(monkeypatch, rows):
+    rng = np.random.default_rng(8)
+    values, keep = normal(8, rows, 5, 20, scale=3, mean=1), rng.random(rows) < 0.7
+    values[rng.random((rows, 5)) < 0.1] = 0
+    values[..., 4][rng.random((rows, 5)) < 0.1] = np.nan
+    expected = sum_block(values, keep)
+    for tile in (1, SPAN * 20 * 4, 2 * SPAN * 5 * 20 * 4):
+        monkeypatch.setattr(module, "_TILE_BYTES", tile)
+        found = sum_block(values, keep)
+        assert all(np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True) for name in FIELDS)
+
+
 @pytest.mark.parametrize("tile", [1, 3000, 1 << 20])
 @pytest.mark.parametrize("bad", [False, True])
 def test_no_number_of_rows_that_are_widened_together_shows_in_the_last_bit(monkeypatch, tile, bad):
-    monkeypatch.setattr(module, "_WIDE_BYTES", tile)
+    monkeypatch.setattr(module, "_TILE_BYTES", tile)
     rng = np.random.default_rng(7)
     rows = rng.standard_normal((100, 3, 20)).astype(np.float32) + np.float32(3)
     keep = None
