@@ -124,6 +124,8 @@ class Moments:
     def _sum(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
         self._fold(sum_block(rows, keep, quickly=self._rows >= self._quick_from))
 
+    # float64 values near 1e308, and their squares, are data here and no reason to warn.
+    @np.errstate(all="ignore")
     def _fold(self, sums: Sums) -> None:
         """Add the next block."""
         first, second = sums.first, sums.second
@@ -133,10 +135,9 @@ class Moments:
             fresh = (self._count == 0) & (sums.count > 0)
             self._shift[fresh] = sums.shift[fresh]
             moved = sums.shift - self._shift
-            with np.errstate(all="ignore"):
-                weight = sums.count[:, None] * moved
-                second = second + moved * (2 * first + weight)
-                first = first + weight
+            weight = sums.count[:, None] * moved
+            second = second + moved * (2 * first + weight)
+            first = first + weight
         self._first = self._first + first
         self._second = self._second + second
         self._count += sums.count
@@ -150,6 +151,7 @@ class Moments:
         if self._n_pending >= _PENDING_ROWS:
             self._add_norms()
 
+    @np.errstate(all="ignore")
     def _add_norms(self) -> None:
         """Add the norms that wait to their inner chunks, in pieces that end where a block or an inner chunk ends."""
         if not self._n_pending:
@@ -163,9 +165,8 @@ class Moments:
         starts = np.array(sorted(edges))
         kept = ~np.isnan(norms)
         zeroed = np.where(kept, norms, 0)
-        with np.errstate(all="ignore"):
-            parts = [np.add.reduceat(values, starts - first, axis=0) for values in (kept, zeroed, zeroed * zeroed)]
-            ends = [least.reduceat(norms, starts - first, axis=0) for least in (np.fmin, np.fmax)]
+        parts = [np.add.reduceat(values, starts - first, axis=0) for values in (kept, zeroed, zeroed * zeroed)]
+        ends = [least.reduceat(norms, starts - first, axis=0) for least in (np.fmin, np.fmax)]
         added = np.stack(parts, axis=-1).astype(np.float64)
         for number, chunk in enumerate((starts // self._chunk_rows).tolist()):
             if chunk == len(self._norms):
@@ -177,6 +178,7 @@ class Moments:
             into[:, 3] = np.fmin(into[:, 3], ends[0][number])
             into[:, 4] = np.fmax(into[:, 4], ends[1][number])
 
+    @np.errstate(all="ignore")
     def arrays(self, first_token: int) -> dict[str, np.ndarray]:
         """Give what a shard stores; `first_token` is the position of its first row in the store.
 
@@ -188,12 +190,11 @@ class Moments:
         self._release()
         self._add_norms()
         count = np.repeat(self._count[:, None], self._width, axis=1)
-        with np.errstate(all="ignore"):
-            first, second = together(self._first), together(self._second)
-            offset = first / count
-            mean = self._shift + offset
-            # Rounding may leave a constant dimension a hair below zero.
-            m2 = np.where(count > 0, np.maximum(second - first * offset, 0), 0)
+        first, second = together(self._first), together(self._second)
+        offset = first / count
+        mean = self._shift + offset
+        # Rounding may leave a constant dimension a hair below zero.
+        m2 = np.where(count > 0, np.maximum(second - first * offset, 0), 0)
         located = np.where(self._first_non_finite < 0, -1, self._first_non_finite + first_token)
         return {
             "count": count,

@@ -231,14 +231,13 @@ class _OddRows:
         if masked is not None:
             self.left_out[:] = masked[:, None]
 
-    def note(self, here: slice, odd: np.ndarray, part: np.ndarray) -> bool:
-        """Look at rows with odd norms: `[parts, rows, layers, width]`; true if one counts, and is not all zeros."""
+    def note(self, here: slice, odd: np.ndarray, part: np.ndarray) -> None:
+        """Look at rows with odd norms, of `[parts, rows, layers, width]`."""
         found = part[:, odd]
         self._non_finite[here][odd] = ~np.isfinite(found).all(axis=(0, -1))
         self._zero[here][odd] = ~found.any(axis=(0, -1))
         self.left_out[here] |= self._non_finite[here]
         self._any = True
-        return bool((odd & ~self.left_out[here] & ~self._zero[here]).any())
 
     def clear(self, here: slice, part: np.ndarray) -> None:
         """Set to zero what is left out."""
