@@ -1,30 +1,34 @@
-"""Bytes behind the caller's back: a ring of staging slots and three threads that empty it.
+"""Bytes behind the caller's back: a ring of staging slots and the threads that empty it.
 
-A job passes three stages in order, each with a thread of its own: `digest` (checksum and statistics while the
-bytes are in cache), `write` (to the device) and `publish` (sync and rename). So the digest of one slot runs
-while the one before it is written and the one before that is synced. The ring bounds the memory: when the
-disk is slower than the model, the caller waits for a slot.
+A job passes three stages in order: `digest` (checksum and statistics while the bytes are in cache), `write` (to the
+device) and `publish` (sync and rename). So the digest of one slot runs while those before it are written, two at a
+time, lest the device wait for us, and shards before that are synced. The ring bounds the memory: when the disk is
+slower than the model, the caller waits for a slot.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mmcache.crew import Crew
 from mmcache.errors import ClosedError, MmcacheError, WriteError
 from mmcache.memory import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
 __all__ = ["SLOT_BYTES", "Job", "Pipeline", "Ring", "Slot"]
 
 SLOT_BYTES = 16 << 20
 _SLOTS = 4
-_STAGES = ("digest", "write", "publish")
+# Writes in flight: the device is done with one while the next is under way.
+_WRITERS = 2
 # Shards that wait for their sync, with up to two descriptors each, of the 1,024 that a process usually may have.
 _MAX_FILES = 128
 
@@ -41,16 +45,20 @@ class Job(Protocol):
         """How many open files go with the job, and are closed at its end."""
 
     def digest(self) -> None:
-        """Checksum and statistics."""
+        """Checksum and statistics; of one job at a time, in order."""
 
     def write(self) -> None:
-        """To the device."""
+        """To the device; of several jobs at the same time, in any order."""
 
     def publish(self) -> None:
-        """Sync and rename."""
+        """Sync and rename; of one job at a time, in order, once it and all before it are written."""
 
     def abandon(self) -> None:
         """Leave nothing behind."""
+
+
+def _nothing() -> None:
+    pass
 
 
 def _cudart() -> Any:
@@ -146,7 +154,7 @@ class _Barrier:
 
 
 class Pipeline:
-    """Three threads and the ring they empty.
+    """The threads, and the ring they empty.
 
     The first failure stops everything: what is under way is abandoned, and every later call raises a
     `WriteError` that names it. Threads start with the first job. `submit`, `drain` and `close` belong to one
@@ -155,10 +163,12 @@ class Pipeline:
 
     def __init__(self, slot_bytes: int) -> None:
         self.ring = Ring(slot_bytes)
-        self._queues: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in _STAGES]
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._writers = Crew(_WRITERS, "write")
+        self._written: queue.SimpleQueue[tuple[Job, Future[None]] | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, args=(number, stage), name=f"mmcache-{stage}", daemon=True)
-            for number, stage in enumerate(_STAGES)
+            threading.Thread(target=work, name=f"mmcache-{stage}", daemon=True)
+            for stage, work in (("digest", self._digest), ("publish", self._publish))
         ]
         self._running = False
         self._failure: BaseException | None = None
@@ -194,14 +204,40 @@ class Pipeline:
             with self._fewer_files:
                 self._fewer_files.wait_for(lambda: self._open_files < _MAX_FILES)
                 self._open_files += job.files
-        self._queues[0].put(job)
+        self._jobs.put(job)
 
     def _start(self) -> None:
+        # The writers too, by a job of no work: what keeps a thread from being started is raised here, to the caller.
+        self._writers.submit(_nothing)
         # An interrupt may come between any two of them: those that run are not started again, the others still are.
         for thread in self._threads:
             if thread.ident is None:
                 thread.start()
         self._running = True
+
+    def _do(self, stage: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                stage()
+            except BaseException as error:  # noqa: BLE001 -- kept, and raised again in the caller's thread
+                self._failure = error
+
+    def _digest(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._do(job.digest)
+            self._written.put((job, self._writers.submit(self._do, job.write)))
+        self._written.put(None)
+
+    def _publish(self) -> None:
+        while (item := self._written.get()) is not None:
+            job, written = item
+            # Whatever failed: a job that is being written is not abandoned yet.
+            try:
+                written.result()
+            except CancelledError:
+                self._failure = self._failure or ClosedError("Python ended before all was written")
+            self._do(job.publish)
+            self._end(job)
 
     def _end(self, job: Job) -> None:
         """Do what comes after the last stage."""
@@ -211,22 +247,6 @@ class Pipeline:
             with self._fewer_files:
                 self._open_files -= job.files
                 self._fewer_files.notify()
-
-    def _run(self, number: int, stage: str) -> None:
-        inbox = self._queues[number]
-        outbox = self._queues[number + 1] if number + 1 < len(_STAGES) else None
-        while (job := inbox.get()) is not None:
-            if self._failure is None:
-                try:
-                    getattr(job, stage)()
-                except BaseException as error:  # noqa: BLE001 -- kept, and raised again in the caller's thread
-                    self._failure = error
-            if outbox is not None:
-                outbox.put(job)
-            else:
-                self._end(job)
-        if outbox is not None:
-            outbox.put(None)
 
     def drain(self) -> None:
         """Block until every job so far is published.
@@ -245,8 +265,9 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self._queues[0].put(None)
+        self._jobs.put(None)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._writers.close()
         self.ring.close()

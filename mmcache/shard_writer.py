@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import crc32c
@@ -41,7 +41,7 @@ def _digest_rows(spec: ShardSpec) -> int:
 class ShardWriter:
     """One shard that is being filled, in order. Equal, byte for byte, to `format.encode` of the same rows.
 
-    Made in the caller's thread, which meets a full disk there unless it is told to leave that to the write thread;
+    Made in the caller's thread, which meets a full disk there unless it is told to leave that to the digest thread;
     digested, written and published in the pipeline's threads, each of which touches only its own part of the state.
 
     Args:
@@ -52,7 +52,7 @@ class ShardWriter:
         rows: rows it will have, where that is known: their space is reserved at once.
         policy: what goes past the page cache.
         durable: sync before the rename.
-        later: make the file when the first bytes are written: a caller who has computed all rows loses nothing by it.
+        later: make the file when the first rows are digested: a caller who has computed all rows loses nothing by it.
         inspect: called, in the digest thread, with the finished statistics; raising there keeps the shard from
             being published.
     """
@@ -74,10 +74,10 @@ class ShardWriter:
         self.folder = path.parent
         self._metadata, self._first_token, self._durable = metadata, first_token, durable
         self._inspect = inspect
-        # The caller's side, the digest thread's, and the write thread's.
+        # The caller's side, and the digest thread's: rows, and bytes of them whose place is given out.
         self.staged = 0
         self._digested = 0
-        self._written = 0
+        self._begun = 0
         self._crcs: list[int] = []
         self._crc = 0
         self._tail = b""
@@ -134,11 +134,12 @@ class ShardWriter:
                 self._crc = 0
             self._digested += len(part) // size
 
-    def write(self, data: np.ndarray) -> None:
-        """Write the next rows, as `[bytes]` uint8."""
-        self._direct = self._policy.past_it(len(data))
-        self._draft.write(data, HEADER_BYTES + self._written, direct=self._direct)
-        self._written += len(data)
+    def begin_write(self, size: int) -> Callable[[np.ndarray], None]:
+        """Give what writes the next rows, `size` bytes of them, as `[size]` uint8: in any thread, beside others."""
+        self._direct = self._policy.past_it(size)
+        offset = HEADER_BYTES + self._begun
+        self._begun += size
+        return partial(self._draft.write, offset=offset, direct=self._direct)
 
     def finish_digest(self) -> None:
         """Compute what stands behind the rows."""
@@ -153,16 +154,14 @@ class ShardWriter:
         # Not needed any more, and the writer is kept until it is published.
         self._moments = None
 
-    def finish_write(self) -> None:
-        """Write what stands behind the rows, and the header."""
-        header = _layout(self.spec, self._digested).header(self._metadata)
-        for part, offset in ((self._tail, HEADER_BYTES + self._written), (header, 0)):
+    def publish(self) -> None:
+        """Write what stands behind the rows, and the header; make the file durable and give it its name."""
+        layout = _layout(self.spec, self._digested)
+        header = layout.header(self._metadata)
+        for part, offset in ((self._tail, HEADER_BYTES + self._begun), (header, 0)):
             self._draft.write(np.frombuffer(part, np.uint8), offset, direct=self._direct)
         self._tail = b""
-
-    def publish(self) -> None:
-        """Make the file durable and give it its name."""
-        self._draft.publish(_layout(self.spec, self._digested).size, durable=self._durable)
+        self._draft.publish(layout.size, durable=self._durable)
 
     def discard(self) -> None:
         """Leave nothing behind. Only while no thread of the pipeline can touch the shard."""
@@ -195,12 +194,10 @@ class Seal:
             shard.finish_digest()
 
     def write(self) -> None:
-        """Write headers and tails."""
-        for shard in self._shards:
-            shard.finish_write()
+        """Nothing to do: what stands around the rows is written once they all are."""
 
     def publish(self) -> None:
-        """Sync, rename, sync the folders."""
+        """Write headers and tails, sync, rename, sync the folders."""
         for shard in self._shards:
             shard.publish()
         if self._durable:

@@ -13,7 +13,7 @@ from mmcache.geometry import PAGE
 from mmcache.statistics import WHOLE_ROWS, block_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mmcache.format import ShardSpec
     from mmcache.pipeline import Pipeline, Slot
@@ -57,6 +57,7 @@ class _SlotJob:
         self.sources: list[torch.Tensor] = []
         self.copied: torch.cuda.Event | None = None
         self._pipeline = pipeline
+        self._writes: list[tuple[Callable[[np.ndarray], None], np.ndarray]] = []
 
     def begin(self, shard: ShardWriter) -> int:
         """Give the byte that the next rows of a shard go to.
@@ -88,11 +89,13 @@ class _SlotJob:
             self.sources.clear()
         for piece in self.pieces:
             overflow = [lost.cpu().numpy() for lost in piece.overflow]
-            piece.shard.digest(self.slot.memory[piece.start : piece.stop], piece.keep(), overflow)
+            data = self.slot.memory[piece.start : piece.stop]
+            piece.shard.digest(data, piece.keep(), overflow)
+            self._writes.append((piece.shard.begin_write(len(data)), data))
 
     def write(self) -> None:
-        for piece in self.pieces:
-            piece.shard.write(self.slot.memory[piece.start : piece.stop])
+        for write, data in self._writes:
+            write(data)
         self._pipeline.ring.release(self.slot)
 
     def publish(self) -> None:

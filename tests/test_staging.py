@@ -356,7 +356,8 @@ def test_jobs_pass_every_stage_in_order(pipeline):
         pipeline.submit(Note(number, notes))
     pipeline.drain()
     for stage in STAGES:
-        assert [name for at, name, _ in notes if at == stage] == list(range(50))
+        passed = [name for at, name, _ in notes if at == stage]
+        assert (sorted(passed) if stage == "write" else passed) == list(range(50))
         assert {thread for at, _, thread in notes if at == stage} == {f"mmcache-{stage}"}
     for number in range(50):
         assert [at for at, name, _ in notes if name == number] == list(STAGES)
@@ -409,6 +410,79 @@ def test_a_failure_keeps_its_class_and_number(error, kind, number):
     pipeline.close()
 
 
+def test_two_are_written_at_once_and_published_in_order_however_they_end(pipeline):
+    both, later, notes = threading.Barrier(2), threading.Event(), []
+
+    class Slow(Note):
+        def write(self):
+            both.wait(30)  # for ever, if they were written one after the other
+            if self.name == 0:
+                later.wait(30)
+            super().write()
+            later.set()
+
+    for number in range(2):
+        pipeline.submit(Slow(number, notes))
+    pipeline.drain()
+    passed = [(stage, name) for stage, name, _ in notes if stage != "digest"]
+    assert passed == [("write", 1), ("write", 0), ("publish", 0), ("publish", 1)]
+
+
+@pytest.mark.parametrize("fails", ["digest", "write", "publish"])
+def test_nothing_is_abandoned_while_it_is_written(fails):
+    begun, go, notes = threading.Event(), threading.Event(), []
+
+    class Before(Note):
+        def publish(self):
+            begun.wait(30)
+            super().publish()
+
+    class Held(Note):
+        def write(self):
+            begun.set()
+            go.wait(30)
+            super().write()
+
+    pipeline = Pipeline(SLOT_BYTES)
+    pipeline.submit(Before("before", notes, fails="publish" if fails == "publish" else None))
+    pipeline.submit(Held("held", notes))
+    assert begun.wait(30)
+    pipeline.submit(Note("fails", notes, fails=fails))
+    deadline = time.monotonic() + 30
+    while pipeline._failure is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert ("abandon", "held") not in [note[:2] for note in notes]
+    go.set()
+    with pytest.raises(mmcache.WriteError, match="asked to fail"):
+        pipeline.drain()
+    pipeline.close()
+    assert [note[:2] for note in notes if note[0] == "abandon"][-2:] == [("abandon", "held"), ("abandon", "fails")]
+
+
+def test_what_the_end_of_python_cancels_is_a_failure():
+    go, notes = threading.Event(), []
+
+    class Held(Note):
+        def write(self):
+            go.wait(30)
+            super().write()
+
+    pipeline = Pipeline(SLOT_BYTES)
+    for number in range(3):
+        pipeline.submit(Held(number, notes))
+    while not pipeline._jobs.empty():
+        time.sleep(0.001)
+    time.sleep(0.05)
+    pipeline._writers.close()
+    go.set()
+    with pytest.raises(mmcache.ClosedError, match="Python ended"):
+        pipeline.drain()
+    assert [name for stage, name, _ in notes if stage == "publish"] == [0, 1]
+    assert [name for stage, name, _ in notes if stage == "abandon"][:1] == [2]
+    pipeline.close()
+
+
 def test_drain_waits_for_all_that_came_before(pipeline):
     gate, notes = threading.Event(), []
 
@@ -435,6 +509,10 @@ def test_close_ends_the_threads_and_refuses_more():
     pipeline.close()
     pipeline.close()
     assert ("publish", 0, "mmcache-publish") in notes
+    left = set(threading.enumerate()) - before
+    assert {thread.name for thread in left} <= {"mmcache-write"}
+    for thread in left:
+        thread.join(30)
     assert set(threading.enumerate()) == before
     with pytest.raises(mmcache.ClosedError):
         pipeline.submit(Note(1, notes))
