@@ -22,6 +22,7 @@ class PageCachePolicy:
     """
 
     def __init__(self, *, busy: bool = False) -> None:
+        self.busy = busy
         self._left = 0 if busy else available_memory() // _SMALL
 
     def past_it(self, size: int) -> bool:

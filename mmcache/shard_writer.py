@@ -97,7 +97,9 @@ class ShardWriter:
 
     @cached_property
     def _moments(self) -> Moments | None:
-        return shard_moments(self.spec, self._first_token) if self.spec.stat_layers else None
+        if not self.spec.stat_layers:
+            return None
+        return shard_moments(self.spec, self._first_token, busy=self._policy.busy)
 
     def carry(self, overflow: np.ndarray) -> None:
         """Go on counting from the overflow of the shard that this one replaces. Before anything is staged."""

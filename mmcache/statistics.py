@@ -30,19 +30,22 @@ __all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments", "shard_moment
 WHOLE_ROWS = 2 * SPAN
 # An open shard may hold as much of a block that is not whole yet.
 _BLOCK_NUMBERS = 3 << 19
-# Bytes of an array from which on a quarter of a second for the kernel is well spent.
-_QUICK_FROM = 16 << 20
+# Bytes of an array from which on a quarter of a second for the kernel is well spent: where somebody waits for the rows
+# to be written, and beside a model that takes longer for them than the sums do.
+_QUICK_FROM, _QUICK_FROM_BUSY = 16 << 20, 256 << 20
 # Norms of so many rows wait until they are added up together.
 _PENDING_ROWS = 4096
 
 
-def shard_moments(spec: ShardSpec, first: int) -> Moments:
+def shard_moments(spec: ShardSpec, first: int, *, busy: bool = False) -> Moments:
     """Give the statistics, of no rows so far, of a shard whose first row has place `first` in its array.
 
     The kernel adds up norms in another order than numpy does, which shows in their last bits. So where it takes over is
-    a place in the array too: however often a job is stopped, and whoever goes on, the bytes are the same.
+    a place in the array too: however often a job is stopped, and whoever goes on, the bytes are the same. `busy`: a
+    model makes the rows.
     """
-    quick_from = max(0, -(-_QUICK_FROM // spec.row_bytes) - first)
+    place = _QUICK_FROM_BUSY if busy else _QUICK_FROM
+    quick_from = max(0, -(-place // spec.row_bytes) - first)
     return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows, quick_from)
 
 

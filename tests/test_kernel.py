@@ -13,6 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmcache import statistics
+from mmcache.dtypes import BY_NAME
+from mmcache.format import ShardSpec
 from mmcache.kernel import load_kernel, span_sums
 from mmcache.statistics import Moments, block_rows
 from mmcache.sums import SPAN, sum_block
@@ -204,10 +206,29 @@ def test_it_lets_go_of_the_interpreter():
 
 
 def test_it_is_kept_for_the_next_process(tmp_path):
-    code = "from mmcache.kernel import load_kernel; print(load_kernel().stats.cache_hits.total())"
+    code = "from mmcache.dtypes import BY_NAME
+from mmcache.format import ShardSpec
+from mmcache.kernel import load_kernel; print(load_kernel().stats.cache_hits.total())"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     said = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     ]
     assert said == ["0\n", "1\n"]
+
+
+@pytest.mark.parametrize(("busy", "quick"), [(False, [False, True, True, True]), (True, [False, False, False, True])])
+def test_beside_a_model_it_takes_over_later(monkeypatch, busy, quick):
+    calls, real = [], statistics.sum_block
+    monkeypatch.setattr(
+        statistics,
+        "sum_block",
+        lambda rows, keep, *, quickly: calls.append(quickly) or real(rows, keep, quickly=quickly),
+    )
+    rows = normal(6, 4 * 64, 2, 8)
+    # In bytes of an array of which 100 rows lie in shards before.
+    monkeypatch.setattr(statistics, "_QUICK_FROM", (100 + 64) * 32)
+    monkeypatch.setattr(statistics, "_QUICK_FROM_BUSY", (100 + 3 * 64 - 1) * 32)
+    spec = ShardSpec("activations", BY_NAME["bfloat16"], (2, 8), 1024, 64, stat_layers=2)
+    statistics.shard_moments(spec, 100, busy=busy).add(rows)
+    assert calls == quick
