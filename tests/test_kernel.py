@@ -206,9 +206,7 @@ def test_it_lets_go_of_the_interpreter():
 
 
 def test_it_is_kept_for_the_next_process(tmp_path):
-    code = "from mmcache.dtypes import BY_NAME
-from mmcache.format import ShardSpec
-from mmcache.kernel import load_kernel; print(load_kernel().stats.cache_hits.total())"
+    code = "from mmcache.kernel import load_kernel; print(load_kernel().stats.cache_hits.total())"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     said = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
