@@ -6,6 +6,7 @@ numpy goes through the same rows five times, and each time waits for the interpr
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,29 +25,40 @@ _HIGH = np.uint32(0xFFFF0000)
 _HALF = np.uint32(16)
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def load_kernel() -> Kernel | None:
     """Give the compiled kernel, or None where numba is not installed; where it does not work, a warning says so.
 
     Blocks for a quarter of a second the first time, or for a whole one if it was never compiled on this machine.
     """
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Kernel | None:
     try:
         return _compile()
-    except ImportError:
-        return None
     except Exception as error:  # noqa: BLE001 -- whatever is wrong with numba, there is a way without it
+        if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+            return None
         warnings.warn(
             f"numba is installed but does not work here ({type(error).__name__}: {error}): statistics are computed by "
-            f"numpy, and large writes may take twice as long; reinstall numba, or uninstall it",
-            stacklevel=2,
+            f"numpy, and large writes may take longer; reinstall numba, or uninstall it",
+            stacklevel=3,
         )
         return None
 
 
-def _compile() -> Kernel:
+def _compile() -> Kernel | None:
     import numba  # noqa: PLC0415 -- takes a while, and only large stores gain by it
     from numba.extending import register_jitable  # noqa: PLC0415
 
+    if numba.config.DISABLE_JIT:
+        # It would run as it stands here, a thousand times as slowly.
+        return None
     for function in (_add_row, _square_norm):
         register_jitable(function)
     # Compiled here and now, once, for memory that may be read only, and for norms of some of the layers.
@@ -56,8 +68,8 @@ def _compile() -> Kernel:
     signature = numba.void(words, whole, whole, skipped, whole, sums, sums, norms)
     try:
         kernel: Kernel = numba.njit([signature], nogil=True, cache=True)(span_sums)
-    except RuntimeError:
-        # There is no folder in which it could be kept for the next process.
+    except Exception:  # noqa: BLE001 -- if it is more than what is meant here, it comes again
+        # What was kept of it is damaged, or there is no folder, or no room, to keep it for the next process.
         kernel = numba.njit([signature], nogil=True)(span_sums)
     return kernel
 
@@ -75,7 +87,7 @@ def span_sums(
     """Sum columns `low` to `high` of rows of bfloat16 by spans of rows, and their squares; and the squares of each row.
 
     The sums are the same, to the last bit, as numpy's of one row after the other. A row's squares are added up in
-    another order than BLAS does, and in no fixed one.
+    another order than BLAS has, but always the same one.
 
     Args:
         words: `[n, width / 2]` uint32, two numbers each.

@@ -261,7 +261,10 @@ class Pipeline:
         self.check()
 
     def close(self) -> None:
-        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does."""
+        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does.
+
+        Those that write have nothing to do by then, and are not waited for.
+        """
         if self._closed:
             return
         self._closed = True

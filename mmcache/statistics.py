@@ -3,9 +3,9 @@
 Rows with a value that is not finite are counted and left out of everything else, and so are the rows that
 the caller masks (BOS and special tokens, whose norms would swamp the rest).
 
-Rows are summed in blocks of up to a million and a half numbers: few calls of numpy a megabyte, each on memory that is
-still in the processor's cache. Where a block begins is a function of the row's number in the shard alone, and blocks
-are added up in order. So the result does not depend, to the last bit, on how the rows came.
+Rows are summed in blocks of up to a million and a half numbers, and of 64 rows at least: few calls of numpy a megabyte,
+each on memory that is still in the processor's cache. Where a block begins is a function of the row's number in the
+shard alone, and blocks are added up in order. So the result does not depend, to the last bit, on how the rows came.
 
 Sources: shifted data and the pairwise merge of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances" (1979).
@@ -30,9 +30,8 @@ __all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments", "shard_moment
 WHOLE_ROWS = 2 * SPAN
 # An open shard may hold as much of a block that is not whole yet.
 _BLOCK_NUMBERS = 3 << 19
-# Bytes of an array from which on a quarter of a second for the kernel is well spent: where somebody waits for the rows
-# to be written, and beside a model that takes longer for them than the sums do.
-_QUICK_FROM, _QUICK_FROM_BUSY = 16 << 20, 256 << 20
+# Bytes of an array from which on a quarter of a second for the kernel is well spent.
+_QUICK_FROM = 16 << 20
 # Norms of so many rows wait until they are added up together.
 _PENDING_ROWS = 4096
 
@@ -41,11 +40,10 @@ def shard_moments(spec: ShardSpec, first: int, *, busy: bool = False) -> Moments
     """Give the statistics, of no rows so far, of a shard whose first row has place `first` in its array.
 
     The kernel adds up norms in another order than numpy does, which shows in their last bits. So where it takes over is
-    a place in the array too: however often a job is stopped, and whoever goes on, the bytes are the same. `busy`: a
-    model makes the rows.
+    a place in the array. And what a model makes (`busy`), which takes longer than the sums, is left to numpy: all that
+    make shards of one store, wherever, with whatever installed, shall make the same bytes.
     """
-    place = _QUICK_FROM_BUSY if busy else _QUICK_FROM
-    quick_from = max(0, -(-place // spec.row_bytes) - first)
+    quick_from = None if busy else max(0, -(-_QUICK_FROM // spec.row_bytes) - first)
     return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows, quick_from)
 
 

@@ -1,5 +1,6 @@
 """The compiled kernel beside the same code as Python runs it, and beside numpy."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mmcache import kernel as module
 from mmcache import statistics
 from mmcache.dtypes import BY_NAME
 from mmcache.format import ShardSpec
@@ -25,9 +27,9 @@ EXACT = ("count", "first", "second", "non_finite", "first_non_finite", "zero_row
 
 @pytest.fixture
 def anew():
-    load_kernel.cache_clear()
+    module._load.cache_clear()
     yield
-    load_kernel.cache_clear()
+    module._load.cache_clear()
 
 
 def normal(seed, *shape):
@@ -166,12 +168,35 @@ def test_a_numba_that_does_not_work_is_told_once_and_done_without(monkeypatch):
 
 
 @pytest.mark.usefixtures("anew")
-def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch):
+def test_a_numba_that_refuses_its_numpy_is_told_too(monkeypatch):
+    class Refuses:
+        def find_spec(self, name, *_):
+            if name == "numba":
+                raise ImportError("Numba needs NumPy 2.5 or less. Got NumPy 9.9.")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Refuses(), *sys.meta_path])
+    with pytest.warns(UserWarning, match="Numba needs NumPy"):
+        assert load_kernel() is None
+
+
+@pytest.mark.usefixtures("anew")
+def test_a_numba_that_is_switched_off_is_not_used(monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert load_kernel() is None
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no locator available"), OSError(errno.ENOSPC, "no room"), EOFError("Ran out of input")]
+)
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch, error):
     real = numba.njit
 
     def njit(*args, cache=False, **options):
         if cache:
-            raise RuntimeError("cannot cache function 'span_sums': no locator available")
+            raise error
         return real(*args, **options)
 
     monkeypatch.setattr(numba, "njit", njit)
@@ -215,8 +240,8 @@ def test_it_is_kept_for_the_next_process(tmp_path):
     assert said == ["0\n", "1\n"]
 
 
-@pytest.mark.parametrize(("busy", "quick"), [(False, [False, True, True, True]), (True, [False, False, False, True])])
-def test_beside_a_model_it_takes_over_later(monkeypatch, busy, quick):
+@pytest.mark.parametrize(("busy", "quick"), [(False, [False, True, True, True]), (True, [False] * 4)])
+def test_what_a_model_makes_is_left_to_numpy(monkeypatch, busy, quick):
     calls, real = [], statistics.sum_block
     monkeypatch.setattr(
         statistics,
@@ -226,7 +251,6 @@ def test_beside_a_model_it_takes_over_later(monkeypatch, busy, quick):
     rows = normal(6, 4 * 64, 2, 8)
     # In bytes of an array of which 100 rows lie in shards before.
     monkeypatch.setattr(statistics, "_QUICK_FROM", (100 + 64) * 32)
-    monkeypatch.setattr(statistics, "_QUICK_FROM_BUSY", (100 + 3 * 64 - 1) * 32)
     spec = ShardSpec("activations", BY_NAME["bfloat16"], (2, 8), 1024, 64, stat_layers=2)
     statistics.shard_moments(spec, 100, busy=busy).add(rows)
     assert calls == quick

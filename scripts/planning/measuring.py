@@ -85,7 +85,9 @@ def digest_rate(scratch: Path, manifest: Manifest, repeats: int = 3) -> float:
     for _ in range(repeats):
         done, taken = 0, 0.0
         while done < _DIGESTED:
-            shard = ShardWriter(scratch / "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(), durable=False)
+            shard = ShardWriter(
+                scratch / "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(busy=True), durable=False
+            )
             began = time.perf_counter()
             for _ in range(spec.shard_rows // rows):
                 shard.digest(data, None, [])
