@@ -342,7 +342,8 @@ def test_a_failure_is_told_and_nothing_is_lost(there, url, local, monkeypatch):
         patch.setattr(Bucket, "upload", fails)
         with pytest.raises(RemoteError, match=rf"mlp_.*no whole answer.*not sent is in .*{STAGING[1:]}.*goes on"):
             extract(url)
-    assert len(shards(there)) == 4
+    # Those before the failure, but for what was still under way.
+    assert 0 < len(shards(there)) <= 4
     staged = [name for name, size in shards(staging_folder(url, None)).items() if size]
     assert staged
     extract(url)
