@@ -60,6 +60,12 @@ class Crew:
         """Cancel the jobs that have not begun; the threads end when they are done with theirs. Does not block."""
         self._end()
 
+    def join(self) -> None:
+        """Block until the threads have ended, after `close`."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
 
 def let_end(futures: Sequence[Future[Any]]) -> None:
     """Cancel what has not begun, and block until the rest has ended, well or not: nothing goes on behind one's back.

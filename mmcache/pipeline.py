@@ -261,10 +261,7 @@ class Pipeline:
         self.check()
 
     def close(self) -> None:
-        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does.
-
-        Those that write have nothing to do by then, and are not waited for.
-        """
+        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does."""
         if self._closed:
             return
         self._closed = True
@@ -273,4 +270,5 @@ class Pipeline:
             if thread.ident is not None:
                 thread.join()
         self._writers.close()
+        self._writers.join()
         self.ring.close()
