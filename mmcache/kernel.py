@@ -24,7 +24,6 @@ _LANES = 32
 _HIGH = np.uint32(0xFFFF0000)
 _HALF = np.uint32(16)
 
-
 _loading = threading.Lock()
 
 
@@ -59,7 +58,7 @@ def _compile() -> Kernel | None:
     if numba.config.DISABLE_JIT:
         # It would run as it stands here, a thousand times as slowly.
         return None
-    for function in (_add_row, _square_norm):
+    for function in (_pair, _add_row, _square_norm):
         register_jitable(function)
     # Compiled here and now, once, for memory that may be read only, and for norms of some of the layers.
     words, skipped = numba.uint32[:, ::1].copy(readonly=True), numba.boolean[::1].copy(readonly=True)
@@ -117,11 +116,14 @@ def span_sums(
                     _add_row(some, even, odd, even2, odd2)
 
 
+def _pair(word: np.uint32) -> tuple[np.float32, np.float32]:
+    """Give the two numbers of a word, exactly."""
+    return np.uint32(word << _HALF).view(np.float32), np.uint32(word & _HIGH).view(np.float32)
+
+
 def _add_row(words: np.ndarray, even: np.ndarray, odd: np.ndarray, even2: np.ndarray, odd2: np.ndarray) -> None:
     for place in range(len(words)):
-        word = words[place]
-        a = np.uint32(word << _HALF).view(np.float32)
-        b = np.uint32(word & _HIGH).view(np.float32)
+        a, b = _pair(words[place])
         even[place] += a
         odd[place] += b
         even2[place] += a * a
@@ -135,15 +137,12 @@ def _square_norm(words: np.ndarray, lanes: np.ndarray) -> float:
     for start in range(0, whole, _LANES):
         some = words[start : start + _LANES]
         for lane in range(_LANES):
-            word = some[lane]
-            a = np.uint32(word << _HALF).view(np.float32)
-            b = np.uint32(word & _HIGH).view(np.float32)
+            a, b = _pair(some[lane])
             lanes[lane] += a * a + b * b
     total = np.float64(0)
     for lane in range(_LANES):
         total += lanes[lane]
     for place in range(whole, len(words)):
-        a = np.uint32(words[place] << _HALF).view(np.float32)
-        b = np.uint32(words[place] & _HIGH).view(np.float32)
+        a, b = _pair(words[place])
         total += a * a + b * b
     return total

@@ -94,7 +94,7 @@ def sum_block(rows: np.ndarray, keep: np.ndarray | None, *, quickly: bool = Fals
     # In float64 the products of 16-bit numbers are exact, and so are their sums, near enough: there is nothing
     # to be lost by squares that cancel. Wider numbers are taken less one of their block's rows.
     shift = np.empty((layers, width)) if rows.dtype.itemsize > 2 else None
-    counts = np.zeros(layers, np.int64), np.full(layers, -1, np.int64), np.zeros(layers, np.int64)
+    counts = np.empty((3, layers), np.int64)
     first, second = np.empty((2, 2, layers, width // 2) if narrow else (2, layers, width))
     sums = Sums(np.empty(layers), first, second, shift, np.empty((n, layers)), *counts)
     # Some layers after the other where a span of all of them has no room in the cache.
@@ -227,7 +227,6 @@ class _OddRows:
 
     def __init__(self, n: int, layers: int, masked: np.ndarray | None) -> None:
         self.left_out, self._non_finite, self._zero = np.zeros((3, n, layers), np.bool_)
-        self._any = masked is not None
         if masked is not None:
             self.left_out[:] = masked[:, None]
 
@@ -237,19 +236,15 @@ class _OddRows:
         self._non_finite[here][odd] = ~np.isfinite(found).all(axis=(0, -1))
         self._zero[here][odd] = ~found.any(axis=(0, -1))
         self.left_out[here] |= self._non_finite[here]
-        self._any = True
 
     def clear(self, here: slice, part: np.ndarray) -> None:
         """Set to zero what is left out."""
-        if self._any and self.left_out[here].any():
+        if self.left_out[here].any():
             part[:, self.left_out[here]] = 0
 
     def tell(self, sums: Sums, layers: slice) -> None:
         """Count them, and those that count."""
-        sums.count[layers] = len(sums.norms)
-        if not self._any:
-            return
-        sums.count[layers] -= self.left_out.sum(axis=0)
+        sums.count[layers] = len(sums.norms) - self.left_out.sum(axis=0)
         sums.norms[:, layers][self.left_out] = np.nan
         sums.non_finite[layers] = self._non_finite.sum(axis=0)
         first = np.argmax(self._non_finite, axis=0)
