@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["SEALED", "Draft", "publish", "remove_drafts"]
 
 _DRAFT = ".tmp"
-# The sealed file's mode: a zarr writer that touched a shard would re-encode it and lose the header.
+# The sealed file's mode, less what the umask forbids: a zarr writer that touched a shard would re-encode it, and lose
+# the header.
 SEALED = 0o444
 # RWF_DONTCACHE (Linux 6.14): written through the page cache, and dropped from it; Python has no name for it.
 _DONT_CACHE = 0x80
@@ -177,7 +178,8 @@ class Draft:
         """
         with explained(self.path, "making the file durable", size):
             os.ftruncate(self._fd, size)
-            os.fchmod(self._fd, mode)
+            # The file was made with what the umask, or the folder's default ACL, allows: no more than that.
+            os.fchmod(self._fd, mode & os.fstat(self._fd).st_mode)
             if durable:
                 os.fsync(self._fd)
             self._temporary.rename(self.path)

@@ -72,7 +72,7 @@ def _settle(path: Path) -> None:
     try:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), SEALED)
+            os.fchmod(file.fileno(), SEALED & os.fstat(file.fileno()).st_mode)
     except FileNotFoundError:
         pass
     except OSError:

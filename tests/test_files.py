@@ -63,6 +63,16 @@ def test_a_draft_is_seen_under_its_own_name_only_when_it_is_published(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.parametrize("umask", [0, 0o022, 0o027, 0o077, 0o377])
+def test_a_sealed_file_keeps_to_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        publish(tmp_path / "zarr.json", b"{}")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "zarr.json").stat().st_mode) == 0o444 & ~umask
+
+
 def test_what_was_reserved_and_not_written_is_zeros(tmp_path):
     draft = Draft(tmp_path / "file", reserve=3 * PAGE)
     draft.write(some_bytes(PAGE), PAGE)
