@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmcache.errors import ArgumentError, IncompleteError, ShapeError, UnknownSiteError, UnsupportedModelError
+from mmcache.errors import (
+    ArgumentError,
+    IncompleteError,
+    MmcacheError,
+    ShapeError,
+    UnknownSiteError,
+    UnsupportedModelError,
+)
+from mmcache.model_use import running
 from mmcache.sites import ResolvedSite, resolve
 from mmcache.wrappers import is_compiled, unwrap
 
@@ -23,10 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["Captured", "capture", "probe"]
 
 
-class _StopForwardError(Exception):
+class _StopForwardError(MmcacheError):
     """Ends a forward pass from inside a hook. It never leaves the `with` block of the capture that raised it.
 
-    It is an Exception, because only then does torch run the hooks that must run whatever happens.
+    It is an Exception, because only then does torch run the hooks that must run whatever happens; and one of ours,
+    because nothing is wrong with the model.
     """
 
     def __init__(self, owner: Captured) -> None:
@@ -227,6 +236,7 @@ def probe(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None =
     Raises:
         ShapeError: A site that is not [batch, seq, width], or whose width differs between layers.
         IncompleteError: A site with a module that did not run.
+        UnsupportedModelError: The model does not run on token ids alone; what it said is in the message.
         UnknownSiteError: As `capture`; so are UnsupportedModelError, OutOfRangeError and ArgumentError.
     """
     inner = unwrap(model)
@@ -235,7 +245,7 @@ def probe(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None =
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     options: dict[str, Any] = {"use_cache": False, "attention_mask": torch.ones_like(tokens)}
     accepted = inspect.signature(inner.forward).parameters
-    with torch.inference_mode(), capture(model, sites, layers) as captured:
+    with torch.inference_mode(), capture(model, sites, layers) as captured, running(inner, tokens):
         inner(tokens, **{name: value for name, value in options.items() if name in accepted})
     return {site.name: _width(site, captured[site.name]) for site in captured.sites}
 

@@ -16,6 +16,7 @@ from mmcache.format import Layout
 from mmcache.geometry import PAGE
 from mmcache.listing import is_there
 from mmcache.manifest import read_manifest
+from mmcache.model_use import running
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
@@ -63,8 +64,9 @@ def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndar
         options["use_cache"] = False
     if anything or "attention_mask" in accepted:
         options["attention_mask"] = torch.from_numpy(mask).to(device)
-    with torch.inference_mode():
-        captured.run(model, torch.from_numpy(ids).to(device), **options)
+    given = torch.from_numpy(ids).to(device)
+    with torch.inference_mode(), running(model, given):
+        captured.run(model, given, **options)
 
 
 def _slot_bytes(total: int, row: int) -> int:

@@ -18,7 +18,7 @@ from mmcache.fill import Fill, forward
 from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
 from mmcache.model_use import context_length as usable_length
-from mmcache.model_use import device_of, evaluating
+from mmcache.model_use import device_of, evaluating, vocabulary
 from mmcache.opening import open_store
 from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
@@ -115,7 +115,7 @@ class Extraction:
             widths=widths,
             max_tokens=max_tokens,
             special_tokens=tuple(sorted(tokenizer.all_special_ids)),
-            vocabulary=getattr(getattr(self._model, "config", None), "vocab_size", None),
+            vocabulary=vocabulary(self._model),
             any_batch=batch_size == "auto",
         )
         self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens

@@ -1,26 +1,34 @@
-"""A model as a job uses it: in eval mode, on its device, in contexts that it can take."""
+"""A model as a job uses it: in eval mode, on its device, in contexts that it takes, with ids that it has rows for."""
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from mmcache.errors import ArgumentError
+from mmcache.errors import ArgumentError, MmcacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from torch import nn
-
-__all__ = ["context_length", "device_of", "evaluating"]
+__all__ = ["context_length", "device_of", "evaluating", "running", "text_config", "vocabulary"]
 
 _DEFAULT_CONTEXT = 1024
+# What configurations call the tokens of a context and the ids of a vocabulary, the usual names first.
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length",
+    "context_length", "block_size",
+)  # fmt: skip
+_VOCABULARIES = ("vocab_size", "n_vocab", "d_vocab")
+# Names of a forward's first argument that are token ids, where transformers names a model's main input.
+_IDS = ("input_ids", "inputs")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Give the device that ids have to be on: that of the embedding, where a model is on several."""
+    """The device that ids have to be on: that of the embedding, where a model is on several."""
     # transformers raises where it cannot tell.
     with suppress(AttributeError, NotImplementedError):
         found: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -28,14 +36,55 @@ def device_of(model: nn.Module) -> torch.device:
     return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's text part: the decoder's in a multimodal model; None for a model without one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return getattr(model, "cfg", None)  # TransformerLens
+    find = getattr(config, "get_text_config", None)
+    # It raises for a model with several text parts, such as one that speaks: then the whole configuration is asked.
+    with suppress(ValueError, AttributeError):
+        return config if find is None else find(decoder=True)
+    return config
+
+
+def _number(config: Any, names: Sequence[str]) -> int | None:
+    """The first positive whole number that a configuration has under one of these names."""
+    values = (config.get(name) if isinstance(config, dict) else getattr(config, name, None) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def _longest(model: nn.Module) -> int | None:
+    """Tokens that a model takes at most; None if it does not say."""
+    said = _number(text_config(model), _LENGTHS)
+    for path, module in model.named_modules():
+        if said is not None and "position" in path and isinstance(module, nn.Embedding):
+            # As in RoBERTa: positions are counted from behind the padding's own row.
+            reserved = module.padding_idx
+            if module.num_embeddings == said and reserved is not None:
+                return said - reserved - 1
+    return said
+
+
 def context_length(model: nn.Module, asked: int | None) -> int:
-    """Give the tokens of a context: as asked, or 1,024, or what the model can do. Raises ArgumentError."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    """The tokens of a context: as asked, or 1,024, or what the model can do. Raises ArgumentError."""
+    most = _longest(model)
     if asked is None:
         return min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
     if asked < 1 or (most is not None and asked > most):
         raise ArgumentError(f"context_length is {asked}: expected 1 to {most or 'any number'}, what the model can do")
     return asked
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Ids below this have a row in the model's embedding; None if the model does not say."""
+    with suppress(AttributeError, NotImplementedError):
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        rows = embedding.num_embeddings if hasattr(embedding, "num_embeddings") else embedding.weight.shape[0]
+        # A weight that is spread over devices shows none of its rows.
+        if type(rows) is int and rows > 0:
+            return rows
+    return _number(text_config(model), _VOCABULARIES)
 
 
 @contextmanager
@@ -48,3 +97,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def running(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
+    """A block in which a model runs on token ids `[batch, seq]`: what its forward pass raises becomes one error.
+
+    Raises:
+        UnsupportedModelError: The model does not take token ids, or failed on these; its own error is the cause.
+            Errors of mmcache and a lack of memory pass as they are.
+    """
+    kind = type(model).__name__
+    wanted = getattr(model, "main_input_name", None)
+    if wanted not in _IDS and wanted == next(iter(inspect.signature(model.forward).parameters), None):
+        raise UnsupportedModelError(f"{kind} takes {wanted}, not token ids: give a language model or a text encoder")
+    try:
+        yield
+    except (MmcacheError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "give a language model or a text encoder that runs on token ids alone, or mend what it says"
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            remedy = "it is an encoder-decoder: give its encoder alone, model.get_encoder()"
+        raise UnsupportedModelError(
+            f"{kind} failed on token ids {list(ids.shape)} from {ids.min()} to {ids.max()}, saying {said[:300]!r}: "
+            f"{remedy}"
+        ) from error

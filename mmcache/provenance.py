@@ -7,7 +7,6 @@ the last bits: batch size, attention, device, threads, versions): refused unless
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import sys
@@ -15,11 +14,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import crc32c
 import torch
 
 from mmcache.errors import PlanMismatchError
 from mmcache.tokenizer_file import tokenizer_digest, tokenizer_text
+from mmcache.weights import weights_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,23 +34,7 @@ __all__ = [
     "numerics",
     "site_modules",
     "tokenizer_identity",
-    "weights_digest",
 ]
-
-_PIECE = 1 << 26
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Hash names, dtypes, shapes and bytes of a model's parameters and buffers; blocks while it reads them all."""
-    whole = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        crc = 0
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE].contiguous().cpu().view(torch.uint8)
-            crc = crc32c.crc32c(piece.numpy().data, crc)
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {crc:08x}\n".encode())
-    return whole.hexdigest()
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

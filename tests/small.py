@@ -53,6 +53,37 @@ def bert(seed=0):
     return _randomised(transformers.BertModel(config, add_pooling_layer=False), seed)
 
 
+_LAYERS = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_IMAGES = _LAYERS | {"image_size": 32, "patch_size": 16}
+
+
+def t5():
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return transformers.T5Model(config).eval()
+
+
+def vit():
+    return transformers.ViTModel(transformers.ViTConfig(**_IMAGES)).eval()
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=20,
+        max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperModel(config).eval()
+
+
+def llava(**options):
+    """A model of text and images, whose configuration has the text's sizes in a part of its own."""
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_SIZES | options),
+        vision_config=transformers.CLIPVisionConfig(**_IMAGES, projection_dim=WIDTH), image_token_index=5,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
 @functools.cache
 def byte_tokenizer():
     """The demo model's: a token a byte, and `<bos>` (256) before each text."""

@@ -13,6 +13,7 @@ import torch
 
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
 from mmcache.loading import load_model
+from mmcache.model_use import text_config
 from mmcache.view.base import Name, View, written
 from mmcache.view.look import Look
 from mmcache.view.words import Words, surroundings
@@ -69,9 +70,9 @@ class Unembedding:
                 f"{type(model).__name__} has no final norm called {', '.join(_FINAL_NORMS)}: "
                 f"make mmcache.view.Unembedding(head, norm, …) yourself"
             )
-        config = getattr(model, "config", None)
+        softcap = getattr(text_config(model), "final_logit_softcapping", None)
         weight: torch.Tensor = head.weight
-        return cls(head, norm, getattr(config, "final_logit_softcapping", None), weight.shape[1], weight.dtype)
+        return cls(head, norm, softcap, weight.shape[1], weight.dtype)
 
     @classmethod
     def load(cls, name: str) -> Unembedding:

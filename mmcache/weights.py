@@ -1,0 +1,129 @@
+"""The digest of a model's weights, whatever they are kept as: plain tensors, quantised ones, or packed objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import crc32c
+import torch
+
+from mmcache.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["weights_digest"]
+
+_PIECE = 1 << 26
+# What says the same in every process, so that its repr may be hashed.
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of a model's parameters and buffers; blocks while it reads them all.
+
+    Quantised weights count as what they consist of: numbers, scales and zero points.
+
+    Raises:
+        UnsupportedModelError: A weight that is on no device, or whose numbers cannot be read.
+    """
+    whole = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        for line in _lines(name, value):
+            whole.update(f"{line}\n".encode())
+    return whole.hexdigest()
+
+
+def _lines(name: str, value: Any) -> Iterator[str]:
+    """One line for each plain tensor or constant that an entry of a state dict consists of."""
+    if isinstance(value, io.BytesIO):
+        value = value.getvalue()
+    if isinstance(value, torch.Tensor):
+        yield from _tensor_lines(name, value)
+    elif isinstance(value, bytes | bytearray):
+        yield f"{name} bytes {len(value)} {crc32c.crc32c(value):08x}"
+    elif isinstance(value, _PLAIN):
+        yield f"{name} {value!r}"
+    else:
+        members = _members(value)
+        yield f"{name} {type(value).__name__} {len(members)}"
+        for key, member in members.items():
+            yield from _lines(f"{name}.{key}", member)
+
+
+def _members(value: Any) -> dict[Any, Any]:
+    """What a container holds; nothing for an object of a kind that is not known, whose repr may hold an address."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return dict(enumerate(value))
+    if isinstance(value, enum.Enum):
+        return {"name": value.name}
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    if isinstance(value, torch.ScriptObject) and hasattr(value, "__getstate__"):
+        return {"state": value.__getstate__()}
+    return {}
+
+
+def _tensor_lines(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    if tensor.device.type == "meta":
+        raise UnsupportedModelError(f"weight {name} is on no device (meta): load the model's weights first")
+    try:
+        parts = _parts(tensor)
+        if parts is None:
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)} {_crc(tensor):08x}"
+            return
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"weight {name} is a {type(tensor).__name__} whose numbers cannot be read: {_first_line(error)}. "
+            "Give the model before it was quantised, or a tensor class with __tensor_flatten__"
+        ) from error
+    yield f"{name} {type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}"
+    for part, value in parts.items():
+        yield from _lines(f"{name}.{part}", value)
+
+
+def _parts(tensor: torch.Tensor) -> dict[str, Any] | None:
+    """The plain tensors and constants that a tensor consists of; None for one that is plain itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        # The protocol by which torch.compile takes a subclass apart; torchao's and DTensor have it.
+        names, constants = tensor.__tensor_flatten__()
+        return {name: getattr(tensor, name) for name in names} | {"constants": constants}
+    if tensor.is_quantized:
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            scale: dict[str, Any] = {"scale": tensor.q_scale(), "zero_point": tensor.q_zero_point()}
+        else:
+            scale = {
+                "scale": tensor.q_per_channel_scales(),
+                "zero_point": tensor.q_per_channel_zero_points(),
+                "axis": tensor.q_per_channel_axis(),
+            }
+        return {"numbers": tensor.int_repr(), **scale}
+    if tensor.layout == torch.sparse_coo:
+        found = tensor.coalesce()
+        return {"indices": found.indices(), "values": found.values()}
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return {"rows": tensor.crow_indices(), "columns": tensor.col_indices(), "values": tensor.values()}
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return {"rows": tensor.row_indices(), "columns": tensor.ccol_indices(), "values": tensor.values()}
+    return None
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    # As a plain tensor: a subclass with bytes of its own may refuse to be seen as another dtype.
+    flat = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)
+    crc = 0
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE].contiguous().cpu().view(torch.uint8)
+        crc = crc32c.crc32c(piece.numpy().data, crc)
+    return crc
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
