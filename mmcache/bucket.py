@@ -14,7 +14,8 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmcache.connection import SCHEMES, client_library, connect
+from mmcache.addresses import SCHEMES, address, is_url
+from mmcache.connection import client_library, connect
 from mmcache.errors import ArgumentError, CorruptError, MmcacheError, RemoteError, StoreNotFoundError
 from mmcache.retries import short_answer, try_again
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["Bucket", "is_url"]
+__all__ = ["Bucket"]
 
 T = TypeVar("T")
 
@@ -36,11 +37,6 @@ _PIECE_BYTES = 2 << 20
 _LISTED = 5000
 # Where objects lie until they are whole: a name that nothing reads.
 _UPLOADS = ".uploads"
-
-
-def is_url(path: object) -> bool:
-    """Tell whether a store's place is an address of object storage, such as `s3://bucket/acts`."""
-    return isinstance(path, str) and path.partition("://")[0] in SCHEMES and "://" in path
 
 
 class Bucket:
@@ -60,7 +56,7 @@ class Bucket:
     def __init__(self, url: str) -> None:
         if not is_url(url):
             raise ArgumentError(f"{url!r}: expected an address, such as s3://bucket/acts ({', '.join(SCHEMES)})")
-        self.url = url.rstrip("/")
+        self.url = address(url).rstrip("/")
         self._obstore = client_library()
         self._store = connect(self.url, self._obstore, PATIENCE)
         self._process = os.getpid()

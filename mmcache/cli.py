@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mmcache.bucket import is_url
+from mmcache.addresses import redacted
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
 from mmcache.signals import Stopped
 from mmcache.visible import visible_lines
@@ -47,13 +47,19 @@ class _Group(click.Group):
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in _COMMANDS and (is_url(args[0]) or Path(args[0]).exists()):
+        if args and args[0] not in _COMMANDS and ("://" in args[0] or Path(args[0]).exists()):
             args = ["info", *args]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            # It quotes what was typed.
+            said = redacted(error.message)
+            if said == error.message:
+                raise
+            raise click.UsageError(said, error.ctx) from None
         except Stopped as stopped:
             click.echo(f"mmcache: stopped. {stopped.left}", err=True)
             sys.exit(128 + stopped.number)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from mmcache.bucket import is_url
 from mmcache.cluster_pool import Pool, Resources
 from mmcache.cluster_worker import Job, Options, see_plan
+from mmcache.connection import placed
 from mmcache.errors import ArgumentError
 from mmcache.job import complete
 from mmcache.loading import load_model, load_tokenizer
@@ -90,12 +90,13 @@ def extract(
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"extract() got unexpected options: {', '.join(sorted(unknown))}")
-    if is_url(path):
+    place = placed(path)
+    if isinstance(place, str):
         raise ArgumentError(
-            f"{path} is a bucket, and a cluster's workers need a folder that all of them see: call mmcache.extract on "
+            f"{place} is a bucket, and a cluster's workers need a folder that all of them see: call mmcache.extract on "
             f"each machine instead, with the same arguments"
         )
-    place = Path(path).absolute()
+    place = place.absolute()
     loads, tokenizes, reads = _model(model), _tokenizer(tokenizer), _texts(texts)
     with connected(address) as ray:
         resources = Resources.of(ray, workers, num_gpus, num_cpus)

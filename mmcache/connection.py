@@ -8,16 +8,18 @@ from __future__ import annotations
 import importlib.util
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from mmcache.addresses import SCHEMES, address, concealed, is_url
 from mmcache.errors import AccessError, ArgumentError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["SCHEMES", "client_library", "connect", "said"]
+__all__ = ["client_library", "connect", "placed", "said"]
 
-SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "file")
 # Seconds that a server may take to be reached, to send anything more of an answer, and all of it.
 _CONNECT, _SILENCE, _REQUEST = 10, 30, 600
 # Times that the client itself tries again, and the longest pause between two: the caller, who can be told to stop,
@@ -25,6 +27,21 @@ _CONNECT, _SILENCE, _REQUEST = 10, 30, 600
 _TIMES, _PAUSE = 4, 1
 _KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
                   "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")  # fmt: skip
+
+
+def placed(path: str | os.PathLike[str]) -> str | Path:
+    """A store's place: an address of object storage, without what is secret in it, or else a folder.
+
+    Raises:
+        ArgumentError: an address of another kind, such as `https://…`.
+    """
+    if is_url(path):
+        return address(str(path))
+    if "://" in str(path):
+        raise ArgumentError(
+            f"{str(path)!r}: expected a folder, or an address such as s3://bucket/acts ({', '.join(SCHEMES)})"
+        )
+    return Path(path)
 
 
 def said(error: Exception) -> str:
@@ -73,17 +90,27 @@ def connect(url: str, obstore: ModuleType, patience: float) -> Any:
     }
     if url.startswith("s3"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", ""))
+        _check_endpoint(endpoint)
         if endpoint.startswith("http://"):
             client["allow_http"] = True
         options |= {"copy_if_not_exists": "multipart"} | _amazon(url)
     return _made(url, obstore, options)
 
 
+def _check_endpoint(endpoint: str) -> None:
+    """Refuse what the client would end the process' thread for."""
+    try:
+        _ = urlsplit(endpoint).port
+    except ValueError as error:
+        raise ArgumentError(f"the endpoint {endpoint!r} in AWS_ENDPOINT_URL is no address: {error}") from None
+
+
 def _made(url: str, obstore: ModuleType, options: dict[str, Any]) -> Any:
     try:
         return obstore.store.from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise ArgumentError(f"{url}: {said(error)}") from error
+        failure = error
+    raise ArgumentError(f"{url}: {said(failure)}") from concealed(failure)
 
 
 def _amazon(url: str) -> dict[str, Any]:

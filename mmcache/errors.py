@@ -30,6 +30,8 @@ Every message names the object, what was found, what was expected and what to do
 
 from __future__ import annotations
 
+from mmcache.addresses import redacted
+
 __all__ = [
     "AccessError",
     "ArgumentError",
@@ -59,7 +61,10 @@ __all__ = [
 
 
 class MmcacheError(Exception):
-    """The root of every error that mmcache raises on purpose."""
+    """The root of every error that mmcache raises on purpose. No text of one holds a password or a signature."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(said) if isinstance(said, str) else said for said in args))
 
 
 class ArgumentError(MmcacheError, ValueError):

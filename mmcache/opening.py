@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.bucket import is_url
+from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.manifest import read_manifest
 from mmcache.mirror import Mirror
@@ -13,6 +12,7 @@ from mmcache.store import Store
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
 __all__ = ["open_store", "reopened"]
 
@@ -49,12 +49,13 @@ def open_store(
         AccessError, RemoteError: object storage refuses, or gives no answer.
         ArgumentError: a cache for a store that is no address, or obstore is not installed.
     """
-    if is_url(path):
-        mirror = Mirror(str(path), cache_dir, cache_bytes)
+    place = placed(path)
+    if isinstance(place, str):
+        mirror = Mirror(place, cache_dir, cache_bytes)
         return _opened(mirror.folder, mirror, partial=partial, check=check)
     if cache_dir is not None or cache_bytes is not None:
         raise ArgumentError(f"{path} is a folder, and needs no cache: cache_dir and cache_bytes are for addresses")
-    return _opened(Path(path), None, partial=partial, check=check)
+    return _opened(place, None, partial=partial, check=check)
 
 
 def _opened(folder: Path, remote: Mirror | None, *, partial: bool, check: bool) -> Store:

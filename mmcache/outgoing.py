@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.bucket import Bucket, is_url
+from mmcache.addresses import is_url
+from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
 from mmcache.bucket_listing import read_planned
 from mmcache.claims import STAGING, Claims
+from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
 from mmcache.files import free_bytes
 from mmcache.format import Layout
@@ -54,8 +56,9 @@ def outgoing_for(
     path: str | os.PathLike[str], staging: str | os.PathLike[str] | None, staging_bytes: int | None
 ) -> Outgoing | None:
     """Give what makes a store for an address; None for a folder. Raises ArgumentError as `Outgoing`."""
-    if is_url(path):
-        return Outgoing(str(path), staging, staging_bytes)
+    place = placed(path)
+    if isinstance(place, str):
+        return Outgoing(place, staging, staging_bytes)
     if staging is not None or staging_bytes is not None:
         raise ArgumentError(f"{path} is a folder, in which shards are made at once: staging is for a store in a bucket")
     return None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.bucket import is_url
+from mmcache.connection import placed
 from mmcache.errors import IncompleteError
 from mmcache.listing import listed_shards
 from mmcache.manifest import read_manifest
@@ -15,6 +14,7 @@ from mmcache.mirror import Mirror
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from mmcache.manifest import Manifest
 
@@ -37,8 +37,9 @@ def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
         IncompleteError: it is still being planned.
         AccessError, RemoteError: object storage refuses, or gives no answer.
     """
-    folder = Mirror(str(path)).folder if is_url(path) else Path(path)
-    where = str(path) if is_url(path) else str(folder)
+    place = placed(path)
+    folder = Mirror(place).folder if isinstance(place, str) else place
+    where = str(place)
     manifest = read_manifest(folder)
     if manifest.kind == "planned" and manifest.n_tokens is None:
         raise IncompleteError(f"{where} is still being planned: run the same `mmcache extract` again")

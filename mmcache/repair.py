@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmcache.connection import placed
 from mmcache.draft import publish
-from mmcache.errors import MmcacheError
+from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.files import set_aside
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, read_manifest
@@ -87,8 +88,10 @@ def repair(
         StoreNotFoundError, CorruptError, VersionError: there is no store, or its root cannot be read.
         LockedError: a writer has it.
         WriteError: a file cannot be moved.
+        ArgumentError: that is no folder's path.
     """
-    folder = Path(path)
+    if isinstance(folder := placed(path), str):
+        raise ArgumentError(f"{folder} is an address: repair works on a folder; delete a bad object and push it again")
     manifest = read_manifest(folder)
     lock = FolderLock(folder)
     try:

@@ -7,6 +7,7 @@ import re
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from mmcache.addresses import concealed
 from mmcache.connection import said
 from mmcache.errors import AccessError, RemoteError, StoreNotFoundError
 
@@ -54,31 +55,24 @@ def try_again(where: str, work: Callable[[], T], short: Callable[[], None], refu
     while True:
         try:
             return work()
-        except ShortError as error:
-            short()
+        except (ShortError, FileNotFoundError, RemoteError, refusals.BaseError) as error:
             failure: Exception = error
-        except FileNotFoundError as error:
-            raise _not_found(where, error) from error
-        except refusals.BaseError as error:
-            failure = error
-            _refuse(where, error, refusals)
-            if _BEYOND.search(str(error)):
-                short()
-        except RemoteError as error:
-            failure = error
+        # Behind the block, so that what is raised does not carry the client's own words, which may hold a password.
+        if not isinstance(failure, ShortError | RemoteError):
+            _refuse(where, failure, refusals)
+        if isinstance(failure, ShortError) or _BEYOND.search(str(failure)):
+            short()
         if time.monotonic() - began + pause > patience:
             raise RemoteError(
                 f"{where}: no whole answer for {time.monotonic() - began:.0f} s ({said(failure)}). What is there "
                 f"stays there: see that the server can be reached, and run it again"
-            ) from failure
+            ) from concealed(failure)
         time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 -- so that clients do not come all at once
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _not_found(where: str, error: Exception) -> StoreNotFoundError:
-    if isinstance(error, StoreNotFoundError):
-        return error
-    if "NoSuchBucket" in str(error):
+    if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
         return StoreNotFoundError(2, "there is no such bucket: make it first, or correct the address", where)
     return StoreNotFoundError(2, "there is no such object", where)
 
@@ -86,11 +80,13 @@ def _not_found(where: str, error: Exception) -> StoreNotFoundError:
 def _refuse(where: str, error: Exception, refusals: ModuleType) -> None:
     """Raise for what trying again does not change."""
     text = str(error)
+    if isinstance(error, StoreNotFoundError):
+        raise error
+    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text or "ContainerNotFound" in text:
+        raise _not_found(where, error) from concealed(error)
     if isinstance(error, refusals.PermissionDeniedError | refusals.UnauthenticatedError) or _FORBIDDEN.search(text):
         raise AccessError(
             13, f"the server refuses ({said(error)}): the credentials are wrong, or have no right to it", where
-        ) from error
-    if "NoSuchBucket" in text or "ContainerNotFound" in text:
-        raise _not_found(where, error) from error
+        ) from concealed(error)
     if isinstance(error, refusals.NotSupportedError | refusals.InvalidPathError):
-        raise RemoteError(f"{where}: {said(error)}") from error
+        raise RemoteError(f"{where}: {said(error)}") from concealed(error)

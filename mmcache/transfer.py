@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mmcache.bucket import Bucket, is_url
+from mmcache.bucket import Bucket
+from mmcache.connection import placed
 from mmcache.draft import remove_drafts
 from mmcache.errors import (
     ArgumentError,
@@ -97,9 +98,8 @@ def push(
         UnknownSiteError, OutOfRangeError, ArgumentError: there are no such sites or sequences; `url` is no address.
         AccessError, RemoteError: the server refuses, or gives no answer.
     """
-    if is_url(path):
-        raise ArgumentError(f"{path} is an address: push copies from a folder, `mmcache pull` to one")
-    folder = Path(path)
+    if isinstance(folder := placed(path), str):
+        raise ArgumentError(f"{folder} is an address: push copies from a folder, `mmcache pull` to one")
     manifest, text = _read_root(folder)
     _planned(manifest, str(folder))
     names = chosen_sites(manifest, sites, str(folder))
@@ -156,9 +156,8 @@ def pull(
         AccessError, RemoteError: the server refuses, or gives no answer.
         WriteError: the disk refused.
     """
-    folder = Path(path)
-    if is_url(path):
-        raise ArgumentError(f"{path} is an address: pull copies into a folder, `mmcache push` from one")
+    if isinstance(folder := placed(path), str):
+        raise ArgumentError(f"{folder} is an address: pull copies into a folder, `mmcache push` from one")
     if folder.exists() and not folder.is_dir():
         raise StoreExistsError(errno.EEXIST, "that is a file: a store needs a folder", str(folder))
     bucket = Bucket(url)

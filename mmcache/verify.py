@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.bucket import is_url
+from mmcache.connection import placed
 from mmcache.crew import Crew
 from mmcache.errors import AccessError, ArgumentError, CorruptError, IncompleteError, MmcacheError, RemoteError
 from mmcache.files import count_names, list_names
@@ -76,13 +76,14 @@ def verify(
     """
     if level not in ("quick", "full"):
         raise ArgumentError(f"level is {level!r}: expected 'quick' or 'full'")
+    place = placed(path)
     try:
-        remote = Mirror(str(path)) if is_url(path) else None
-        folder = Path(path) if remote is None else remote.folder
+        remote = Mirror(place) if isinstance(place, str) else None
+        folder = Path(place) if remote is None else remote.folder
         manifest = read_manifest(folder)
     except CorruptError as error:
         # Another format version too: a bit that flipped there is as likely as a store from the future.
-        return Report(str(path), level, (Finding("metadata", ROOT, str(error)),), 0, 0)
+        return Report(str(place), level, (Finding("metadata", ROOT, str(error)),), 0, 0)
     return _Verification(folder, manifest, level, progress, remote).run()
 
 

@@ -8,7 +8,8 @@ import pytest
 import s3
 
 from mmcache import bucket
-from mmcache.bucket import Bucket, is_url
+from mmcache.addresses import is_url
+from mmcache.bucket import Bucket
 from mmcache.errors import AccessError, ArgumentError, StoreNotFoundError
 
 SMALL = b"0123456789"

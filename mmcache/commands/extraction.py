@@ -13,11 +13,12 @@ import click
 import torch
 from rich.console import Console
 
-from mmcache.bucket import is_url
+from mmcache.addresses import is_url, redacted
 from mmcache.capture import probe
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
 from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_json
+from mmcache.connection import placed
 from mmcache.corpus import read_texts
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
@@ -90,6 +91,7 @@ def extract(model: str, corpus: tuple[str, ...], out: str, as_json: bool, **opti
     CORPUS is text, .jsonl, .parquet or .npy files, dataset folders, or the name of a dataset on the hub. The
     same command goes on after an interruption.
     """
+    out = str(placed(out))
     left = f"{out}, what was not sent yet in {staging_folder(out, options['staging'])}" if is_url(out) else out
     with stoppable(_GOES_ON.format(left)):
         _extract(model, corpus, out, options, as_json=as_json)
@@ -110,7 +112,7 @@ def _extract(model: str, corpus: tuple[str, ...], out: str, options: dict[str, A
         "shard_tokens": options["shard_tokens"],
         "max_tokens": options["max_tokens"],
         "device": options["device"],
-        "record": {"command": shlex.join(["mmcache", *sys.argv[1:]]), "corpus": list(corpus)},
+        "record": {"command": redacted(shlex.join(["mmcache", *sys.argv[1:]])), "corpus": [*map(redacted, corpus)]},
     }
     _check_ray(options, rank, out)
     if options["address"] is not None:

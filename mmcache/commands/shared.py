@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmcache.bucket import is_url
+from mmcache.connection import placed
 from mmcache.plain import json_ready
 from mmcache.visible import plain_json, visible
 
@@ -34,12 +34,12 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 
 
 class _Place(click.ParamType[Any]):
-    """A folder as a Path, or an address in a bucket as it is."""
+    """A folder as a Path, or an address in a bucket without what is secret in it."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 -- click's signature
-        return value if is_url(value) else Path(value)
+        return placed(value)
 
 
 PLACE = _Place()
