@@ -6,23 +6,35 @@ A document is a text, or a one-dimensional array of token ids, which is taken as
 from __future__ import annotations
 
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import zarr
 
 from mmcache.errors import CorpusError
+from mmcache.file_kinds import HEAD, check_kind
+from mmcache.memory import available_memory
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Document", "read_texts"]
+__all__ = ["Document", "check_size", "check_sources", "read_texts"]
 
 Document: TypeAlias = "str | np.ndarray"
 
 _JSON_LINES = (".jsonl", ".ndjson")
+# What files are read as that are not read as text, and what they begin with.
+_KINDS = {
+    **dict.fromkeys(_JSON_LINES, ("JSON lines", b"")),
+    ".parquet": ("Parquet", b"PAR"),
+    ".npy": ("a numpy array", b"\x93NUMPY"),
+}
+# Memory that a tokenizer takes for one byte of one text: measured, 60 to 270 for text of all kinds, 450 for blanks.
+_TOKENIZING = 320
+_SPLIT = 'put its texts one a line into a .jsonl, as {"text": …}, or cut the file, such as by `split -C 16M`'
 
 
 def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text") -> Iterator[Document]:
@@ -32,58 +44,145 @@ def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text"
         sources: files and folders, or names of datasets on the Hugging Face hub:
             `.jsonl` one document a line, under `field`; `.parquet` one document a row, in the column `field`;
             `.npy` token ids: `[n]` one document, `[n, length]` one document a row; a folder that
-            `Dataset.save_to_disk` made; a one-dimensional zarr array of token ids; any other file is one
-            document in UTF-8; what is no path is a hub dataset, `name` or `name:split`, streamed.
+            `Dataset.save_to_disk` made; a one-dimensional zarr array of token ids; any other file with plain text is
+            one document in UTF-8; what is no path is a hub dataset, `name` or `name:split`, streamed.
         field: the key of the text in JSON lines, Parquet and datasets.
 
     Raises:
-        CorpusError: a source that is not there or cannot be read as said; source and line (or row) are named.
+        CorpusError: a source that is not there, that is not what its name says, that is of a kind that is not read (a
+            table, a JSON document, an archive, …), or a document that memory does not suffice for; source and line (or
+            row) are named.
     """
-    if isinstance(sources, str | PurePath):
-        raise CorpusError(f"sources is one path, {str(sources)!r}: give a sequence of them, [{str(sources)!r}]")
-    for source in sources:
-        path = Path(source)
-        try:
+    for name, path in _named(sources):
+        with _explained(path):
             if path.is_dir():
                 yield from _read_folder(path, field)
-            elif path.exists():
+            elif _is_there(name, path):
                 yield from _read_file(path, field)
-            elif path.suffix or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
-                raise CorpusError(f"{path} is not there: give files, folders or the name of a dataset on the hub")
             else:
-                yield from _read_hub(str(source), field)
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{path} is not UTF-8 at byte {error.start}: convert it first") from error
-        except OSError as error:
-            raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
+                yield from _read_hub(name, field)
+
+
+def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse files that are not there or of a kind that is not read: a look at them before a model is loaded.
+
+    Raises:
+        CorpusError: As `read_texts`.
+    """
+    for name, path in _named(sources):
+        with _explained(path):
+            if _is_there(name, path) and path.is_file():
+                with path.open("rb") as file:
+                    _check_file(path, file.peek(HEAD)[:HEAD])
+
+
+def _named(sources: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, Path]]:
+    if isinstance(sources, str | bytes | PurePath):
+        raise CorpusError(f"sources is one path, {str(sources)!r}: give a sequence of them, [{str(sources)!r}]")
+    for source in sources:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise CorpusError(f"{source!r} is no source of texts: give files, folders or names of datasets on the hub")
+        yield name, Path(name)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _is_there(name: str, path: Path) -> bool:
+    """Whether there is such a file or folder; if not, it may be a dataset on the hub."""
+    there = path.exists()
+    if not there and (path.suffix or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise CorpusError(f"{path} is not there: give files, folders or the name of a dataset on the hub")
+    return there
+
+
+def check_size(size: int, where: str, remedy: str) -> None:
+    """Refuse a text of so many bytes where there is not enough memory to tokenise it.
+
+    Raises:
+        CorpusError: its size, what tokenising it takes, and what is free.
+    """
+    free = available_memory()
+    if size * _TOKENIZING > free:
+        raise CorpusError(
+            f"{where} is one text of {size / 1e6:,.1f} MB, which takes about {size * _TOKENIZING / 1e9:,.1f} GB to "
+            f"tokenise, and {free / 1e9:,.1f} GB are free: {remedy}"
+        )
+
+
+def _check_file(path: Path, head: bytes) -> None:
+    """Refuse a file that is not what its name says, or of a kind that is not read."""
+    wanted, magic = _KINDS.get(path.suffix.lower(), (None, b""))
+    if not (magic and head.startswith(magic)):
+        check_kind(path, head, wanted)
 
 
 def _read_file(path: Path, field: str) -> Iterator[Document]:
     suffix = path.suffix.lower()
-    if suffix in _JSON_LINES:
-        yield from _read_json_lines(path, field)
-    elif suffix == ".parquet":
-        yield from _read_parquet(path, field)
-    elif suffix == ".npy":
-        yield from _read_npy(path)
-    else:
-        yield path.read_text(encoding="utf-8")
+    if path.is_block_device() or path.is_char_device():
+        raise CorpusError(f"{path} is a device: give a file")
+    with path.open("rb") as file:
+        # A pipe can be read once only: what is looked at stays in the buffer.
+        _check_file(path, file.peek(HEAD)[:HEAD])
+        if suffix in _JSON_LINES:
+            yield from _read_json_lines(file, path, field)
+        elif suffix == ".parquet":
+            yield from _read_parquet(path, field)
+        elif suffix == ".npy":
+            yield from _read_npy(path)
+        else:
+            yield _read_text(file, path)
 
 
-def _read_json_lines(path: Path, field: str) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line.decode("utf-8-sig"))[field]
-            except UnicodeDecodeError as error:
-                raise CorpusError(f"{path}, line {number}: not UTF-8 at its byte {error.start}: convert it") from error
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CorpusError(
-                    f"{path}, line {number}: no document under {field!r} ({error!r}); choose the key with --field"
-                ) from error
-            yield _text(text, f"{path}, line {number}", field)
+def _read_text(file: IO[bytes], path: Path) -> str:
+    check_size(os.fstat(file.fileno()).st_size, str(path), _SPLIT)
+    # A pipe has no size, and a file may grow.
+    most = available_memory() // _TOKENIZING
+    data = file.read(most + 1)
+    check_size(len(data), str(path), _SPLIT)
+    if (at := data.find(b"\0")) >= 0:
+        raise CorpusError(f"{path} is binary, not text: it has a zero at byte {at}")
+    # Line ends as Python's text files have them.
+    return _decoded(data, str(path)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(data: bytes, where: str, encoding: str = "utf-8") -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{where} is not UTF-8 at byte {error.start}: convert it first") from error
+
+
+def _read_json_lines(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
+    number = 0
+    while line := file.readline(most := available_memory() // _TOKENIZING + 1):
+        number += 1
+        where = f"{path}, line {number}"
+        if len(line) == most:
+            check_size(most, where, "cut its text into several documents")
+        if line.strip():
+            yield _text(_value(_decoded(line, where, "utf-8-sig"), where, field, first=number == 1), where, field)
+
+
+def _value(line: str, where: str, field: str, *, first: bool) -> object:
+    """What a line of JSON has under a key."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        whole = "; if the file is one JSON document, write it one object a line, such as by `jq -c '.[]'`"
+        raise CorpusError(f"{where}: not a line of JSON ({error!r}){whole if first else ''}") from error
+    if not isinstance(found, dict):
+        raise CorpusError(f"{where}: a {type(found).__name__}: expected an object with the key {field!r} on each line")
+    if field not in found:
+        keys = ", ".join(map(repr, found))
+        raise CorpusError(f"{where}: no document under {field!r} (keys: {keys[:200]}); choose the key with --field")
+    return found[field]
 
 
 def _text(value: object, where: str, field: str) -> str:
@@ -94,20 +193,22 @@ def _text(value: object, where: str, field: str) -> str:
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415 -- an extra, and slow to import
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 -- an extra, and slow to import
     except ImportError as error:
         raise CorpusError(f"{path}: reading Parquet needs pyarrow: pip install 'mmcache[extract]'") from error
+    row = 0
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 raise CorpusError(f"{path} has no column {field!r} (columns: {', '.join(file.schema_arrow.names)})")
-            row = 0
             for batch in file.iter_batches(columns=[field], batch_size=256):
-                for value in batch.column(0).to_pylist():
-                    yield _text(value, f"{path}, row {row}", field)
+                for value in batch.column(0):
+                    yield _text(value.as_py(), f"{path}, row {row}", field)
                     row += 1
-    except ArrowInvalid as error:
-        raise CorpusError(f"{path} is no Parquet file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}, row {row}: not UTF-8 at byte {error.start}: convert it first") from error
+    except (ArrowException, OSError) as error:
+        raise CorpusError(f"{path} is no Parquet file, or damaged at row {row} or later: {error}") from error
 
 
 def _ids(array: Any, where: str) -> np.ndarray:
@@ -119,11 +220,11 @@ def _ids(array: Any, where: str) -> np.ndarray:
 def _read_npy(path: Path) -> Iterator[np.ndarray]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy and Python's parser say in many ways that a header is damaged
         # Only the first sentence: numpy goes on to advise loading pickles.
         raise CorpusError(f"{path} is no array of numbers: {str(error).partition('. ')[0]}") from error
-    if not isinstance(array, np.ndarray):
-        raise CorpusError(f"{path} holds several arrays (it is an .npz): save the one with the token ids by itself")
     for row in array if array.ndim == 2 else [array]:
         yield _ids(row, str(path))
 
@@ -135,10 +236,22 @@ def _read_folder(path: Path, field: str) -> Iterator[Document]:
     if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
         raise CorpusError(f"{path} is a folder, but no dataset (save_to_disk) and no zarr array: give its files")
     datasets = _datasets(str(path))
-    dataset = datasets.load_from_disk(str(path))
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets and pyarrow say in many ways that a folder is damaged
+        raise CorpusError(f"{path} cannot be read as a dataset of save_to_disk: {error!r}") from error
     if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
         raise CorpusError(f"{path} holds the splits {', '.join(dataset)}: give the folder of one of them")
     yield from _rows(dataset, str(path), field)
+
+
+def _check_ids(size: int, path: Path) -> None:
+    # They are read, checked and cut.
+    if 3 * size > available_memory():
+        raise CorpusError(
+            f"{path} is one document of {size / 1e9:,.1f} GB of token ids, and {available_memory() / 1e9:,.1f} GB of "
+            f"memory are free: save them as .npy, [n, length], which is read in place"
+        )
 
 
 def _read_zarr(path: Path) -> np.ndarray:
@@ -146,7 +259,10 @@ def _read_zarr(path: Path) -> np.ndarray:
         node = zarr.open(path, mode="r")
         ids = None
         if isinstance(node, zarr.Array) and node.ndim == 1 and node.dtype.kind in "iu":
+            _check_ids(node.size * node.dtype.itemsize, path)
             ids = np.asarray(node[:])
+    except CorpusError:
+        raise
     except Exception as error:  # zarr and its codecs say in many ways that an array is damaged
         raise CorpusError(f"{path} cannot be read as a zarr array: {error!r}") from error
     if not isinstance(node, zarr.Array):
@@ -168,8 +284,9 @@ def _read_hub(name: str, field: str) -> Iterator[str]:
     datasets = _datasets(f"{name} is not a path here; as a dataset on the hub")
     repository, _, split = name.partition(":")
     try:
-        rows = datasets.load_dataset(repository, split=split or "train", streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        # Releases before 4 would ask, on the terminal, whether to run what the dataset brings along.
+        rows = datasets.load_dataset(repository, split=split or "train", streaming=True, trust_remote_code=False)
+    except Exception as error:  # datasets, its readers and the hub's client fail in many ways
         raise CorpusError(f"{name} is no path here, and could not be had from the hub: {error}") from error
     yield from _rows(rows, name, field)
 
@@ -178,5 +295,12 @@ def _rows(dataset: Any, where: str, field: str) -> Iterator[str]:
     names = dataset.column_names
     if names is not None and field not in names:
         raise CorpusError(f"{where} has no column {field!r} (columns: {', '.join(names)}); choose it with --field")
-    for number, row in enumerate(dataset):
-        yield _text(row[field], f"{where}, row {number}", field)
+    number = 0
+    try:
+        for row in dataset:
+            yield _text(row.get(field), f"{where}, row {number}", field)
+            number += 1
+    except CorpusError:
+        raise
+    except Exception as error:  # as above, and connections fail
+        raise CorpusError(f"{where}, row {number}: cannot be read: {error!r}") from error

@@ -167,7 +167,7 @@ def test_stats_are_the_store_s(acts):
     ("arguments", "said"),
     [
         (["info", "nowhere"], "no mmcache store there"),
-        (["extract", "no-such-model-folder/x/y", "README.md", "--out", "x"], "cannot be loaded as a model"),
+        (["extract", "no-such-model-folder/x/y", str(README), "--out", "x"], "cannot be loaded as a model"),
         (["extract", "demo", "no-such-file.txt", "--out", "x"], "is not there"),
         (["extract", "demo", str(README), "--out", "x", "--sites", "mlp_inn"], "mlp_in"),
         (["extract", "demo", str(README), "--out", "x", "--layers", "2-x"], "numbers and ranges"),

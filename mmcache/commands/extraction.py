@@ -19,7 +19,7 @@ from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
 from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_json
 from mmcache.connection import placed
-from mmcache.corpus import read_texts
+from mmcache.corpus import check_sources, read_texts
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.outgoing import planned_in_bucket, staging_folder
@@ -115,6 +115,7 @@ def _extract(model: str, corpus: tuple[str, ...], out: str, options: dict[str, A
         "record": {"command": redacted(shlex.join(["mmcache", *sys.argv[1:]])), "corpus": [*map(redacted, corpus)]},
     }
     _check_ray(options, rank, out)
+    check_sources(corpus)
     if options["address"] is not None:
         store = _by_ray(model, corpus, out, options, what, console)
     else:
