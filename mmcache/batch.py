@@ -12,6 +12,7 @@ import torch
 from mmcache.devices import check_dense
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, DtypeError, ShapeError, UnknownSiteError
+from mmcache.flags import FIRST
 
 if TYPE_CHECKING:
     from mmcache.manifest import Manifest
@@ -91,6 +92,11 @@ def check_batch(
         checked[name] = full if values is None else _whole_numbers(values, name, 0, high)
         if checked[name].shape != ids.shape:
             raise ShapeError(f"{name} has shape {list(checked[name].shape)}: expected {list(ids.shape)}, as tokens")
+    if flags is not None and manifest.flags_first and (checked["flags"] & FIRST).any():
+        raise ArgumentError(
+            f"flags have bit {FIRST}, which marks the first token of a sequence and is set by the store itself: "
+            f"expected 1 (BOS), 2 (special) and bits of your own, 8 to 128"
+        )
     if not isinstance(activations, Mapping):
         raise DtypeError(f"activations are a {type(activations).__name__}: expected a dict of site to layers")
     if set(activations) != set(manifest.sites):

@@ -77,7 +77,10 @@ class ActivationDataset(IterableDataset[Batch]):
             about 8 MiB in random order, mixed within `buffer_bytes`; `shuffle_quality` says how well. None: the text's
             order.
         seed: of the shuffle, from 0 to 2**64 - 1.
-        drop: tokens to leave out: `"bos"`, `"special"`, bits of the flags, `[n_tokens]` bool, or several of these.
+        drop: tokens to leave out: `"bos"`, `"special"`, `"first"` (of each sequence, where attention sinks are, BOS or
+            not), bits of the flags, `[n_tokens]` bool, or several of these. In a store of format version 1, which does
+            not flag first tokens, its sequences say which they are; its statistics, by which `normalize` goes, have
+            them all the same.
         normalize: `"scalar"` or `"per_dim"`: by the statistics of the whole store; see `SiteStatistics.normalizer`.
         split: None, `"train"`, `"validation"`, or a `Split`.
         drop_last: leave out the tokens at the end of the epoch's order that do not fill a batch for each rank.
@@ -105,7 +108,7 @@ class ActivationDataset(IterableDataset[Batch]):
         batch_size: int,
         shuffle: Literal["global", "block"] | None = "global",
         seed: int = 0,
-        drop: Drop = ("bos", "special"),
+        drop: Drop = ("bos", "special", "first"),
         normalize: Literal["scalar", "per_dim"] | None = None,
         split: Split | Literal["train", "validation"] | None = None,
         drop_last: bool = False,

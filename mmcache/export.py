@@ -73,10 +73,10 @@ def export(
     bfloat16, so such a site is `<site>.bf16.npy`, its bits as uint16: `.view(ml_dtypes.bfloat16)` are the numbers.
     `dtype="float32"` writes exactly the same numbers, for numpy alone, in twice the room.
 
-    `index.json` lists the files of each site with their layers and tokens, and says where the data came from. A cache
-    has no tokens. The folder appears under its name when everything is in it; what an export that was killed left is
-    removed by the next one to the same place. It takes at most 256 MiB of memory. Checksums of activations are not
-    compared.
+    `index.json` lists the files of each site with their layers and tokens, names the bits of the flags, and says where
+    the data came from. A cache has no tokens. The folder appears under its name when everything is in it; what an
+    export that was killed left is removed by the next one to the same place. It takes at most 256 MiB of memory.
+    Checksums of activations are not compared.
 
     Args:
         store: an open store, or its path; of a store that is not complete, what is asked for must be.
@@ -163,6 +163,7 @@ class _Export:
             "n_tokens": chosen.n_tokens,
             "n_sequences": manifest.n_sequences,
             "tokens": self.token_files if manifest.has_tokens else (),
+            "flags": manifest.flag_bits,
             "sites": {
                 site: {"d_model": view.d_model, "files": self.files[site]} for site, view in chosen.views.items()
             },

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["BOS", "SPECIAL", "counted", "flagged"]
+__all__ = ["BOS", "FIRST", "SPECIAL", "counted", "flagged", "known_flags"]
 
-# The other six bits are the user's own.
-BOS, SPECIAL = 1, 2
+# The others are the user's own; FIRST is too in stores of format version 1, which do not flag first tokens.
+BOS, SPECIAL, FIRST = 1, 2, 4
 
 
-def flagged(tokens: np.ndarray, special_tokens: np.ndarray, *, begins: bool) -> np.ndarray:
-    """Flag the special ones of `tokens` `[n]`; the first one is BOS too if it is special and `begins` a sequence.
+def known_flags(*, first: bool) -> dict[str, int]:
+    """Name and bit of each flag that the library sets; tokens with any of them are left out of the statistics.
 
-    Returns `[n]` uint8 in the caller's own memory.
+    Args:
+        first: whether the store flags the first token of each sequence.
+    """
+    return {"bos": BOS, "special": SPECIAL, **({"first": FIRST} if first else {})}
+
+
+def flagged(tokens: np.ndarray, special_tokens: np.ndarray, *, begins: bool, first: bool) -> np.ndarray:
+    """Flags of `tokens` `[n]`, some of which are special.
+
+    Args:
+        tokens: ids of at least one token.
+        special_tokens: ids that are flagged special.
+        begins: the first of `tokens` begins a sequence; it is BOS too if it is special.
+        first: flag it FIRST as well.
+
+    Returns:
+        `[n]` uint8 in the caller's own memory.
     """
     special = np.isin(tokens, special_tokens)
     flags = np.where(special, np.uint8(SPECIAL), np.uint8(0))
-    if begins and special[0]:
-        flags[0] |= BOS
+    if begins:
+        flags[0] |= (BOS if special[0] else 0) | (FIRST if first else 0)
     return flags
 
 
-def counted(flags: np.ndarray) -> np.ndarray:
-    """Tell which tokens count in statistics, `[n]` bool: all but BOS and special ones, whose norms swamp the rest."""
-    kept: np.ndarray = (flags & (BOS | SPECIAL)) == 0
+def counted(flags: np.ndarray, left_out: int) -> np.ndarray:
+    """Which tokens count in statistics, `[n]` bool: those with none of the bits `left_out`."""
+    kept: np.ndarray = (flags & np.uint8(left_out)) == 0
     return kept

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmcache.dtypes import Dtype
 
 __all__ = [
-    "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
     "HEADER_BYTES",
     "NORM_COLUMNS",
     "STATISTICS",
@@ -42,7 +42,7 @@ __all__ = [
     "said_ids",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 HEADER_BYTES = PAGE
 STATISTICS = (
     "count",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import crc32c
 import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
-from mmcache.flags import BOS, SPECIAL
+from mmcache.flags import counted, known_flags
 from mmcache.held import pieces
 from mmcache.split import Split, as_split, members
 
@@ -24,7 +24,9 @@ __all__ = ["Drop", "Kept"]
 
 Drop: TypeAlias = "str | int | np.ndarray | torch.Tensor | Sequence[str | int | np.ndarray | torch.Tensor] | None"
 
-_NAMES = {"bos": BOS, "special": SPECIAL}
+# What can be named. Where a store does not flag first tokens, its sequences say which they are.
+_FIRST = "first"
+_NAMES = tuple(known_flags(first=True))
 # Tokens looked at in one go: one shard of flags.
 _PIECE = 1 << 20
 
@@ -57,28 +59,31 @@ class Kept:
 
         Args:
             store: the store.
-            drop: what to leave out: `"bos"`, `"special"`, bits of the flags (1 to 255), or `[n_tokens]` bool, true
-                for each token to leave out; or several of these. Where the store has no flags, as a cache has none,
-                names and bits leave nothing out, which is said once.
+            drop: what to leave out: `"bos"`, `"special"`, `"first"` (the first token of each sequence), bits of the
+                flags (1 to 255), or `[n_tokens]` bool, true for each token to leave out; or several of these. Where the
+                store has no flags, as a cache has none, names and bits leave nothing out, which is said once.
             split: `None` for everything, or the part.
 
         Raises:
             ArgumentError: `drop` or `split` make no sense, or leave nothing.
             DtypeError, ShapeError: an array to drop is not bool, or not `[n_tokens]`.
         """
-        bits, arrays = _parsed(drop, store.n_tokens)
-        if bits and not store.has_tokens:
+        wanted = _parsed(drop, store)
+        if (wanted.bits or wanted.first) and not store.has_tokens:
             _warn_once()
-            bits = 0
+            wanted = _Left(0, wanted.arrays, first=False)
         part = as_split(split)
         among = None if part is None else members(part, store)
-        if not bits and not arrays and among is None:
+        if not any(wanted) and among is None:
             runs = [np.array([[0, store.n_tokens]], np.int64)] if store.n_tokens else []
         else:
-            runs = list(_runs(store, bits, arrays, among))
+            runs = list(_runs(store, wanted, among))
         if not runs:
+            short = store.n_tokens and store.n_tokens == store.n_sequences
+            why = "; every sequence is one token long, the first one" if short else ""
             raise ArgumentError(
                 f"no token of {store.where} is left (n_tokens={store.n_tokens}, drop={_said(drop)}, split={split!r})"
+                f"{why}: drop less"
             )
         both = np.concatenate(runs)
         # A run that goes on in the next piece is one run.
@@ -125,10 +130,18 @@ class Kept:
         return list(zip(begins[np.append(True, apart)].tolist(), ends[np.append(apart, True)].tolist(), strict=True))
 
 
-def _parsed(drop: Drop, n_tokens: int) -> tuple[int, list[np.ndarray]]:
-    """Give the bits of the flags that leave a token out, and the arrays that do."""
+class _Left(NamedTuple):
+    """What leaves a token out: bits of its flags, arrays, and to be the first of a sequence, which no flag says."""
+
+    bits: int
+    arrays: list[np.ndarray]
+    first: bool
+
+
+def _parsed(drop: Drop, store: Store) -> _Left:
     items = [drop] if isinstance(drop, (str, int, np.integer, np.ndarray, torch.Tensor)) else list(drop or ())
-    bits, arrays = 0, []
+    known, n_tokens = store.flag_bits, store.n_tokens
+    bits, arrays, first = 0, [], False
     for item in items:
         if isinstance(item, (np.ndarray, torch.Tensor)):
             array = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else item
@@ -140,14 +153,16 @@ def _parsed(drop: Drop, n_tokens: int) -> tuple[int, list[np.ndarray]]:
                 )
             arrays.append(array)
         elif isinstance(item, str) and item in _NAMES:
-            bits |= _NAMES[item]
+            bits |= known.get(item, 0)
+            first |= item == _FIRST and item not in known
         elif isinstance(item, (int, np.integer)) and not isinstance(item, bool) and 1 <= item <= 255:
             bits |= int(item)
         else:
             raise ArgumentError(
-                f"drop has {item!r}: expected 'bos', 'special', bits of the flags (1 to 255) or a bool for each token"
+                f"drop has {item!r}: expected {', '.join(map(repr, _NAMES))}, bits of the flags (1 to 255) or a bool "
+                f"for each token"
             )
-    return bits, arrays
+    return _Left(bits, arrays, first)
 
 
 def _said(drop: Drop) -> str:
@@ -162,24 +177,27 @@ def _said(drop: Drop) -> str:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "a store without flags, such as a cache, has no BOS and no special tokens marked: drop= leaves nothing out",
+        "a store without flags, such as a cache, has no BOS, special or first tokens marked: drop= leaves nothing out",
         stacklevel=2,
     )
 
 
-def _runs(store: Store, bits: int, arrays: list[np.ndarray], among: np.ndarray | None) -> Iterator[np.ndarray]:
+def _runs(store: Store, left: _Left, among: np.ndarray | None) -> Iterator[np.ndarray]:
     """Give the runs that are left, `[runs, 2]` int64, piece by piece; a run ends where its piece ends."""
     # `store.flags` would hold a byte for each token of the store.
-    folder = store.array("flags") if bits else None
-    starts = None if among is None else np.asarray(store.sequences)[:, 0].copy()
+    folder = store.array("flags") if left.bits else None
+    starts = np.asarray(store.sequences)[:, 0].copy() if left.first or among is not None else np.empty(0, np.int64)
     for start in range(0, store.n_tokens, _PIECE):
         stop = min(start + _PIECE, store.n_tokens)
         keep = np.ones(stop - start, np.bool_)
         if folder is not None:
-            keep &= (folder.read(start, stop).numpy() & np.uint8(bits)) == 0
-        for array in arrays:
+            keep &= counted(folder.read(start, stop).numpy(), left.bits)
+        for array in left.arrays:
             keep &= ~array[start:stop]
-        if starts is not None and among is not None:
+        if left.first:
+            first, last = np.searchsorted(starts, [start, stop]).tolist()
+            keep[starts[first:last] - start] = False
+        if among is not None:
             first, last = np.searchsorted(starts, [start, stop - 1], side="right").tolist()
             edges = np.concatenate([[start], starts[first:last], [stop]])
             keep &= np.repeat(among[first - 1 : last], np.diff(edges))

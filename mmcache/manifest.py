@@ -6,7 +6,6 @@ own bytes, computed with the digest's 64 characters blanked to zeros.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,8 +14,10 @@ import zarr.storage
 from zarr.codecs import TransposeCodec
 
 from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError
-from mmcache.format import FORMAT_VERSION, Layout, ShardSpec
+from mmcache.errors import CorruptError, StoreNotFoundError
+from mmcache.features import FIRST_TOKENS, checked_uses
+from mmcache.flags import known_flags
+from mmcache.format import Layout, ShardSpec
 from mmcache.geometry import inner_rows
 from mmcache.names import RESERVED, site_name_problem
 from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
@@ -28,7 +29,6 @@ __all__ = [
     "ROOT",
     "Manifest",
     "array_json",
-    "check_user_metadata",
     "is_store",
     "read_manifest",
 ]
@@ -38,7 +38,6 @@ _RESERVED_SHARD_ROWS = 1 << 20
 _ROOT_LIMIT = 16 << 20
 # Inner chunks that a shard's index lists: an index is read into memory.
 _MOST_CHUNKS = 1 << 22
-_METADATA_LIMIT = _ROOT_LIMIT // 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Manifest:
     to the tokens of its inner chunk. `n_tokens`, `n_sequences` and `layers` are the commit point of a grown
     store; a planned store has its final numbers from the start (`n_tokens` is None while it is being planned).
     Without `has_tokens` there are no `tokens`, `flags` and `sequences`: a cache is one sequence of unknown tokens.
+    `uses` names what the store uses of format version 2; one that uses nothing is of version 1.
     """
 
     kind: Literal["planned", "grown"]
@@ -65,6 +65,27 @@ class Manifest:
     special_tokens: tuple[int, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The format version of the store."""
+        return 2 if self.uses else 1
+
+    @property
+    def flags_first(self) -> bool:
+        """Whether the first token of each sequence is flagged."""
+        return FIRST_TOKENS in self.uses
+
+    @property
+    def flag_bits(self) -> dict[str, int]:
+        """Name and bit of each flag that the library sets in this store."""
+        return known_flags(first=self.flags_first)
+
+    @property
+    def left_out(self) -> int:
+        """Bits of the flags that leave a token out of the statistics."""
+        return sum(self.flag_bits.values())
 
     def row_shape(self, site: str) -> tuple[int, ...]:
         """Give the shape of one row of a shard of `site`."""
@@ -139,7 +160,7 @@ class Manifest:
         `ids` is the digest of the token ids that its rows are of, None where headers do not say it.
         """
         said = {
-            "format": f"mmcache/{FORMAT_VERSION}",
+            "format": f"mmcache/{self.version}",
             "store": self.store,
             "array": array,
             "key": self.shard_key(array, block, slot),
@@ -155,8 +176,11 @@ class Manifest:
         return said if ids is None else said | {"ids": ids}
 
     def to_json(self) -> bytes:
-        """Write the root's `zarr.json`."""
-        return group_json(**asdict(self))
+        """The root's `zarr.json`."""
+        said = asdict(self)
+        if self.version == 1:
+            del said["uses"]
+        return group_json(self.version, **said)
 
     @classmethod
     def from_attributes(cls, said: dict[str, Any], where: Path | str) -> Self:
@@ -164,12 +188,14 @@ class Manifest:
 
         Raises:
             CorruptError: a field that is missing, of the wrong type or out of its range.
+            VersionError: the store uses what this library does not know.
         """
+        uses = checked_uses(said, where)
         fields = {name: value for name, value in said.items() if name not in ("format", "digest")}
         try:
             fields["layers"] = tuple(fields["layers"])
             fields["special_tokens"] = tuple(fields.get("special_tokens", ()))
-            manifest = cls(**fields)
+            manifest = cls(**fields | {"uses": uses})
             problem = manifest._problem()
         except (TypeError, KeyError, AttributeError) as error:
             problem = repr(error)
@@ -186,7 +212,7 @@ class Manifest:
             "store": isinstance(self.store, str) and len(self.store) <= 64,
             "layout": self.layout in ("layer", "token"),
             "dtype": self.dtype is None or self.dtype in ACTIVATION_DTYPES,
-            "sites": bool(self.sites) and all(site_name_problem(name) is None for name in self.sites),
+            "sites": bool(self.sites) and all(site_name_problem(name, self.version) is None for name in self.sites),
             "numbers": all(n is None or (type(n) is int and 0 <= n < 2**48) for n in numbers),
             "d_model": all(n is None or n > 0 for n in geometry),
             "n_sequences": type(self.n_sequences) is int and 0 <= self.n_sequences < 2**48,
@@ -227,28 +253,6 @@ def _are_layers(layers: tuple[int, ...]) -> bool:
     return all(type(n) is int and 0 <= n < 2**31 for n in layers) and list(layers) == sorted(set(layers))
 
 
-def check_user_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """Check that the user's own metadata survives JSON, and give a copy of it.
-
-    Raises:
-        ArgumentError: it does not.
-    """
-    try:
-        text = json.dumps(metadata or {}, allow_nan=False, indent=2)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"metadata cannot be kept as JSON ({error}): use text, numbers, lists, dicts") from error
-    copy = json.loads(text)
-    if not isinstance(copy, dict) or copy != (metadata or {}):
-        raise ArgumentError(f"metadata changes when kept as JSON: expected a dict with text keys, found {metadata!r}")
-    size = len(text) + 6 * text.count("\n")  # as it will be indented in the root
-    if size > _METADATA_LIMIT:
-        raise ArgumentError(
-            f"metadata takes {size} bytes as JSON, and the root's zarr.json has room for {_METADATA_LIMIT}: keep "
-            f"it in a file of its own"
-        )
-    return copy
-
-
 def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
     """Write an array's `zarr.json`, as zarr-python would, for `rows` tokens (or sequences)."""
     spec = manifest.spec(array)
@@ -259,14 +263,14 @@ def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
         tail, fill = spec.row_shape, RESERVED[array][2]
         shape, shards, chunks = (rows, *tail), (spec.shard_rows, *tail), (spec.chunk_rows, *tail)
         names = ("sequence", "start_stop_document") if array == "sequences" else ("token",)
-        said = attributes()
+        said = attributes(manifest.version)
     else:
         layers, width = len(manifest.layers), spec.row_shape[-1]
         deep = layers if manifest.layout == "token" else 1
         shape, fill = (layers, rows, width), float("nan")
         shards, chunks = (deep, spec.shard_rows, width), (deep, spec.chunk_rows, width)
         names = ("layer", "token", "d_model")
-        said = attributes(layers=list(manifest.layers))
+        said = attributes(manifest.version, layers=list(manifest.layers))
     transpose = manifest.layout == "token" and array not in RESERVED
     memory = zarr.storage.MemoryStore()
     zarr.create_array(

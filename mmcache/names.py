@@ -5,7 +5,14 @@ from __future__ import annotations
 from mmcache.errors import ArgumentError
 from mmcache.signed import ROOT
 
-__all__ = ["RESERVED", "STATISTICS_FOLDER", "TOKENIZER_FOLDER", "check_site_name", "site_name_problem"]
+__all__ = [
+    "DOCUMENTS_FOLDER",
+    "RESERVED",
+    "STATISTICS_FOLDER",
+    "TOKENIZER_FOLDER",
+    "check_site_name",
+    "site_name_problem",
+]
 
 # The arrays beside the sites, with their dtype, the tail of their shape and the fill of rows not there.
 RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
@@ -15,13 +22,16 @@ RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
 }
 STATISTICS_FOLDER = "statistics"
 TOKENIZER_FOLDER = "tokenizer"
+# Reserved since format version 2: in a store of version 1 a site may have this name.
+DOCUMENTS_FOLDER = "documents"
 
 
-def site_name_problem(name: object) -> str | None:
-    """Say why a site cannot have this name (it is a folder of the store), or None."""
+def site_name_problem(name: object, version: int = 2) -> str | None:
+    """Why a site cannot have this name (it is a folder of the store) in a store of that format version, or None."""
     if not isinstance(name, str) or not name:
         return "it is no text"
-    if name in RESERVED or name in (STATISTICS_FOLDER, TOKENIZER_FOLDER, ROOT):
+    taken = (*RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, ROOT, *([DOCUMENTS_FOLDER] if version > 1 else []))
+    if name in taken:
         return "the store keeps its own data under that name"
     if name.startswith((".", "__")) or not name.isprintable() or set("/\\\0") & set(name):
         return "a site is a folder: no slash, nothing unprintable, no '.' or '__' in front"

@@ -24,7 +24,7 @@ __all__ = ["ALL", "Blocks", "Numbers", "blocks_of", "chosen_sites", "joined"]
 
 Numbers: TypeAlias = "tuple[int, int] | slice | range | Sequence[int]"
 
-_FIELDS = ("store", "kind", "layout", "has_tokens", "special_tokens", "dtype", "shard_tokens")
+_FIELDS = ("store", "kind", "layout", "has_tokens", "special_tokens", "uses", "dtype", "shard_tokens")
 # Of `source`: what decides on the bits of a row.
 _SOURCE = ("tokens", "numerics")
 _SHOWN = 60

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.claims import claimed
 from mmcache.draft import publish, remove_drafts
-from mmcache.dtypes import BY_NAME
 from mmcache.errors import LockedError, PlanMismatchError, ReadOnlyError, StoreExistsError
+from mmcache.features import NEW_STORES
 from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.format import ids_digest
 from mmcache.geometry import shard_rows
@@ -119,7 +119,7 @@ def _claimed(path: Path, settings: Settings) -> bool:
         if is_store(path):
             return False
         raise
-    shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, None)
+    shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, None)
     return True
 
 
@@ -184,11 +184,6 @@ def _with_numerics(path: Path, manifest: Manifest, settings: Settings, *, accept
     return manifest
 
 
-def _row_bytes(settings: Settings, widths: dict[str, int]) -> Iterable[int]:
-    deep = len(settings.layers) if settings.layout == "token" else 1
-    return (deep * width * BY_NAME[settings.dtype].size for width in widths.values())
-
-
 def _begun(path: Path, settings: Settings) -> Manifest:
     """Write down the settings, before anything else."""
     manifest = Manifest(
@@ -208,6 +203,7 @@ def _begun(path: Path, settings: Settings) -> Manifest:
             "accepted": [],
             "record": settings.record,
         },
+        uses=NEW_STORES,
     )
     publish(path / ROOT, manifest.to_json())
     return manifest
@@ -232,7 +228,7 @@ def _tokenised(
 
     state = tokenise(path, manifest, settings.contexts(tokenizer), documents, settings.max_tokens, commit)
     tokenised(state.tokens)
-    shard = shard_rows(list(_row_bytes(settings, settings.widths)), settings.shard_tokens, state.tokens)
+    shard = shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, state.tokens)
     manifest = replace(manifest, n_tokens=state.tokens, n_sequences=state.sequences)
     source = {**manifest.source, "tokenised": state.to_json(), "max_tokens": settings.max_tokens}
     source |= {"tokens": _first_tokens(path, manifest), **save_tokenizer(path, tokenizer)}
@@ -298,7 +294,7 @@ def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
     """Add the sites that a complete store does not have yet; its own shards stay as they are."""
     fresh = {site: width for site, width in settings.widths.items() if site not in manifest.sites}
     total, shard = manifest.n_tokens or 0, manifest.shard_tokens or 1
-    shard_rows(list(_row_bytes(settings, fresh)), shard, total)
+    shard_rows(settings.row_bytes(fresh), shard, total)
     grown = replace(
         manifest,
         sites={**manifest.sites, **fresh},

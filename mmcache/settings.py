@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmcache.contexts import Contexts
+from mmcache.dtypes import BY_NAME
 
 __all__ = ["Settings"]
 
@@ -50,6 +51,11 @@ class Settings:
         """Tokens a shard, if that was asked for."""
         asked: int | None = self.identity["shard_tokens"]
         return asked
+
+    def row_bytes(self, widths: dict[str, int]) -> list[int]:
+        """Bytes of a shard's row of each of some sites."""
+        deep = len(self.layers) if self.layout == "token" else 1
+        return [deep * width * BY_NAME[self.dtype].size for width in widths.values()]
 
     def contexts(self, tokenizer: Any) -> Contexts:
         """Give what cuts documents into contexts."""

@@ -16,7 +16,7 @@ from zarr.core.group import GroupMetadata
 
 from mmcache.errors import CorruptError, VersionError
 from mmcache.files import read_file
-from mmcache.format import FORMAT_VERSION
+from mmcache.format import FORMAT_VERSIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,9 +29,9 @@ ROOT = "zarr.json"
 _BLANK = "0" * 64
 
 
-def attributes(**said: Any) -> dict[str, Any]:
-    """Give the attributes of a node that is going to be signed."""
-    return {"mmcache": {"format": FORMAT_VERSION, "digest": _BLANK, **said}}
+def attributes(version: int, **said: Any) -> dict[str, Any]:
+    """Attributes of a node that is going to be signed, in a store of that format version."""
+    return {"mmcache": {"format": version, "digest": _BLANK, **said}}
 
 
 def signed(memory: MemoryStore, key: str = ROOT) -> bytes:
@@ -39,9 +39,9 @@ def signed(memory: MemoryStore, key: str = ROOT) -> bytes:
     return _signed(memory._store_dict[key].to_bytes())  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
 
 
-def group_json(**said: Any) -> bytes:
+def group_json(version: int, **said: Any) -> bytes:
     """Give the signed `zarr.json` of a group, from zarr's metadata: to create one waits for zarr's own thread."""
-    metadata = GroupMetadata(attributes=attributes(**said), zarr_format=3)
+    metadata = GroupMetadata(attributes=attributes(version, **said), zarr_format=3)
     return _signed(metadata.to_buffer_dict(default_buffer_prototype())[ROOT].to_bytes())
 
 
@@ -71,9 +71,10 @@ def check_signed(text: bytes, where: Path | str) -> dict[str, Any]:
     if not isinstance(said, dict) or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise CorruptError(f"{where} is no mmcache store's: it has no digest")
     blanked = text.replace(digest.encode(), _BLANK.encode(), 1)
-    if said.get("format") != FORMAT_VERSION:
+    version = said.get("format")
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise VersionError(
-            f"{where} is of format version {said.get('format')!r}, this library reads {FORMAT_VERSION}: "
+            f"{where} is of format version {version!r}, this library reads {' and '.join(map(str, FORMAT_VERSIONS))}: "
             f"open it with the mmcache that made it, or upgrade"
         )
     if hashlib.sha256(blanked).hexdigest() != digest:

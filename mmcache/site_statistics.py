@@ -26,7 +26,8 @@ __all__ = ["SiteStatistics", "merge_site"]
 class SiteStatistics:
     """Statistics of the stored values of one site, in float64; all tensors are the caller's own.
 
-    Rows that are not finite, and BOS and special tokens, are left out of `count`, `mean`, `std` and the norms.
+    Rows that are not finite, and BOS, special and first tokens (these in a store that flags them), are left out of
+    `count`, `mean`, `std` and the norms.
     `std` is that of the population (divided by the count). The norms are Euclidean norms of rows.
 
     Attributes:

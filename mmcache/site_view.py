@@ -85,7 +85,7 @@ class SiteView:
 
     @property
     def statistics(self) -> SiteStatistics:
-        """Mean, spread, norms and counts of each layer: of the stored values, BOS and special tokens left out.
+        """Mean, spread, norms and counts of each layer: of the stored values, BOS, special and first tokens left out.
 
         Merged from what the shards carry, those that are there in a partial store, or read from `statistics/` where
         `extract` has merged them already; then kept.

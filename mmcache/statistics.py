@@ -1,7 +1,7 @@
 """Mergeable moments of activations, in float64.
 
 Rows with a value that is not finite are counted and left out of everything else, and so are the rows that
-the caller masks (BOS and special tokens, whose norms would swamp the rest).
+the caller masks (BOS, special and first tokens, whose norms would swamp the rest).
 
 Rows are summed in blocks of up to a million and a half numbers, and of 64 rows at least: few calls of numpy a megabyte,
 each on memory that is still in the processor's cache. Where a block begins is a function of the row's number in the

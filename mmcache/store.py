@@ -146,8 +146,17 @@ class Store:
 
     @property
     def flags(self) -> torch.Tensor:
-        """The flags of each token: `[n_tokens]` uint8; bit 0 is BOS, bit 1 special, the others the user's own."""
+        """The flags of each token: `[n_tokens]` uint8; `flag_bits` names those of the library."""
         return self._arrays.whole("flags")
+
+    @property
+    def flag_bits(self) -> dict[str, int]:
+        """Bits of `flags` by name: bos 1, special 2, first 4 (of each sequence).
+
+        Tokens with any of them are left out of the statistics. Stores made before first tokens were flagged have no
+        `first`: there 4 is the user's own.
+        """
+        return self._manifest.flag_bits
 
     def read_tokens(self, start: int, stop: int) -> torch.Tensor:
         """Read the ids of the tokens from `start` to before `stop`, which are there, and no others: as `tokens`."""
@@ -214,8 +223,8 @@ class Store:
         return self._remote is not None and sum(map(self.site_bytes, self.sites)) <= self._remote.cache.most_bytes
 
     def counted(self, start: int, stop: int) -> np.ndarray:
-        """Tell which tokens count in the statistics, being neither BOS nor special: `[stop - start]` bool."""
-        return counted(self.read_flags(start, stop).numpy())
+        """Which tokens count in the statistics, having none of `flag_bits`: `[stop - start]` bool."""
+        return counted(self.read_flags(start, stop).numpy(), self._manifest.left_out)
 
     def __contains__(self, site: object) -> bool:
         return site in self._manifest.sites

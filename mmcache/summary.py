@@ -55,7 +55,7 @@ def _of(manifest: Manifest) -> dict[str, object]:
 def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistics) -> None:
     """Keep the merged statistics of a complete site; blocks until they are durable."""
     folder, memory = path / STATISTICS_FOLDER / site, zarr.storage.MemoryStore()
-    contents = {folder.parent / ROOT: group_json()}
+    contents = {folder.parent / ROOT: group_json(manifest.version)}
     for name, rows in (("dimensions", _DIMENSIONS), ("layers", _LAYERS)):
         data = np.stack([getattr(found, row).double().numpy() for row in rows])
         zarr.create_array(
@@ -66,7 +66,7 @@ def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistic
             chunks=data.shape,
             compressors=[Crc32cCodec()],
             fill_value=float("nan"),
-            attributes=attributes(),
+            attributes=attributes(manifest.version),
         )
         contents[folder / name / ROOT] = signed(memory, f"{name}/{ROOT}")
         chunk = data.astype("<f8").tobytes()
@@ -76,7 +76,7 @@ def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistic
     publish_all(contents)
     # Where it is, all of them are, and this is not done again.
     remove_drafts(folder)
-    publish(folder / ROOT, group_json(**_of(manifest)))
+    publish(folder / ROOT, group_json(manifest.version, **_of(manifest)))
 
 
 def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.dtypes import BY_NAME
+from mmcache.features import NEW_STORES
 from mmcache.files import free_bytes
 from mmcache.fill import forward
 from mmcache.geometry import shard_rows
@@ -116,8 +116,6 @@ def survey_contexts(
         tokens, sequences = tokens + len(context.tokens), sequences + 1
         if len(first) < batch_size * _MEASURED_BATCHES:
             first.append(context.tokens)
-    deep = len(settings.layers) if settings.layout == "token" else 1
-    rows = [deep * width * BY_NAME[settings.dtype].size for width in settings.widths.values()]
     plan = Manifest(
         kind="planned",
         store="",
@@ -127,7 +125,8 @@ def survey_contexts(
         layers=settings.layers,
         n_tokens=tokens,
         n_sequences=sequences,
-    ).with_geometry(shard_rows(rows, settings.shard_tokens, tokens), tokens)
+        uses=NEW_STORES,
+    ).with_geometry(shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, tokens), tokens)
     rate = _rate([first[at : at + batch_size] for at in range(0, len(first), batch_size)], run)
     seconds = tokens / rate if rate else None
     return replace(_survey(path, plan, batch_size), tokens_a_second=rate, seconds=seconds)

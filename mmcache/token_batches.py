@@ -52,6 +52,7 @@ class Batches:
         self._spans = _Window(path, manifest, "sequences", manifest.n_sequences)
         self._tokens = _Window(path, manifest, "tokens", total)
         self._flags = _Window(path, manifest, "flags", total)
+        self._left_out = manifest.left_out
 
     def spans(self, start: int = 0) -> Iterator[np.ndarray]:
         """Give start, stop and document of the sequences of each batch, `[sequences, 3]`, from token `start` on.
@@ -79,4 +80,4 @@ class Batches:
 
     def keep(self, spans: np.ndarray) -> np.ndarray:
         """Tell which tokens of a batch count in the statistics: `[tokens]` bool."""
-        return counted(self._flags.read(int(spans[0, 0]), int(spans[-1, 1])))
+        return counted(self._flags.read(int(spans[0, 0]), int(spans[-1, 1])), self._left_out)

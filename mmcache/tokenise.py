@@ -144,7 +144,7 @@ def tokenise(
         if max_tokens is not None and tokens + len(context.tokens) > max_tokens:
             full = True
             break
-        _store(columns, context, tokens, special)
+        _store(columns, context, tokens, special, first=manifest.flags_first)
         tokens, place = tokens + len(context.tokens), context.after
         used = hashed.after(place.document if place.offset else place.document - 1)
         if tokens - committed >= _TOKENS_A_COMMIT:
@@ -164,10 +164,10 @@ def _at(place: Place, used: CorpusDigest) -> dict[str, Any]:
     return {**asdict(place), "documents": used.documents, "sha256": used.hexdigest()}
 
 
-def _store(columns: dict[str, Column], context: Context, start: int, special_ids: np.ndarray) -> None:
+def _store(columns: dict[str, Column], context: Context, start: int, special_ids: np.ndarray, *, first: bool) -> None:
     ids = context.tokens
     columns["tokens"].extend(ids)
-    columns["flags"].extend(flagged(ids, special_ids, begins=True))
+    columns["flags"].extend(flagged(ids, special_ids, begins=True, first=first))
     columns["sequences"].extend(np.array([[start, start + len(ids), context.document]]))
 
 

@@ -150,10 +150,12 @@ class _Verification:
         """Compare an array's `zarr.json` with what the root says; it may be ahead of a grown store's commit."""
         where = self._path / array / ROOT
         try:
-            _, text = read_signed(where, _METADATA_LIMIT)
+            said, text = read_signed(where, _METADATA_LIMIT)
             problem = _differs(
                 json.loads(text), json.loads(array_json(self._manifest, array, self._manifest.rows(array)))
             )
+            if not problem and said["format"] != self._manifest.version:
+                problem = f"it is of format version {said['format']}, the root of {self._manifest.version}"
         except (MmcacheError, OSError) as error:
             problem = str(error)
         if problem:

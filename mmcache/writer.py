@@ -16,15 +16,17 @@ from mmcache.columns import Column, publish_columns
 from mmcache.draft import remove_drafts
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, CorruptError, ReadOnlyError
+from mmcache.features import NEW_STORES
 from mmcache.flags import counted, flagged
 from mmcache.format import Layout
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
-from mmcache.manifest import Manifest, check_user_metadata, read_manifest
+from mmcache.manifest import Manifest, read_manifest
 from mmcache.names import RESERVED, check_site_name
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shards import ShardFolder
+from mmcache.user_metadata import check_user_metadata
 
 if TYPE_CHECKING:
     import os
@@ -69,6 +71,7 @@ class Writer(GrownStore):
         self._block: Block | None = None
         self._n_tokens = manifest.n_tokens or 0
         self._special = np.array(manifest.special_tokens, np.int64)
+        self._flags_first, self._left_out = manifest.flags_first, manifest.left_out
         totals = {"tokens": self._n_tokens, "flags": self._n_tokens, "sequences": manifest.n_sequences}
         self._columns = {array: Column(self._path, manifest, array, total) for array, total in totals.items()}
         if manifest.n_sequences:
@@ -107,8 +110,9 @@ class Writer(GrownStore):
                 `n_layers` tensors `[*tokens.shape, d_model]`, on any device, in any float dtype: cast to the
                 store's. Read before this returns (on CUDA: before later work on the current stream).
             attention_mask: like `tokens`; where it is 0 there is padding, which is not stored.
-            flags: like `tokens`, 0 to 255: bit 0 BOS, bit 1 special, the others your own. Tokens that are in
-                the store's `special_tokens` are flagged special, and BOS too where a sequence begins with one.
+            flags: like `tokens`, 0 to 255: 1 is BOS, 2 special, 8 to 128 your own. 4 is first, which the first token
+                of each sequence gets by itself (in a store that has no such flag, it is your own too). Tokens that are
+                in the store's `special_tokens` are flagged special, and BOS too where a sequence begins with one.
             continues: go on with the last sequence (chunked prefill) instead of beginning another.
 
         Blocks only while the disk is behind by the whole staging ring (64 MiB).
@@ -141,8 +145,8 @@ class Writer(GrownStore):
         runs: list[Run] = []
         shard_tokens = self._manifest.shard_tokens or 0
         for item in batch:
-            flags = item.flags | flagged(item.tokens, self._special, begins=not continues)
-            keep = counted(flags)
+            flags = item.flags | flagged(item.tokens, self._special, begins=not continues, first=self._flags_first)
+            keep = counted(flags, self._left_out)
             total, done = len(item.tokens), 0
             while done < total:
                 self._open_block()
@@ -184,7 +188,7 @@ class Writer(GrownStore):
             if rows:
                 old = {site: ShardFolder(self._path, manifest, site, self._n_tokens) for site in manifest.sites}
                 flags = ShardFolder(self._path, manifest, "flags", self._n_tokens)
-                keep = counted(flags.read(self._n_tokens - rows, self._n_tokens).numpy())
+                keep = counted(flags.read(self._n_tokens - rows, self._n_tokens).numpy(), self._left_out)
                 self._block.restage(self._started()[1], old, keep)
         return self._block
 
@@ -291,6 +295,7 @@ def create(
         n_tokens=0,
         special_tokens=tuple(int(token) for token in special_tokens or ()),
         metadata=check_user_metadata(metadata),
+        uses=NEW_STORES,
     )
     manifest = _with_geometry(manifest, shard_tokens)
     _check_headers(manifest)

@@ -145,11 +145,12 @@ def as_dataset(
 ) -> xarray.Dataset:
     """Make the dataset of `Store.to_xarray`: a variable `[layer, token, d_model]` a site.
 
-    `layer` are the model's own numbers; `token_id`, `flags` and `sequence` (the number of the one that a token is in)
-    go along the tokens; sites of different widths have a dimension `d_model_<site>` each; `attrs` say where the data
-    came from, as dicts. Making it reads nothing but metadata. `.isel`, `.sel(layer=…)` and `.values` read what they
-    select, each time anew unless `.load()` keeps it, into memory of the caller's own; it blocks on the disk, and raises
-    as reading a store does. Pointwise (vectorised) indexing reads the box of all layers and tokens that it names.
+    `layer` are the model's own numbers; `token_id`, `flags` (whose attributes name the bits) and `sequence` (the number
+    of the one that a token is in) go along the tokens; sites of different widths have a dimension `d_model_<site>`
+    each; `attrs` say where the data came from, as dicts. Making it reads nothing but metadata. `.isel`, `.sel(layer=…)`
+    and `.values` read what they select, each time anew unless `.load()` keeps it, into memory of the caller's own; it
+    blocks on the disk, and raises as reading a store does. Pointwise (vectorised) indexing reads the box of all layers
+    and tokens that it names.
 
     numpy's bfloat16 (of ml_dtypes) indexes and casts, but xarray's reductions, such as `mean`, refuse it: read with
     `dtype="float32"`, or use `.astype("float32")` after selecting.
@@ -189,6 +190,9 @@ def as_dataset(
         sites[site] = lazy(dims, rows, **({"modules": modules} if modules else {}))
     columns = _columns(folder_of, manifest, starts)
     coordinates = {name: lazy(("token",), column) for name, column in columns.items()}
+    # As the CF conventions name bits (3.5, "Flags").
+    bits = manifest.flag_bits
+    coordinates["flags"].attrs |= {"flag_masks": list(bits.values()), "flag_meanings": " ".join(bits)}
     coordinates["layer"] = xarray.Variable(("layer",), np.array(manifest.layers, np.int64))
     said = {name: deepcopy(getattr(manifest, name)) for name in ("store", "kind", "layout", "metadata", "source")}
     return xarray.Dataset(sites, coordinates, {"path": where, **said, "storage_dtype": manifest.dtype})

@@ -1,10 +1,10 @@
-"""Make the golden stores of this format version: tests/golden/v<version>-<name>.zip, which every later one must read.
+"""Make the golden stores of the library as it is: tests/golden/v<version>-<name>.zip, which every later one must read.
 
 Usage: .venv/bin/python scripts/make_golden.py [--folder DIR]
 
 What they hold is arithmetic (`value`), so that a test knows it without another copy; but for the planned one, which is
-of the demo model and `TEXTS`. A version's files are made once
-and never again: one that is there already is left as it is.
+of the demo model and `TEXTS`. A version's files are made once and never again: one that is there already is left as it
+is. Version 2 begins with stores that flag first tokens; a cache has no tokens, and is of version 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mmcache
-from mmcache.format import FORMAT_VERSION
 from mmcache.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -84,11 +83,11 @@ def _planned(path: Path) -> None:
 
 
 STORES: Mapping[str, Callable[[Path], None]] = {
-    "token-bfloat16": lambda path: _grown(path, "token", torch.bfloat16),
-    "layer-float32": lambda path: _grown(path, "layer", torch.float32),
-    "token-float64": lambda path: _grown(path, "token", torch.float64),
-    "cache-float16": _cache,
-    "planned-bfloat16": _planned,
+    "v2-token-bfloat16": lambda path: _grown(path, "token", torch.bfloat16),
+    "v2-layer-float32": lambda path: _grown(path, "layer", torch.float32),
+    "v2-token-float64": lambda path: _grown(path, "token", torch.float64),
+    "v1-cache-float16": _cache,
+    "v2-planned-bfloat16": _planned,
 }
 
 
@@ -99,7 +98,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in STORES.items():
-        target = folder / f"v{FORMAT_VERSION}-{name}.zip"
+        target = folder / f"{name}.zip"
         if target.exists():
             continue
         with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ import mmcache
 from mmcache.dtypes import BY_NAME
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-BOS, SPECIAL = 1, 2
+BOS, SPECIAL, FIRST = 1, 2, 4
 
 
 def random_bits(*shape, dtype, seed=0):
@@ -184,8 +184,8 @@ class Twin:
         tokens = [int(token) for token in tokens]
         flags = [0] * len(tokens) if flags is None else [int(flag) for flag in flags]
         flags = [flag | (SPECIAL if token in self.special else 0) for flag, token in zip(flags, tokens, strict=True)]
-        if tokens[0] in self.special and not continues:
-            flags[0] |= BOS
+        if not continues:
+            flags[0] |= FIRST | (BOS if tokens[0] in self.special else 0)
         start = len(self.tokens)
         self.tokens += tokens
         self.flags += flags

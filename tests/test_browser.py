@@ -71,7 +71,7 @@ def tab(context, served):
 
 def rows_of(store, site, layer):
     """All rows of a layer in float64, and which of them count."""
-    return store[site].get_layer(layer).double().numpy(), (store.flags.numpy() & 3) == 0
+    return store[site].get_layer(layer).double().numpy(), (store.flags.numpy() & 7) == 0
 
 
 # Drawn.

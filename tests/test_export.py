@@ -78,7 +78,7 @@ def by_safetensors(out):
 def check_columns(columns, total=TOTAL):
     assert columns["tokens"].dtype == np.int32
     assert columns["tokens"].tolist() == list(range(total))
-    assert columns["flags"].tolist() == [2 if token == 5 else 0 for token in range(total)]
+    assert columns["flags"].tolist() == [4 if token in (0, 100) else 2 if token == 5 else 0 for token in range(total)]
     assert columns["sequences"].tolist() == [[0, 100, 0], [100, total, 1]]
 
 

@@ -27,7 +27,7 @@ from mmcache.errors import (
     UnsupportedModelError,
 )
 from mmcache.fill import NonFiniteWarning
-from mmcache.flags import BOS, SPECIAL
+from mmcache.flags import BOS, FIRST, SPECIAL
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 
@@ -215,7 +215,7 @@ def test_tokens_sequences_and_flags(tmp_path):
     assert {span.document for span in store.sequences} == set(range(len(TEXTS)))
     begins = torch.zeros(store.n_tokens, dtype=torch.bool)
     begins[torch.from_numpy(starts[:-1])] = True
-    assert torch.equal(store.flags == (BOS | SPECIAL), begins)
+    assert torch.equal(store.flags == (BOS | SPECIAL | FIRST), begins)
     assert torch.equal(store.flags != 0, begins)
     assert store.locate(int(starts[5]) + 3) == (5, 3, contexts[5][3])
 
@@ -228,7 +228,7 @@ def test_left_padding_tokenizers_make_no_difference(tmp_path):
     right = extract(tmp_path / "right", tokenizer=tokenizer(padding_side="right"), texts=texts)
     left = extract(tmp_path / "left", tokenizer=tokenizer(padding_side="left"), texts=texts)
     assert torch.equal(left.tokens, right.tokens)
-    assert set(left.flags.tolist()) == {0, SPECIAL, BOS | SPECIAL}
+    assert set(left.flags.tolist()) == {0, SPECIAL, BOS | SPECIAL | FIRST}
     for site, rows in stored(right).items():
         assert torch.equal(left[site][1, :], rows[1])
 

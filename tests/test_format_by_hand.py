@@ -23,18 +23,19 @@ def signed(said):
     return text.replace(b"0" * 64, hashlib.sha256(text).hexdigest().encode(), 1)
 
 
-def attributes(**said):
-    return {"mmcache": {"format": 1, "digest": "0" * 64, **said}}
+def attributes(version, **said):
+    return {"mmcache": {"format": version, "digest": "0" * 64, **said}}
 
 
 def crc(data):
     return crc32c.crc32c(data).to_bytes(4, "little")
 
 
-def statistics_of(rows):
-    """The eight statistics of `[R, L, D]` float64 rows, all of them finite and none flagged."""
+def statistics_of(rows, keep):
+    """The eight statistics of `[R, L, D]` float64 rows, all of them finite, of which those of `keep` count."""
     norms = np.linalg.norm(rows, axis=2)
-    chunks = [norms[start : start + INNER] for start in range(0, len(rows), INNER)]
+    chunks = [norms[start : start + INNER][keep[start : start + INNER]] for start in range(0, len(rows), INNER)]
+    rows = rows[keep]
     columns = [
         [np.full(len(LAYERS[: rows.shape[1]]), len(c)), c.sum(axis=0), (c**2).sum(axis=0), c.min(axis=0), c.max(axis=0)]
         for c in chunks
@@ -81,7 +82,7 @@ def shard(tensor, rows, metadata, shard_rows, inner, statistics):
     return (4088).to_bytes(8, "little") + text + b"".join(data for *_, data in parts)
 
 
-def array_json(shape, shards, inner, dtype, fill, names, order=None, **more):
+def array_json(version, shape, shards, inner, dtype, fill, names, order=None, **more):
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     transpose = [{"name": "transpose", "configuration": {"order": order}}] if order else []
     sharding = {
@@ -91,7 +92,7 @@ def array_json(shape, shards, inner, dtype, fill, names, order=None, **more):
         "index_location": "end",
     }
     said = {
-        "attributes": attributes(**more),
+        "attributes": attributes(version, **more),
         "zarr_format": 3,
         "node_type": "array",
         "shape": shape,
@@ -110,8 +111,9 @@ def put(path, data):
     path.write_bytes(data)
 
 
-def put_root(path, layout):
+def put_root(path, version, layout):
     said = attributes(
+        version,
         kind="planned",
         store="by hand",
         layout=layout,
@@ -123,30 +125,31 @@ def put_root(path, layout):
         n_tokens=TOKENS,
         n_sequences=2,
         source={"tokens": "c0ffee"},
+        **({"uses": ["first"]} if version == 2 else {}),
     )
     put(path / "zarr.json", signed({"attributes": said, "zarr_format": 3, "node_type": "group"}))
 
 
-def put_column(path, array, rows, inner, fill, names):
+def put_column(path, version, array, rows, inner, fill, names):
     key = "c.0" + ".0" * (rows.ndim - 1)
-    said = {"format": "mmcache/1", "store": "by hand", "array": array, "key": key}
+    said = {"format": f"mmcache/{version}", "store": "by hand", "array": array, "key": key}
     put(path / array / key, shard(array, rows, said, COLUMN_SHARD, inner, {}))
     tail = rows.shape[1:]
-    text = array_json(rows.shape, [COLUMN_SHARD, *tail], [inner, *tail], rows.dtype.name, fill, names)
+    text = array_json(version, rows.shape, [COLUMN_SHARD, *tail], [inner, *tail], rows.dtype.name, fill, names)
     put(path / array / "zarr.json", text)
 
 
-def put_site(path, layout, rows):
+def put_site(path, version, layout, rows, keep):
     deep, order = (len(LAYERS), [1, 0, 2]) if layout == "token" else (1, None)
     names = ["layer", "token", "d_model"]
     shape, shards, inner = [len(LAYERS), TOKENS, WIDTH], [deep, SHARD, WIDTH], [deep, INNER, WIDTH]
-    text = array_json(shape, shards, inner, "float32", "NaN", names, order, layers=LAYERS)
+    text = array_json(version, shape, shards, inner, "float32", "NaN", names, order, layers=LAYERS)
     put(path / "mid" / "zarr.json", text)
     for slot in range(len(LAYERS) // deep):
         for start in range(0, TOKENS, SHARD):
             part = rows[start : start + SHARD, slot : slot + deep]
             said = {
-                "format": "mmcache/1",
+                "format": f"mmcache/{version}",
                 "store": "by hand",
                 "array": "mid",
                 "key": f"c.{slot}.{start // SHARD}.0",
@@ -156,29 +159,36 @@ def put_site(path, layout, rows):
                 "first_token": str(start),
             }
             packed = np.ascontiguousarray(part if layout == "token" else part[:, 0])
-            statistics = statistics_of(part.astype("<f8"))
+            statistics = statistics_of(part.astype("<f8"), keep[start : start + SHARD])
             put(path / "mid" / said["key"], shard("activations", packed, said, SHARD, INNER, statistics))
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("layout", ["layer", "token"])
-def test_a_store_written_by_the_page_alone_is_one(layout, tmp_path):
+def test_a_store_written_by_the_page_alone_is_one(layout, version, tmp_path):
     rows = np.random.default_rng(0).standard_normal((TOKENS, len(LAYERS), WIDTH)).astype("<f4")
     ids = np.arange(TOKENS, dtype="<i4")
-    flags = (ids % 3).astype("u1") * 4
     spans = np.array([[0, 300, 0], [300, TOKENS, 7]], "<i8")
-    put_root(tmp_path, layout)
-    put_column(tmp_path, "tokens", ids, 16384, -1, ["token"])
-    put_column(tmp_path, "flags", flags, 65536, 0, ["token"])
-    put_column(tmp_path, "sequences", spans, 2048, -1, ["sequence", "start_stop_document"])
-    put_site(tmp_path, layout, rows)
+    # Bits of the user's own; in version 2 the first tokens are flagged beside them, and do not count.
+    flags, keep = (ids % 3).astype("u1") * (8 if version == 2 else 4), np.ones(TOKENS, bool)
+    if version == 2:
+        flags[spans[:, 0]] |= 4
+        keep[spans[:, 0]] = False
+    put_root(tmp_path, version, layout)
+    put_column(tmp_path, version, "tokens", ids, 16384, -1, ["token"])
+    put_column(tmp_path, version, "flags", flags, 65536, 0, ["token"])
+    put_column(tmp_path, version, "sequences", spans, 2048, -1, ["sequence", "start_stop_document"])
+    put_site(tmp_path, version, layout, rows, keep)
     with mmcache.open(tmp_path) as store:
         assert (store.layers, store.n_tokens, store.sites) == (tuple(LAYERS), TOKENS, ("mid",))
         assert torch.equal(store["mid"].gather(range(TOKENS)), torch.from_numpy(rows))
         assert (store.tokens.tolist(), store.flags.tolist()) == (ids.tolist(), flags.tolist())
         assert [list(span) for span in store.sequences] == spans.tolist()
         found = store["mid"].statistics
-        np.testing.assert_allclose(found.mean, rows.astype("f8").mean(axis=0), atol=1e-12)
-        np.testing.assert_allclose(found.max_norm, np.linalg.norm(rows.astype("f8"), axis=2).max(axis=0))
+        wide = rows.astype("f8")[keep]
+        np.testing.assert_allclose(found.mean, wide.mean(axis=0), atol=1e-12)
+        np.testing.assert_allclose(found.max_norm, np.linalg.norm(wide, axis=2).max(axis=0))
+        assert store.counted(0, TOKENS).tolist() == keep.tolist()
     group = zarr.open_group(tmp_path, mode="r")
     assert np.array_equal(group["mid"][:].swapaxes(0, 1), rows)
     assert np.array_equal(group["sequences"][:], spans)

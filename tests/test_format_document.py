@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import mmcache
-from mmcache import draft, dtypes, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
-from mmcache.flags import BOS, SPECIAL
+from mmcache import draft, dtypes, features, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
+from mmcache.errors import VersionError
+from mmcache.flags import BOS, FIRST, SPECIAL, known_flags
 from mmcache.format import Layout
 from mmcache.manifest import Manifest, array_json
 
@@ -36,6 +37,7 @@ FIELDS = table("field", "JSON", "default")
 STRINGS = table("string", "in", "value")
 DTYPES = {row["dtype"]: row for row in table("dtype", "safetensors", "fill bytes")}
 ARRAYS = {row["array"]: row for row in table("array", "row shape", "key")}
+FEATURES = {row["name"]: row for row in table("name", "state", "what it adds")}
 
 
 def store_of(layout="token", **fields):
@@ -44,8 +46,8 @@ def store_of(layout="token", **fields):
 
 
 def test_the_page_is_one_page():
-    assert len(PAGE.splitlines()) <= 134
-    assert f"# The mmcache format, version {format.FORMAT_VERSION}\n" in PAGE
+    assert len(PAGE.splitlines()) <= 155
+    assert f"# The mmcache format, versions {' and '.join(map(str, format.FORMAT_VERSIONS))}\n" in PAGE
     assert "MUST" in PAGE
     assert "MAY" in PAGE
 
@@ -60,8 +62,9 @@ def test_the_dtypes():
 def test_the_fields_of_the_root():
     fields = dataclasses.fields(Manifest)
     assert [row["field"] for row in FIELDS] == ["format", "digest", *(field.name for field in fields)]
-    said = json.loads(store_of().to_json())["attributes"]["mmcache"]
+    said = json.loads(store_of(uses=features.NEW_STORES).to_json())["attributes"]["mmcache"]
     assert list(said) == [row["field"] for row in FIELDS]
+    assert list(json.loads(store_of().to_json())["attributes"]["mmcache"]) == list(said)[:-1]
     kinds = {int: "integer", str: "string", bool: "boolean", dict: "object", list: "array", type(None): "null"}
     for row, field in zip(FIELDS[2:], fields, strict=True):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -71,10 +74,10 @@ def test_the_fields_of_the_root():
         assert row["default"] == ("" if required else json.dumps(default)), row
         value = said[field.name]
         assert kinds[type(value)] in row["JSON"] or json.dumps(value) in row["JSON"].split(", "), row
-    assert FIELDS[0]["JSON"] == str(format.FORMAT_VERSION)
+    assert FIELDS[0]["JSON"].split(", ") == [str(version) for version in format.FORMAT_VERSIONS]
 
 
-@pytest.mark.parametrize("row", [row for row in FIELDS[2:] if row["default"]], ids=lambda row: row["field"])
+@pytest.mark.parametrize("row", [row for row in FIELDS[2:-1] if row["default"]], ids=lambda row: row["field"])
 def test_what_has_a_default_may_be_left_out(row):
     grown = Manifest("grown", "f" * 32, "token", "float16", {"mlp_in": 10}, (0,))
     fields = json.loads(grown.to_json())["attributes"]["mmcache"]
@@ -106,13 +109,19 @@ def test_the_limits_that_the_page_gives():
 
 
 def test_the_names_that_the_page_gives():
-    for name in (*names.RESERVED, names.STATISTICS_FOLDER, signed.ROOT):
-        assert f"`{name}`" in PROSE.partition("not be one of ")[2].partition(".")[0] + "`zarr.json`"
-        assert names.site_name_problem(name) is not None
+    said = PROSE.partition("not be one of ")[2].partition(" Names that begin")[0]
+    for name in (*names.RESERVED, names.STATISTICS_FOLDER, names.TOKENIZER_FOLDER, signed.ROOT):
+        assert f"`{name}`" in said
+        assert names.site_name_problem(name, 1) is not None
+    assert f"in version 2 `{names.DOCUMENTS_FOLDER}`" in said
+    assert [names.site_name_problem(names.DOCUMENTS_FOLDER, version) is None for version in (1, 2)] == [True, False]
     assert "at most 200 bytes" in PROSE
     assert names.site_name_problem("x" * 200) is None
     assert names.site_name_problem("x" * 201) is not None
-    assert (f"{BOS} BOS" in PROSE, f"{SPECIAL} special" in PROSE) == (True, True)
+    assert f"1 BOS, 2 special, in a store that uses `{features.FIRST_TOKENS}` (see *Version 2*) 4 first" in PROSE
+    assert (BOS, SPECIAL, FIRST) == (1, 2, 4)
+    assert known_flags(first=False) == {"bos": 1, "special": 2}
+    assert known_flags(first=True) == {"bos": 1, "special": 2, "first": 4}
     assert f"drafts `.*{draft._DRAFT}`" in PROSE
 
 
@@ -157,8 +166,10 @@ def test_the_strings_of_a_header(array):
     site = array == "mlp_in"
     found = store.shard_metadata(array, 2, 1 if site else 0, "b" * 32)
     assert list(found) == [row["string"] for row in STRINGS if row["in"] == "all" or site]
+    assert [f"mmcache/{version} " in f"{STRINGS[0]['value']},".replace(",", " ") for version in (1, 2)] == [True, True]
+    assert dataclasses.replace(store, uses=("first",)).shard_metadata(array, 2)["format"] == "mmcache/2"
     expected = {
-        "format": STRINGS[0]["value"],
+        "format": "mmcache/1",
         "store": store.store,
         "array": array,
         "key": store.shard_key(array, 2, 1),
@@ -198,3 +209,23 @@ def test_the_arrays(array, layout):
     assert codec["configuration"]["index_location"] == "end"
     found = list(said["attributes"]["mmcache"])
     assert found == ["format", "digest", "layers"] if array == "a site" else ["format", "digest"]
+
+
+def test_the_features_of_version_2():
+    assert sorted(name for name, row in FEATURES.items() if not row["state"]) == sorted(features.IMPLEMENTED)
+    reserved = [name for name, row in FEATURES.items() if row["state"]]
+    assert all(row["state"] in ("", "reserved") for row in FEATURES.values())
+    assert reserved == ["documents", "flag_names", "scales", "site_layers", "zones"]
+    said = json.loads(store_of(uses=("first",)).to_json())["attributes"]["mmcache"]
+    assert Manifest.from_attributes(said, "acts").uses == ("first",)
+    for name in (*reserved, "what comes later"):
+        with pytest.raises(VersionError, match=f"acts uses '{name}' of format version 2, which this library does not"):
+            Manifest.from_attributes(said | {"uses": sorted(["first", name]), "more": 1}, "acts")
+
+
+@pytest.mark.parametrize("version", format.FORMAT_VERSIONS)
+def test_every_file_says_the_version(version):
+    store = store_of(uses=("first",) if version == 2 else ())
+    texts = [store.to_json(), *(array_json(store, array, 100) for array in ("mlp_in", *names.RESERVED))]
+    assert {json.loads(text)["attributes"]["mmcache"]["format"] for text in texts} == {version}
+    assert store.shard_metadata("mlp_in", 0)["format"] == f"mmcache/{version}"

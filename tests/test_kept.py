@@ -62,6 +62,8 @@ def test_runs_say_where_each_token_is(keep, random):
         (("bos", "special"), 3),
         ("bos", 1),
         (["special"], 2),
+        ("first", 4),
+        (("bos", "special", "first"), 7),
         (8, 8),
         (("bos", np.int64(8)), 9),
         (255, 255),
@@ -206,7 +208,7 @@ def test_a_billion_tokens_take_no_gigabytes():
             largest = max(largest, stop - start)
             return torch.from_numpy((np.arange(start, stop) % 1000 == 0).astype(np.uint8))
 
-    store = SimpleNamespace(where="acts", n_tokens=n_tokens, has_tokens=True, array=Folder)
+    store = SimpleNamespace(where="acts", n_tokens=n_tokens, has_tokens=True, array=Folder, flag_bits={"bos": 1})
     kept = Kept.from_store(store, "bos", None)
     assert len(kept) == n_tokens // 1000 * 999
     assert largest == 1 << 20

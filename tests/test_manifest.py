@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 
 from mmcache.dtypes import ACTIVATION_DTYPES
 from mmcache.errors import ArgumentError, CorruptError, MmcacheError, StoreNotFoundError, VersionError
-from mmcache.manifest import (
-    Manifest,
-    array_json,
-    check_user_metadata,
-    read_manifest,
-)
+from mmcache.manifest import Manifest, array_json, read_manifest
 from mmcache.names import RESERVED, check_site_name, site_name_problem
 from mmcache.signed import ROOT
+from mmcache.user_metadata import check_user_metadata
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(max_size=10),
@@ -50,6 +46,7 @@ def manifests(draw):
         n_tokens=draw(st.none() | st.just(0)),
         special_tokens=tuple(draw(st.lists(st.integers(0, 2**31 - 1), max_size=3))),
         metadata=draw(st.dictionaries(st.text(max_size=10), KEPT_JSON, max_size=3)),
+        uses=draw(st.sampled_from([(), ("first",)])),
     )
     if draw(st.booleans()):
         manifest = manifest.with_geometry(2048 * draw(st.integers(1, 64)), draw(st.none() | st.integers(1, 10**6)))
@@ -121,10 +118,43 @@ def test_a_change_by_another_program_is_refused():
             read_manifest(Path(folder))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1], 10**20])
+@pytest.mark.parametrize("version", [0, 3, "1", "2", None, [1], True, 1.0, 10**20])
 def test_another_format_version_is_named(version):
-    with pytest.raises(VersionError, match=r"is of format version .* this library reads 1"):
+    with pytest.raises(VersionError, match=r"is of format version .* this library reads 1 and 2: "):
         read(signed(attributes_of(good()) | {"format": version, "digest": "0" * 64, "more": "fields"}))
+
+
+def version_2(uses):
+    return signed(attributes_of(good()) | {"format": 2, "uses": uses, "digest": "0" * 64})
+
+
+def test_a_store_keeps_what_it_uses():
+    assert (good().version, good().uses) == (1, ())
+    assert "uses" not in attributes_of(good())
+    found = read(version_2(["first"]))
+    assert (found.version, found.uses, read(found.to_json())) == (2, ("first",), found)
+
+
+@pytest.mark.parametrize("uses", [["zones"], ["first", "zones"], ["a", "first"], ["first", ""]])
+def test_a_feature_that_is_not_known_is_named(uses):
+    with pytest.raises(VersionError, match=rf"uses '{'|'.join({*uses} - {'first'})}' of format version 2, which"):
+        read(version_2(uses))
+
+
+@pytest.mark.parametrize("uses", [[], None, "first", {"first": 1}, ["first", "first"], [1], [["first"]]])
+def test_uses_that_are_no_names_are_refused(uses):
+    with pytest.raises(CorruptError, match="does not describe a store: `uses` is"):
+        read(version_2(uses))
+
+
+def test_a_store_of_version_1_uses_nothing_of_version_2():
+    with pytest.raises(CorruptError, match="does not describe a store: version 1 has no field `uses`"):
+        read(signed(attributes_of(good()) | {"uses": ["first"], "digest": "0" * 64}))
+    # What version 2 reserves as a name is a site's in version 1.
+    fields = attributes_of(good()) | {"sites": {"documents": 6}, "inner_tokens": {"documents": 2048}}
+    assert list(read(signed(fields | {"digest": "0" * 64})).sites) == ["documents"]
+    with pytest.raises(CorruptError, match="does not describe a store: bad sites"):
+        read(signed(fields | {"format": 2, "uses": ["first"], "digest": "0" * 64}))
 
 
 BAD_FIELDS = [

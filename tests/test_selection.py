@@ -57,7 +57,9 @@ def test_pieces_are_the_rows(made, piece, monkeypatch):
 def test_columns(made):
     chosen = Selection(mmcache.open(made[0]), None, None, None)
     assert np.concatenate(list(chosen.columns("tokens"))).view("<i4").tolist() == list(range(TOTAL))
-    assert np.concatenate(list(chosen.columns("flags"))).tolist() == [0] * TOTAL
+    assert np.concatenate(list(chosen.columns("flags"))).tolist() == [
+        4 if at in chosen.store.sequences.numpy()[:, 0] else 0 for at in range(TOTAL)
+    ]
 
 
 @pytest.mark.parametrize(

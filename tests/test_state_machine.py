@@ -76,7 +76,7 @@ class WriterMachine(Folder):
     @rule(length=LENGTHS, as_lists=st.booleans(), flagged=st.booleans())
     def append(self, length, as_lists, flagged):
         rows, tokens = self.random(length), self.ids(length)
-        flags = (tokens * 4).tolist() if flagged else None
+        flags = (tokens * 8).tolist() if flagged else None
         given_rows = {site: list(values) for site, values in rows.items()} if as_lists else rows
         self.writer.append(tokens.tolist() if as_lists else tokens, given_rows, flags=flags)
         self.twin.append(tokens, rows, flags)
@@ -182,8 +182,8 @@ class WriterMachine(Folder):
             number = data.draw(st.integers(0, store.n_sequences - 1))
             start, stop, _ = self.committed.spans[number]
             assert same(store[site].sequence(number), rows[:, start:stop].contiguous())
-            counted = sum(not flag & 3 for flag in self.committed.flags)
-            finite = rows.isfinite().all(dim=-1) & torch.tensor([not flag & 3 for flag in self.committed.flags])
+            counted = sum(not flag & 7 for flag in self.committed.flags)
+            finite = rows.isfinite().all(dim=-1) & torch.tensor([not flag & 7 for flag in self.committed.flags])
             found = store[site].statistics
             assert (found.rows <= counted).all()
             assert found.rows.tolist() == finite.sum(dim=1).tolist()

@@ -614,7 +614,7 @@ def test_pieces_of_tokens_and_flags_are_read_alone(tmp_path):
     assert [store.locate(at).token_id for at in (0, 310, -1)] == [twin.tokens[at] for at in (0, 310, -1)]
     assert store.tokens.tolist() == twin.tokens
     assert store.read_tokens(7, 9).tolist() == twin.tokens[7:9]
-    assert store.counted(0, 820).tolist() == [not flag & 3 for flag in twin.flags]
+    assert store.counted(0, 820).tolist() == [not flag & 7 for flag in twin.flags]
     assert store.shards("a").present().tolist() == [[True]]
     assert store.manifest.n_tokens == 820
 

@@ -14,7 +14,7 @@ import pytest
 from mmcache import draft, manifest, tokenise
 from mmcache.contexts import Contexts, CorpusDigest
 from mmcache.errors import CorpusError, PlanMismatchError
-from mmcache.flags import BOS, SPECIAL
+from mmcache.flags import BOS, FIRST, SPECIAL
 from mmcache.manifest import Manifest
 from mmcache.shards import ShardFolder
 from mmcache.tokenise import Tokenised, check_corpus
@@ -40,12 +40,12 @@ class Crash(BaseException):
 class Plan:
     """A store that holds its tokens only, and its root in memory."""
 
-    def __init__(self, path, *, length=16, pack=False):
+    def __init__(self, path, *, length=16, pack=False, uses=("first",)):
         self.path, self.length, self.pack = path, length, pack
         self.commits = []
         self.manifest = Manifest(
             kind="planned", store="s", layout="token", dtype="float32", sites={"x": 4}, layers=(0,),
-            special_tokens=(256,),
+            special_tokens=(256,), uses=uses,
         )  # fmt: skip
 
     def commit(self, state):
@@ -81,8 +81,9 @@ def contexts_of(documents, **options):
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("pack", [False, True])
-def test_tokens_flags_and_sequences_are_those_of_the_contexts(tmp_path, pack):
-    plan = Plan(tmp_path, pack=pack)
+@pytest.mark.parametrize("uses", [(), ("first",)])
+def test_tokens_flags_and_sequences_are_those_of_the_contexts(tmp_path, pack, uses):
+    plan = Plan(tmp_path, pack=pack, uses=uses)
     state = plan.tokenise()
     contexts = contexts_of(DOCUMENTS, pack=pack)
     tokens = np.concatenate([context.tokens for context in contexts])
@@ -96,7 +97,11 @@ def test_tokens_flags_and_sequences_are_those_of_the_contexts(tmp_path, pack):
     begins = np.zeros(len(tokens), np.bool_)
     begins[starts[:-1]] = True
     np.testing.assert_array_equal(flags & BOS != 0, begins & (tokens == 256))
-    assert set(np.unique(flags)) == {0, SPECIAL, BOS | SPECIAL}
+    # Of every context, whatever it begins with, where the store flags it at all.
+    np.testing.assert_array_equal(flags & FIRST != 0, begins & bool(uses))
+    first = FIRST if uses else 0
+    # Packed, every context begins with BOS; documents that are ids already have none.
+    assert set(np.unique(flags)) == {0, SPECIAL, BOS | SPECIAL | first} | ({0} if pack else {first})
 
     digest = CorpusDigest()
     for document in DOCUMENTS:

@@ -267,7 +267,7 @@ def test_a_damaged_root_is_a_finding_and_no_store_is_an_error(tmp_path):
     assert (finding.kind, finding.file) == ("metadata", "zarr.json")
     # Another format version, which a flipped bit may say too.
     damage(path / "zarr.json", flip(200))
-    damage(path / "zarr.json", lambda data: data.replace(b'"format": 1', b'"format": 3', 1))
+    damage(path / "zarr.json", lambda data: data.replace(b'"format": 2', b'"format": 3', 1))
     (finding,) = mmcache.verify(path).findings
     assert "format version 3" in finding.what
     with pytest.raises(mmcache.StoreNotFoundError):

@@ -177,7 +177,7 @@ def test_a_sequence(store, rows, by):
     view = views.sequence(store, SITE, 1, 2, **asked[by])
     assert np.allclose(view["values"], wanted[by][start:stop], rtol=1e-10, atol=1e-12, equal_nan=True)
     assert view["tokens"].tolist() == planted.tokens()[start:stop].tolist()
-    assert view["flags"].tolist() == [3] + [0] * (stop - start - 1)
+    assert view["flags"].tolist() == [7] + [0] * (stop - start - 1)
 
 
 @pytest.mark.parametrize("position", [0, ZERO, NAN, INFINITE, TOTAL - 1])

@@ -194,11 +194,11 @@ def test_padding_is_not_stored(path, kind, layout, form):
     rows = random_batch(twin, 3, 5)
     given = {"int64": mask, "bool": mask.bool(), "lists": mask.tolist()}[form]
     with writer:
-        writer.append(tokens, rows, attention_mask=given, flags=tokens * 4)
+        writer.append(tokens, rows, attention_mask=given, flags=tokens * 8)
     for row in range(3):
         kept = mask[row].bool()
         twin.append(
-            tokens[row][kept], {site: values[:, row][:, kept] for site, values in rows.items()}, tokens[row][kept] * 4
+            tokens[row][kept], {site: values[:, row][:, kept] for site, values in rows.items()}, tokens[row][kept] * 8
         )
     twin.check_path(path)
 
@@ -212,7 +212,7 @@ def test_flags_mark_the_special_tokens(path):
         writer.append([9, 5], {"a": torch.zeros(1, 2, 2)}, continues=True)
         writer.append([9], {"a": torch.zeros(1, 1, 2)})
     with mmcache.open(path) as store:
-        assert store.flags.tolist() == [3, 0, 2, 0, 1, 128 | 2, 2, 2, 0, 3]
+        assert store.flags.tolist() == [7, 0, 2, 0, 4 | 1, 128 | 2, 2, 2, 0, 7]
         assert [tuple(span) for span in store.sequences] == [(0, 4, 0), (4, 9, 1), (9, 10, 2)]
 
 
@@ -657,7 +657,7 @@ def test_a_crash_anywhere_leaves_the_last_commit(tmp_path, layout, request):
         twin.check_path(path)
         assert not list(path.rglob("*.tmp"))
         with mmcache.open(path) as store:
-            assert store["a"].statistics.rows.tolist() == [sum(not flag & 3 for flag in twin.flags)] * 2
+            assert store["a"].statistics.rows.tolist() == [sum(not flag & 7 for flag in twin.flags)] * 2
     assert {0, 1, 2} <= seen
 
 

@@ -64,7 +64,9 @@ def test_what_the_dataset_says(made):
     assert set(data.coords) == {"layer", "token_id", "flags", "sequence"}
     assert data["layer"].values.tolist() == [0, 1, 2]
     assert data["token_id"].values.tolist() == store.tokens.tolist()
-    assert data["flags"].values.tolist() == [2 if token == 7 else 0 for token in range(TOTAL)]
+    first = dict.fromkeys((0, 100), 4)
+    assert data["flags"].values.tolist() == [2 if token == 7 else first.get(token, 0) for token in range(TOTAL)]
+    assert data["flags"].attrs == {"flag_masks": [1, 2, 4], "flag_meanings": "bos special first"}
     assert data["sequence"].values.tolist() == [0] * 100 + [1] * 200
     assert (data["token_id"].dtype, data["flags"].dtype, data["sequence"].dtype) == (np.int32, np.uint8, np.int64)
     assert data.attrs["metadata"] == {"why": "to see"}

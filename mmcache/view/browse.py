@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, OutOfRangeError
-from mmcache.flags import counted
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import Look
@@ -116,7 +115,7 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
         context: tokens before and behind it whose text is shown.
         words: the store's tokens as text, if it was read already.
 
-    `data`: `position`, `sequence`, `offset`, `token`, `text`, `before`, `after`, `counts` (neither BOS nor special);
+    `data`: `position`, `sequence`, `offset`, `token`, `text`, `before`, `after`, `counts` (in the statistics);
     `layers`; `norm`, `mean`, `std` `[L]`; `cosine` `[L]`, with the layer before (NaN for the first); and `largest`, for
     each layer its 10 largest dimensions by magnitude, `dimension` and `value`.
 
@@ -136,7 +135,7 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
     largest = np.argsort(-np.nan_to_num(np.abs(rows), nan=np.inf), axis=-1, kind="stable")[:, :_LARGEST]
     data = {
         "site": site, "position": position, "sequence": place.sequence, "offset": place.offset,
-        "counts": bool(counted(store.read_flags(position, position + 1).numpy())[0]),
+        "counts": bool(store.counted(position, position + 1)[0]),
         "token": place.token_id, **surroundings(store, position, context, words or Words(store)),
         "layers": look.layers, "norm": norm, "mean": mean, "std": std, "cosine": cosine,
         "largest": [

@@ -132,6 +132,10 @@ class Look:
         """Read the ids at some ascending positions: `[n]` int32."""
         return self._pick(positions, lambda start, stop: self.store.read_tokens(start, stop).numpy())
 
+    def flags(self, positions: np.ndarray) -> np.ndarray:
+        """Read the flags at some ascending positions: `[n]` uint8."""
+        return self._pick(positions, lambda start, stop: self.store.read_flags(start, stop).numpy())
+
     @staticmethod
     def _pick(positions: np.ndarray, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
         # Stretches that are far from each other are read apart.

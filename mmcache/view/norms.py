@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.flags import counted
+from mmcache.flags import BOS, SPECIAL
 from mmcache.shard_statistics import brief_statistics
 from mmcache.view.base import View, written
 from mmcache.view.look import Look
@@ -41,8 +41,8 @@ def norms(
     """Map the Euclidean norms of rows: layers by stretches of tokens.
 
     Stretches are inner chunks, one or several, and their norms come from the shards' statistics, which leave out BOS,
-    special tokens and rows that are not finite; no row is read. Where few tokens are asked for, each is a stretch of
-    its own, and their rows are read.
+    special and first tokens and rows that are not finite; no row is read. Where few tokens are asked for, each is a
+    stretch of its own, and their rows are read.
 
     Args:
         store: the store; a stretch of which nothing is there is NaN.
@@ -82,7 +82,7 @@ def _of_tokens(look: Look, start: int, stop: int, words: Words | None) -> tuple[
     positions = np.arange(start, stop)
     found = look.scores(positions, None).T
     tokens = look.tokens(positions)
-    flagged = ~counted(look.store.read_flags(start, stop).numpy())
+    special = look.flags(positions) & (BOS | SPECIAL) != 0
     first = np.isin(positions, np.asarray(look.store.sequences)[:, 0])
     return {
         "level": "tokens",
@@ -93,7 +93,7 @@ def _of_tokens(look: Look, start: int, stop: int, words: Words | None) -> tuple[
         "rows": np.ones(found.shape, np.int64),
         "tokens": tokens,
         "texts": (words or Words(look.store)).texts(tokens.tolist()),
-        "apart": flagged.astype(np.int64) + 2 * first,
+        "apart": special.astype(np.int64) + 2 * first,
     }, None
 
 
@@ -175,9 +175,9 @@ def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> Vi
     shard = look.folder.spec.shard_rows
     starts = starts[np.isin(starts // shard, look.blocks)]
     # As many tokens as the sequences they are looked for in.
-    flagged = _flagged(look, starts)
+    special = _special(look, starts)
     kinds = {}
-    for name, positions in (("first", starts), ("special", flagged)):
+    for name, positions in (("first", starts), ("special", special)):
         some = (
             positions[np.unique(np.linspace(0, len(positions) - 1, _APART).astype(int))]
             if len(positions)
@@ -202,11 +202,11 @@ def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> Vi
     )
 
 
-def _flagged(look: Look, starts: np.ndarray) -> np.ndarray:
+def _special(look: Look, starts: np.ndarray) -> np.ndarray:
     """Find tokens flagged BOS or special, in stretches of a thousand tokens behind some sequences' beginnings."""
     some = starts[np.unique(np.linspace(0, len(starts) - 1, _APART).astype(int))] if len(starts) else starts
     stretches = [np.arange(start, min(start + 1024, look.store.n_tokens)) for start in some]
     positions = np.unique(np.concatenate(stretches)) if stretches else np.empty(0, np.int64)
     positions = positions[np.isin(positions // look.folder.spec.shard_rows, look.blocks)]
-    found: np.ndarray = positions[~look.counted(positions)]
+    found: np.ndarray = positions[look.flags(positions) & (BOS | SPECIAL) != 0]
     return found

@@ -36,8 +36,8 @@ def top(
 ) -> View:
     """Find the tokens with the largest values of a dimension or direction, and examples from each band of quantiles.
 
-    Looked at are the tokens that count (neither BOS nor special), as many as `budget` bytes hold. Examples of a band
-    are evenly spread over it, by rank, so that nothing is picked by hand.
+    Looked at are the tokens that count in the statistics (not BOS, special or first), as many as `budget` bytes hold.
+    Examples of a band are evenly spread over it, by rank, so that nothing is picked by hand.
 
     Args:
         store: the store.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmcache.dtypes import BY_NAME
+from mmcache.features import NEW_STORES
 from mmcache.format import STATISTICS, Layout
 from mmcache.geometry import shard_rows
 from mmcache.manifest import Manifest, array_json
@@ -73,6 +74,7 @@ def planned(
         layers=layers,
         n_tokens=tokens,
         n_sequences=sequences,
+        uses=NEW_STORES,
     ).with_geometry(shard_rows(rows, shard_tokens, tokens), tokens)
 
 
