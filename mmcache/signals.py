@@ -1,17 +1,18 @@
-"""Signals that end a job tidily."""
+"""Signals that end a job tidily, and those that end a command which only reads."""
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Stopped", "stoppable"]
+__all__ = ["Stopped", "ended_at_once", "stoppable"]
 
 # Seconds that tidying up after a signal may take.
 _TIDYING = 5.0
@@ -53,3 +54,26 @@ def stoppable(left: str) -> Iterator[None]:
         # Reached also where a signal came in the line above.
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[ExitStack]:
+    """Let Ctrl-C and SIGTERM end the process at once, with exit 0: for commands that only read, until they are ended.
+
+    Nothing that runs in the background is waited for, and nothing is said. What is on the stack is removed before.
+    """
+    with ExitStack() as tidy:
+
+        def end(_number: int, _frame: object) -> None:
+            # A second signal that comes in here does all of it, before the first goes on.
+            try:
+                tidy.close()
+            finally:
+                os._exit(0)
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield tidy
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

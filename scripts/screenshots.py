@@ -93,7 +93,8 @@ def page(path: Path, started: Browser, picture: Path) -> None:
     thread.start()
     try:
         sheet = started.new_page(viewport={"width": _WINDOW[0], "height": _WINDOW[1]}, color_scheme="light")
-        sheet.goto(f"{served.url}&{_SHOWN}")
+        root, _, token = served.one_time_url().partition("#")
+        sheet.goto(f"{root}?{_SHOWN}#{token}")
         sheet.wait_for_selector("body[data-ready='1']", state="attached")
         sheet.screenshot(path=picture)
         sheet.close()

@@ -52,8 +52,8 @@ class Tab:
         # What is left behind by going on is given up, not failed.
         on("requestfailed", lambda one: "ERR_ABORTED" in (one.failure or "") or self.trouble.append(f"lost: {one.url}"))
         on("response", lambda one: one.status < 400 or self.trouble.append(f"{one.status}: {one.url}"))
-        cookie = {"name": f"mmcache-{served.port}", "value": served.token, "url": self.root}
-        context.add_cookies([{**cookie, "httpOnly": True, "sameSite": "Strict"}])
+        kept = f"localStorage.setItem('mmcache-secret', '{served.access.secret}')"
+        self.sheet.add_init_script(f"if (location.href.startsWith('{self.root}')) {kept}")
 
     def ready(self):
         """Wait until the panel is done."""

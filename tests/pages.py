@@ -72,10 +72,15 @@ def serving(source):
         assert not thread.is_alive()
 
 
-def ask(page, where, *, method="GET", token=True, **headers):
+def bearer(token):
+    """The header that a token, or the secret, is sent in."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def ask(page, where, *, method="GET", secret=True, **headers):
     """Ask the page for something, as raw as can be: `Host=` and others as they are given, none followed."""
-    if token:
-        where += ("&" if "?" in where else "?") + f"token={page.token}"
+    if secret:
+        headers = bearer(page.access.secret) | headers
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
     try:
         connection.putrequest(method, where, skip_host=True, skip_accept_encoding=True)

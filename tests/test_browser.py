@@ -1,9 +1,14 @@
 """The page in a real browser: each panel draws, zooms, says what numpy says, and runs nothing of a stranger's."""
 
+import contextlib
+import http.server
 import json
+import queue
 import struct
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -13,9 +18,10 @@ pytest.importorskip("starlette", reason="the page needs mmcache[view]")
 pytest.importorskip("plotly", reason="the page needs mmcache[view]")
 
 from browsing import PLOT, Tab, browsing, contrast, number, screenshots
-from pages import IMAGE, SCRIPT, demo_store, hostile_names, hostile_tokens, serving
+from pages import IMAGE, SCRIPT, ask, demo_store, hostile_names, hostile_tokens, serving
 
 import mmcache
+from mmcache.view.browser import open_browser
 from mmcache.view.panels import Source
 
 LAYER, DIMENSION = 2, 17
@@ -125,15 +131,96 @@ def test_the_views_above_are_every_panel(tab):
     assert tabs == list(dict.fromkeys(dict(parse_qsl(query[1:])).get("panel", "overview") for query in VIEWS.values()))
 
 
-def test_the_address_that_is_printed_opens_the_page_and_keeps_the_token_out_of_sight(tab, served):
-    tab.sheet.context.clear_cookies()
-    tab.sheet.goto(f"{served.url}&panel=health")
-    tab.ready()
-    assert tab.sheet.url == f"{tab.root}?panel=health"
-    assert tab.sheet.evaluate("document.cookie") == ""
-    tab.sheet.reload()
-    tab.ready()
-    assert tab.texts("[role=tab][aria-selected=true]") == ["Health"]
+def test_an_address_opens_the_page_once_and_its_token_goes_nowhere(browser, served):
+    url, sent = served.one_time_url(), []
+    root, _, token = url.partition("#")
+    with contextlib.closing(browser.new_context()) as context, contextlib.closing(context.new_page()) as sheet:
+        sheet.on("request", lambda request: sent.append(request.url))
+        sheet.goto(f"{root}?panel=search#{token}")
+        sheet.wait_for_selector("body[data-ready='1']", state="attached")
+        assert sheet.url == f"{root}?panel=search"
+        assert sheet.evaluate("[document.cookie, document.referrer, history.length]") == ["", "", 2]
+        assert context.cookies() == []
+        assert not [address for address in sent if token.partition("=")[2] in address]
+        # It goes on without the token, in other tabs too; a used one does no harm where the secret is.
+        sheet.reload()
+        sheet.wait_for_selector("body[data-ready='1'] #query", state="attached")
+        with contextlib.closing(context.new_page()) as other:
+            other.goto(f"{root}?panel=search#{token}")
+            other.wait_for_selector("body[data-ready='1'] #query", state="attached")
+    with contextlib.closing(browser.new_context()) as context, contextlib.closing(context.new_page()) as sheet:
+        sheet.goto(url)
+        sheet.wait_for_selector("[role=alert]")
+        assert "each is good once" in sheet.inner_text("[role=alert]")
+        # As somebody pastes the next one into the same tab.
+        sheet.goto(served.one_time_url())
+        sheet.wait_for_selector("body[data-ready='1']", state="attached")
+
+
+class _Listener(http.server.BaseHTTPRequestHandler):
+    """Another program's page on this machine, which writes down what browsers send it."""
+
+    heard: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.heard.append(f"{self.path} {self.headers}")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>elsewhere</title>")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def elsewhere():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Listener) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_page_of_another_port_gets_nothing_that_opens_ours(browser, served, elsewhere):
+    with contextlib.closing(browser.new_context()) as context, contextlib.closing(context.new_page()) as sheet:
+        sheet.goto(served.one_time_url())
+        sheet.wait_for_selector("body[data-ready='1']", state="attached")
+        sheet.goto(elsewhere)
+        sheet.wait_for_load_state()
+        assert len(_Listener.heard) >= 1
+        assert not [said for said in _Listener.heard if served.access.secret in said or "Cookie" in said]
+        assert sheet.evaluate("localStorage.length") == 0
+        ask = """address => fetch(address, { credentials: "include" }).then(() => "answered", () => "kept away")"""
+        for name in ("page.json", "overview.json", "", "page.js"):
+            assert sheet.evaluate(ask, served.root + name) == "kept away"
+        # A link to us may be followed, and the page that has it gets no hold of ours.
+        with context.expect_page() as opened:
+            sheet.evaluate("address => { window.ours = open(address) }", served.root)
+        opened.value.wait_for_selector("body[data-ready='1']", state="attached")
+        assert sheet.evaluate("window.ours.closed")
+
+
+def test_the_file_that_opens_the_browser_leads_to_the_page_and_is_gone_when_it_has(
+    browser, served, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    opened = queue.Queue()
+    monkeypatch.setattr("webbrowser.open", lambda url: (opened.put(url), True)[1])
+    with contextlib.ExitStack() as tidy:
+        open_browser(served.one_time_url, tidy, pytest.fail)
+        url = opened.get(timeout=20)
+        assert len(list(tmp_path.iterdir())) == 1
+        with contextlib.closing(browser.new_context()) as context, contextlib.closing(context.new_page()) as sheet:
+            sheet.goto(url)
+            sheet.wait_for_selector("body[data-ready='1']", state="attached")
+            assert sheet.url == served.root
+            assert list(tmp_path.iterdir()) == []
+            # Where the page goes, and is loaded anew, browsers say on and on that another place led to it.
+            sheet.click("[data-panel=health]")
+            sheet.reload()
+            sheet.wait_for_selector("body[data-ready='1'] [data-view=health]", state="attached")
 
 
 # The norm map.
@@ -384,7 +471,7 @@ def test_tokens_are_reached_by_tab_and_arrows_and_opened_by_enter(tab, store, qu
 # What is offered of each view.
 
 
-def test_the_python_of_each_view_runs_and_gives_its_data(tab):
+def test_the_python_of_each_view_runs_and_gives_its_data(tab, served):
     tab.open()
     for query in VIEWS.values():
         tab.show(query)
@@ -400,7 +487,7 @@ def test_the_python_of_each_view_runs_and_gives_its_data(tab):
             made = eval(last, names)  # noqa: S307 -- as above
             made = made if isinstance(made, dict) else made.to_json()["data"]
             href = frame.get_by_role("link", name="JSON", exact=True).get_attribute("href")
-            told = tab.sheet.context.request.get(tab.root + href).json()["data"]
+            told = json.loads(ask(served, f"/{href}").body)["data"]
             assert json.loads(json.dumps(made)) == told
 
 
@@ -408,6 +495,7 @@ def test_the_data_open_in_a_tab_of_their_own(tab, context):
     tab.open("?panel=health")
     with context.expect_page() as opened:
         tab.sheet.click("text=JSON")
+    opened.value.wait_for_selector("body[data-ready='1']", state="attached")
     assert json.loads(opened.value.inner_text("body"))["view"] == "health"
     assert opened.value.url == f"{tab.root}health.json?site=mlp_in"
     opened.value.close()

@@ -1,14 +1,22 @@
-"""The page's server: who may ask, what comes, and that every number of a panel is the view's."""
+"""The page's server: what comes, that every number of a panel is the view's, and how the command begins and ends."""
 
+import contextlib
+import functools
 import gzip
 import json
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import webbrowser
 from pathlib import Path
-from urllib.parse import quote
+from types import SimpleNamespace
+from urllib.parse import quote, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -27,6 +35,7 @@ from mmcache import view as views
 from mmcache.cli import main
 from mmcache.errors import ArgumentError, StoreNotFoundError
 from mmcache.loading import load_model
+from mmcache.view import page as page_module
 from mmcache.view.figures import plotly_js
 from mmcache.view.page import Page, serve
 from mmcache.view.panels import PANELS, Source
@@ -59,115 +68,6 @@ def data(page, where):
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["cache-control"] == "no-store"
     return json.loads(answer.body)
-
-
-# Who may ask.
-
-
-def test_only_the_loopback_address_is_listened_to(page):
-    assert page._socket.getsockname()[0] == "127.0.0.1"
-    assert re.fullmatch(rf"http://127\.0\.0\.1:{page.port}/\?token=[\w-]{{43}}", page.url)
-
-
-@pytest.mark.parametrize("where", ["/", "/page.json", "/norms.json", "/plotly.js", "/page.css", "/nothing"])
-def test_without_the_token_nothing_comes(page, where):
-    for headers in ({}, {"Cookie": f"mmcache-{page.port}=wrong"}, {"Cookie": f"mmcache-1={page.token}"}):
-        answer = ask(page, where, token=False, **headers)
-        assert answer.status == 403
-        assert answer.body == b"refused: open the address that `mmcache view` printed\n"
-        assert "set-cookie" not in answer.headers
-    for token in ("", "x", page.token[:-1], page.token + "x", "%FF%00", "é"):
-        assert ask(page, f"{where}?token={quote(token)}", token=False).status == 403
-
-
-def test_the_token_becomes_a_cookie_and_leaves_the_address(page):
-    answer = ask(page, "/?panel=text&query=a%26b%20c")
-    assert answer.status == 303
-    assert answer.headers["location"] == "/?panel=text&query=a%26b+c"
-    cookie = answer.headers["set-cookie"]
-    name, value = cookie.split(";")[0].split("=", 1)
-    assert (name, value) == (f"mmcache-{page.port}", page.token)
-    assert "HttpOnly" in cookie
-    assert "SameSite=strict" in cookie
-    assert ask(page, "/", token=False, Cookie=f"other=1; {name}={value}").status == 200
-    assert ask(page, "/norms.json", token=False, Cookie=f"{name}={value}").status == 200
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1:{}", "localhost:{}", "LOCALHOST:{}", "[::1]:{}"])
-def test_our_own_names_are_answered(page, host):
-    assert ask(page, "/page.json", Host=host.format(page.port)).status == 200
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example:{}", "evil.example", "127.0.0.1", "127.0.0.1:1", "127.0.0.1.evil.example:{}", "", "::1"]
-)
-def test_a_name_that_was_pointed_at_us_is_refused(page, host):
-    assert ask(page, "/page.json", Host=host.format(page.port)).status in {400, 403}
-
-
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1:{}", ""])
-def test_another_origin_is_refused(page, origin):
-    assert ask(page, "/page.json", Origin=origin.format(page.port)).status == 403
-
-
-def test_our_own_origin_is_answered(page):
-    assert ask(page, "/page.json", Origin=f"http://127.0.0.1:{page.port}", Sec_Fetch_Site="same-origin").status == 200
-
-
-def test_requests_that_other_sites_make_are_refused_but_for_a_link_that_is_followed(page):
-    for site in ("cross-site", "same-site", "nonsense"):
-        assert ask(page, "/page.json", Sec_Fetch_Site=site).status == 403
-        assert ask(page, "/page.json", Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate").status == 403
-        assert ask(page, "/", Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors").status == 403
-        known = {"Cookie": f"mmcache-{page.port}={page.token}"}
-        assert ask(page, "/", token=False, Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate", **known).status == 403
-    answer = ask(page, '/?panel="><script>', Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")
-    assert answer.status == 200
-    assert answer.body.count(b"<") == 4
-    assert b"url=/?panel=%22%3E%3Cscript%3E" in answer.body
-    assert "SameSite=strict" in answer.headers["set-cookie"]
-
-
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
-def test_it_only_shows(page, method):
-    for where in ("/", "/norms.json", "/page.css"):
-        answer = ask(page, where, method=method, Content_Length="0")
-        assert answer.status == 405
-        assert answer.headers["allow"] == "GET, HEAD"
-        assert ask(page, where, method=method, token=False, Content_Length="0").status == 403
-
-
-@pytest.mark.parametrize(
-    "where", ["/", "/page.css", "/page.js", "/norms.json", "/norms.json?bins=0", "/plotly.js", "/no"]
-)
-def test_every_answer_says_what_may_run(page, where):
-    token, cookie = where != "/", f"mmcache-{page.port}={page.token}"
-    for answer in (ask(page, where, token=token, Cookie=cookie), ask(page, where, token=False)):
-        assert answer.headers["content-security-policy"] == (
-            "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-            "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["referrer-policy"] == "no-referrer"
-        assert answer.headers["cache-control"] == (
-            "private, max-age=31536000, immutable" if answer.body[:2] == b"/*" else "no-store"
-        )
-
-
-def test_head_says_what_get_would_and_sends_nothing(page):
-    for where in ("/page.css", "/norms.json", "/plotly.js"):
-        head, got = ask(page, where, method="HEAD"), ask(page, where)
-        assert head.body == b""
-        assert head.status == got.status == 200
-        assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.body))
-
-
-@pytest.mark.parametrize(
-    "where",
-    ["/../page.py", "/..%2fpage.py", "/static/page.js", "/%2e%2e/panels.py", "//etc/passwd", "/page.py", "/.js"],
-)
-def test_no_file_but_the_pages_own_comes(page, where):
-    assert ask(page, where).status == 404
 
 
 # What comes.
@@ -372,12 +272,11 @@ def test_the_first_sight_is_small_and_needs_no_row_and_no_tokenizer(store, monke
     fresh = Source(store.path)
     with serving(fresh) as page:
         wire = 0
-        cookie = f"mmcache-{page.port}={page.token}"
         first = ["/", "/page.css", *(f"/{file.name}" for file in Path(views.__file__).parent.glob("static/*.js")),
                  "/overview.json", "/page.json", "/norms.json?figure=1&brief=1&site=mlp_in&bins=3"]  # fmt: skip
         plotly = json.loads(ask(page, "/page.json").body)["plotly"]
         for where in [*first, f"/{plotly}"]:
-            answer = ask(page, where, token=False, Cookie=cookie, Accept_Encoding="gzip")
+            answer = ask(page, where, Accept_Encoding="gzip")
             assert answer.status == 200, where
             assert len(answer.body) < 500 or answer.headers["content-encoding"] == "gzip"
             wire += len(answer.body)
@@ -434,21 +333,154 @@ def test_tokens_of_a_strangers_store_come_as_data(tmp_path):
 # The command.
 
 
-def test_the_command_prints_the_address_and_ends_by_ctrl_c(path):
-    command = [shutil.which("mmcache", path=Path(sys.executable).parent), "view", str(path), "--no-browser"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def command(path, *options, **environment):
+    """The command, running; ended for good at last."""
+    name = shutil.which("mmcache", path=Path(sys.executable).parent)
+    running = subprocess.Popen(
+        [name, "view", str(path), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     try:
-        url = running.stdout.readline().strip()
-        port, token = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=(\S+)", url).groups()
-        given = type("Given", (), {"port": int(port), "token": token})
-        assert data(given, "/overview.json")["data"]["path"] == str(path)
-        running.send_signal(signal.SIGINT)
-        _, told = running.communicate(timeout=20)
+        yield running
     finally:
         running.kill()
         running.communicate()
-    assert told == "Press Ctrl-C to end.\n"
-    assert running.returncode == 0
+
+
+def given(root, secret):
+    """Another process's page, as `ask` needs it."""
+    return SimpleNamespace(port=int(root.rpartition(":")[2].strip("/")), access=SimpleNamespace(secret=secret))
+
+
+def test_the_command_prints_an_address_and_the_next_one_when_it_was_used(path):
+    with command(path, "--no-browser") as running:
+        root, token = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)#token=(\S+)\n", running.stdout.readline()).groups()
+        answer = ask(given(root, token), "/session", method="POST")
+        secret = json.loads(answer.body)["secret"]
+        assert data(given(root, secret), "/overview.json")["data"]["path"] == str(path)
+        again, other = re.fullmatch(r"(\S+)#token=(\S+)\n", running.stdout.readline()).groups()
+        assert again == root
+        assert other not in {token, secret}
+        # Nobody reads the terminal any more: those who look at the page go on.
+        running.stdout.close()
+        assert json.loads(ask(given(root, other), "/session", method="POST").body) == {"secret": secret}
+        assert data(given(root, secret), "/overview.json")["data"]["path"] == str(path)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 0
+        assert running.stderr.read() == "Press Ctrl-C to end.\n"
+
+
+def test_scripts_get_the_secret_as_json_and_a_signal_ends_it_whatever_is_open(path):
+    with command(path, "--no-browser", "--json") as running, contextlib.ExitStack() as stack:
+        told = json.loads(running.stdout.readline())
+        root, _, token = told["url"].partition("#token=")
+        page = given(root, told["token"])
+        assert data(page, "/overview.json")["data"]["path"] == str(path)
+        assert ask(given(root, token), "/session", method="POST").status == 200
+        assert json.loads(running.stdout.readline())["token"] == told["token"]
+        head = f"GET /top.json?k=200&context=200 HTTP/1.1\r\nHost: 127.0.0.1:{page.port}\r\n"
+        asked = f"{head}Authorization: Bearer {told['token']}\r\n\r\n"
+        # Idle, half sent, being computed.
+        for said in ("", head, *[asked] * 8):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", page.port), 20))
+            one.sendall(said.encode())
+        began = time.monotonic()
+        for _ in range(2):
+            running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+        assert time.monotonic() - began < 5
+        assert running.stderr.read() == "Press Ctrl-C to end.\n"
+
+
+def test_no_token_is_in_an_argument_list_and_the_file_that_opens_the_browser_is_removed(path, tmp_path):
+    browser = tmp_path / "browser"
+    # It never loads what it is given.
+    browser.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given.part; mv {tmp_path}/given.part {tmp_path}/given\n')
+    browser.chmod(0o755)
+    private = tmp_path / "private"
+    private.mkdir()
+    with command(path, BROWSER=str(browser), XDG_RUNTIME_DIR=str(private)) as running:
+        printed = running.stdout.readline().partition("token=")[2].strip()
+        while not (tmp_path / "given").exists():
+            time.sleep(0.02)
+        opened = (tmp_path / "given").read_text().strip()
+        assert opened.startswith("file://")
+        file = Path(url2pathname(urlsplit(opened).path))
+        assert file.parent.parent == private
+        assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+        root, token = re.search(r"(http://127\.0\.0\.1:\d+/)#token=([\w-]+)", file.read_text()).groups()
+        assert token != printed
+        listed = [Path(f"/proc/{running.pid}/cmdline").read_text(), opened]
+        assert not [said for said in listed if token in said or printed in said]
+        assert ask(given(root, token), "/session", method="POST").status == 200
+        assert list(private.iterdir()) == []
+
+
+class _EndedError(BaseException):
+    """Instead of the end of the process."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["panels.open_store", "page._listening", "browser.webbrowser.open", "page.Page.run"])
+def test_a_signal_ends_it_without_a_word_while_it_starts(path, tmp_path, monkeypatch, number, moment):
+    ended = []
+
+    def end(status):
+        ended.append((status, list(tmp_path.iterdir())))
+        raise _EndedError
+
+    def signalled(*_, **__):
+        seen.append(list(tmp_path.iterdir()))
+        os.kill(os.getpid(), number)
+        time.sleep(20)
+
+    def listening(port):
+        made.append(before_listening(port))
+        return made[-1]
+
+    seen, made, before_listening = [], [], page_module._listening
+    monkeypatch.setattr(page_module, "_listening", listening)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("os._exit", end)
+    for place in ("webbrowser.open", "mmcache.view.page.Page.run"):
+        monkeypatch.setattr(place, lambda _: time.sleep(20))
+    monkeypatch.setattr(f"mmcache.view.{moment}", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(_EndedError):
+        main(["view", str(path)])
+    for listener in made:
+        listener.close()
+    assert ended == [(0, [])]
+    assert signal.getsignal(number) is before
+    assert bool(seen[0]) is (moment in {"browser.webbrowser.open", "page.Page.run"})
+
+
+def test_where_no_browser_can_be_opened_the_address_is_enough(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Page, "run", lambda page: page._socket.close())
+    tell = functools.partial(print, file=sys.stderr)
+
+    def failing(_url):
+        raise webbrowser.Error
+
+    for found in (lambda _: False, failing):
+        monkeypatch.setattr("webbrowser.open", found)
+        with contextlib.ExitStack() as tidy:
+            serve(path, tidy=tidy, announce=print, tell=tell)
+            said = capsys.readouterr()
+            while said.err.count("\n") < 2:
+                time.sleep(0.02)
+                said = SimpleNamespace(out=said.out, err=said.err + capsys.readouterr().err)
+        assert said.err.endswith("no browser can be opened here: open the address yourself, or say --no-browser\n")
+        assert "#token=" in said.out
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        "mmcache.view.browser._redirect", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with contextlib.ExitStack() as tidy:
+        serve(path, tidy=tidy, announce=print, tell=tell)
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_that_is_taken_is_told(page, path):
@@ -470,16 +502,6 @@ def test_what_is_missing_is_told(path, monkeypatch):
     done = CliRunner().invoke(main, ["view", str(path)])
     assert done.exit_code == 2
     assert "the page needs uvicorn: pip install 'mmcache[view]'" in done.output
-
-
-def test_the_browser_is_opened_at_the_address_that_is_told(path, monkeypatch):
-    told, opened = [], []
-    monkeypatch.setattr("webbrowser.open", opened.append)
-    monkeypatch.setattr(Page, "run", lambda page: page._socket.close())
-    serve(path, announce=told.append)
-    serve(path, announce=told.append, open_browser=False)
-    assert len(told) == 2
-    assert opened == told[:1]
 
 
 def test_a_page_needs_a_store_and_a_port_that_is_one(path, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 
 import click
 
 from mmcache.commands.shared import PATH
 from mmcache.errors import ArgumentError
+from mmcache.signals import ended_at_once
 
 __all__ = ["view"]
 
@@ -22,15 +25,25 @@ __all__ = ["view"]
     help="A .npy or .safetensors file of one vector, to look along.",
 )
 @click.option("--unembedding", metavar="MODEL", help="The model whose head the logit lens uses.")
-def view(path: Path, port: int, no_browser: bool, direction: Path | None, unembedding: str | None) -> None:
-    """Look at the store at PATH in the browser: a page on this machine, for you alone, until Ctrl-C."""
-    try:
-        from mmcache.view.page import serve  # noqa: PLC0415 -- an extra
-    except ImportError as error:
-        raise ArgumentError(f"the page needs {error.name}: pip install 'mmcache[view]'") from error
+@click.option("--json", "as_json", is_flag=True, help="Print the address, and a token for scripts, as JSON.")
+def view(
+    path: Path, port: int, no_browser: bool, direction: Path | None, unembedding: str | None, as_json: bool
+) -> None:
+    """Look at the store at PATH in the browser: a page on this machine, for you alone, until Ctrl-C.
 
-    def announce(url: str) -> None:
-        click.echo(url)
-        click.echo("Press Ctrl-C to end.", err=True)
+    The address that is printed opens the page once, in any browser; then another one is printed. Each panel's data are
+    JSON at /PANEL.json, for requests with the header "Authorization: Bearer TOKEN"; --json prints the token.
+    """
+    with ended_at_once() as tidy:
+        try:
+            from mmcache.view.page import serve  # noqa: PLC0415 -- an extra
+        except ImportError as error:
+            raise ArgumentError(f"the page needs {error.name}: pip install 'mmcache[view]'") from error
 
-    serve(path, port=port, open_browser=not no_browser, direction=direction, unembedding=unembedding, announce=announce)
+        def announce(url: str, token: str) -> None:
+            click.echo(json.dumps({"url": url, "token": token}) if as_json else url)
+
+        serve(
+            path, tidy=tidy, port=port, open_browser=not no_browser, direction=direction, unembedding=unembedding,
+            announce=announce, tell=functools.partial(click.echo, err=True),
+        )  # fmt: skip

@@ -1,27 +1,32 @@
-"""Who may ask the page: this machine's user, who has the token, and nobody's web page.
+"""Which requests reach the page: those that have the secret, and those for its own files, made by no other web page.
 
 The page is on the loopback address, which every program and every web page on this machine can reach. Asked for are
-the token (in the address, or in a cookie that other sites' requests do not carry), our own name as `Host` (else a
-name that was pointed at 127.0.0.1 would be us), and no sign of another origin.
+our own name as `Host` (else a name that was pointed at 127.0.0.1 would be us), no sign of another origin, no body, and
+the secret. Without it there are only the page's own files, which are the same for everybody and have nothing of the
+store; among them is the script that keeps the secret and sends it.
 """
 
 from __future__ import annotations
 
-import secrets
-from html import escape
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import cookie_parser
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Gate"]
+    from mmcache.view.access import Access
 
+__all__ = ["KNOWN", "SESSION", "Gate"]
+
+# Where a token is exchanged for the secret.
+SESSION = "/session"
+# Said in the scope of a request that has the secret.
+KNOWN = "mmcache.known"
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -32,7 +37,9 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-_REFUSED = "refused: open the address that `mmcache view` printed\n"
+_REFUSED = "refused: open an address that `mmcache view` printed; each is good once, then the next one is printed\n"
+# Bytes of an answer that are written at once, so that one that is not read takes no more memory.
+_PIECE = 1 << 16
 
 
 class Gate:
@@ -41,12 +48,12 @@ class Gate:
     Args:
         app: what is behind.
         port: ours.
-        token: what is asked for.
+        access: who may see the store.
+        open_paths: of the page's own files, which need no secret; `"/"` is the page.
     """
 
-    def __init__(self, app: ASGIApp, *, port: int, token: str) -> None:
-        self._app, self._token = app, token
-        self._cookie = f"mmcache-{port}"
+    def __init__(self, app: ASGIApp, *, port: int, access: Access, open_paths: Container[str]) -> None:
+        self._app, self._access, self._open_paths = app, access, open_paths
         # Browsers leave the port out of `Host` where it is that of http.
         ends = (f":{port}", "") if port == 80 else (f":{port}",)
         self._hosts = {f"{name}{end}" for name in ("127.0.0.1", "localhost", "[::1]") for end in ends}
@@ -62,52 +69,47 @@ class Gate:
                 for name, value in _HEADERS.items():
                     headers[name] = value
                 headers.setdefault("Cache-Control", "no-store")
-            await send(message)
+                if message["status"] >= 400:
+                    # Whatever else comes on this connection is not read.
+                    headers["Connection"] = "close"
+            body = message.get("body", b"")
+            last = max(0, len(body) - 1) // _PIECE * _PIECE
+            for start in range(0, last, _PIECE):
+                await send({**message, "body": body[start : start + _PIECE], "more_body": True})
+            await send({**message, "body": body[last:]} if last else message)
 
-        answer = self._stopped(scope)
+        answer = self._answer(scope)
         await (answer or self._app)(scope, receive, send_safely)
 
-    def _stopped(self, scope: Scope) -> Response | None:
-        """Give the answer to a request that must not come in, or comes with the token for the first time."""
-        headers = Headers(scope=scope)
-        given = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        tokens = [value for name, value in given if name == "token"]
-        if not self._from_here(scope, headers, bool(tokens)) or not self._known(headers, tokens):
+    def _answer(self, scope: Scope) -> Response | None:
+        """The answer to a request that must not come in, or asks for the secret; None lets it through."""
+        headers, path = Headers(scope=scope), scope["path"]
+        if "transfer-encoding" in headers or int(headers.get("content-length", 0)):
+            return PlainTextResponse("this page takes no body\n", 413)
+        opened = headers.get("sec-fetch-mode") == "navigate"
+        if not self._from_here(headers, opened):
             return PlainTextResponse(_REFUSED, 403)
-        if scope["method"] not in {"GET", "HEAD"}:
-            return PlainTextResponse("this page only shows\n", 405, {"Allow": "GET, HEAD"})
-        if tokens and scope["path"] == "/":
-            rest = urlencode([(name, value) for name, value in given if name != "token"])
-            return self._welcome(f"/?{rest}" if rest else "/", headers)
+        allowed = ("POST",) if path == SESSION else ("GET", "HEAD")
+        if scope["method"] not in allowed:
+            return PlainTextResponse("this page only shows\n", 405, {"Allow": ", ".join(allowed)})
+        authorization = headers.getlist("authorization")
+        if path == SESSION:
+            secret = self._access.exchange(authorization)
+            return PlainTextResponse(_REFUSED, 403) if secret is None else JSONResponse({"secret": secret})
+        if self._access.admits(authorization):
+            scope[KNOWN] = True
+        elif opened and path.endswith(".json"):
+            # Data in a tab of their own: the page asks for them with the secret, which a browser does not send itself.
+            scope["path"] = "/"
+        elif path not in self._open_paths:
+            return PlainTextResponse(_REFUSED, 403)
         return None
 
-    def _from_here(self, scope: Scope, headers: Headers, tokened: bool) -> bool:
-        """Tell whether a request is addressed to us by our own name, and made by no other site."""
+    def _from_here(self, headers: Headers, opened: bool) -> bool:
+        """Whether a request is addressed to us by our own name, and made by no other site, but for opening the page."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             return False
         if any(origin != f"http://{hosts[0].lower()}" for origin in headers.getlist("origin")):
             return False
-        if headers.get("sec-fetch-site", "none") in {"same-origin", "none"}:
-            return True
-        # A link to us on another page, which a person followed: a terminal in the browser, a notebook.
-        return tokened and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
-
-    def _known(self, headers: Headers, tokens: list[str]) -> bool:
-        cookies = cookie_parser(headers.get("cookie", ""))
-        offered = [*tokens, *filter(None, [cookies.get(self._cookie)])]
-        # As bytes: texts that are not ASCII cannot be compared in constant time.
-        return any(secrets.compare_digest(one.encode(), self._token.encode()) for one in offered)
-
-    def _welcome(self, address: str, headers: Headers) -> Response:
-        """Keep the token in a cookie, and take it out of the address."""
-        answer: Response
-        if headers.get("sec-fetch-site", "none") in {"same-origin", "none"}:
-            answer = RedirectResponse(address, 303)
-        else:
-            # Along a redirect that another site began, browsers keep strict cookies back; from a page of ours, not.
-            answer = HTMLResponse(
-                f'<!doctype html><title>mmcache</title><meta http-equiv="refresh" content="0; url={escape(address)}">'
-            )
-        answer.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path="/")
-        return answer
+        return opened or headers.get("sec-fetch-site", "none") in {"same-origin", "none"}

@@ -1,19 +1,17 @@
-"""The page: a store, looked at in the browser. Served on the loopback address alone, to who has the token.
+"""The page: a store, looked at in the browser. Served on the loopback address alone, to who has the secret.
 
-Every panel's data is at `/<panel>.json`, as the view of that name gives it. Nothing is written, and no file but the
-store's, and those given at the start, is read.
+Every panel's data is at `/<panel>.json`, as the view of that name gives it. Nothing is written but the file that opens
+the browser, and no file but the store's, and those given at the start, is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import json
-import logging
-import secrets
 import socket
 import threading
-import webbrowser
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +28,16 @@ from starlette.routing import Route
 
 from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.plain import json_ready
+from mmcache.view.access import Access
+from mmcache.view.browser import open_browser as open_in_browser
 from mmcache.view.figures import plotly_js
 from mmcache.view.gate import Gate
+from mmcache.view.limits import LimitedConnection
 from mmcache.view.panels import DRAWING, PANELS, Source, parse
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from starlette.requests import Request
     from starlette.types import ASGIApp
@@ -48,10 +49,20 @@ __all__ = ["Page", "serve"]
 _ADDRESS = "127.0.0.1"
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# Connections that wait to be taken on, all of which may be at once.
+_BACKLOG = 64
 # Views that are computed at once.
 _AT_ONCE = 2
 # Of gzip: higher ones take much longer for a few percent.
 _LEVEL = 6
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to who runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class Page:
@@ -63,7 +74,8 @@ class Page:
 
     Attributes:
         port: the one that was taken.
-        token: what requests must have.
+        root: the address of the page, for who has the secret.
+        access: who has it.
 
     Raises:
         ArgumentError: the port is taken, or may not be used.
@@ -73,7 +85,8 @@ class Page:
         self.source = source
         self._socket = _listening(port)
         self.port: int = self._socket.getsockname()[1]
-        self.token = secrets.token_urlsafe(32)
+        self.root = f"http://{_ADDRESS}:{self.port}/"
+        self.access = Access()
         self._room = anyio.CapacityLimiter(_AT_ONCE)
         app: ASGIApp = Starlette(
             routes=[
@@ -86,19 +99,24 @@ class Page:
             exception_handlers={MmcacheError: _refused, Exception: _failed},
         )
         app = GZipMiddleware(app, minimum_size=500, compresslevel=_LEVEL)
+        open_paths = {"/", "/plotly.js", *(f"/{name}" for name in _files())}
+        gate = Gate(app, port=self.port, access=self.access, open_paths=open_paths)
+        # What others send is no news for the terminal: errors are only those of ours.
         config = uvicorn.Config(
-            Gate(app, port=self.port, token=self.token), log_level="warning", access_log=False, lifespan="off",
-            ws="none", server_header=False, timeout_graceful_shutdown=1,
+            gate, http=LimitedConnection, ws="none", lifespan="off", backlog=_BACKLOG, log_level="error",
+            access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
 
-    @property
-    def url(self) -> str:
-        """The address, with the token."""
-        return f"http://{_ADDRESS}:{self.port}/?token={self.token}"
+    def one_time_url(self, used: Callable[[], object] = lambda: None) -> str:
+        """An address that opens the page once; `used` is called when it has done so.
+
+        The token in it is behind the `#`, which browsers send to nobody: the page's script takes it from there.
+        """
+        return f"{self.root}#token={self.access.one_time_token(used)}"
 
     def run(self) -> None:
-        """Serve until `stop` is called, or Ctrl-C is pressed: that is raised as KeyboardInterrupt."""
+        """Serve until `stop` is called."""
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -118,7 +136,7 @@ class Page:
         if panel is None:
             return _json({"error": f"no such panel: there are {', '.join(PANELS)}"}, 404)
         given = parse_qsl(request.url.query, keep_blank_values=True)
-        asked = parse([(name, text) for name, text in given if name != "token"], {**panel.parameters, **DRAWING})
+        asked = parse(given, {**panel.parameters, **DRAWING})
         work = functools.partial(_drawn, lambda: panel.make(self.source, asked), asked)
         body = await run_sync(work, limiter=self._room, abandon_on_cancel=True)
         return Response(body, media_type="application/json")
@@ -143,7 +161,7 @@ def _listening(port: int) -> socket.socket:
     try:
         listener.bind((_ADDRESS, port))
         # From now on requests wait until they are served.
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise ArgumentError(f"port {port} cannot be used ({error.strerror}): name another, or none") from error
@@ -198,21 +216,26 @@ async def _failed(_request: Request, _error: Exception) -> Response:
 def serve(
     path: str | os.PathLike[str],
     *,
+    tidy: contextlib.ExitStack,
     port: int = 0,
     open_browser: bool = True,
     direction: str | os.PathLike[str] | None = None,
     unembedding: str | None = None,
-    announce: Callable[[str], object] = print,
+    announce: Callable[[str, str], object],
+    tell: Callable[[str], object],
 ) -> None:
-    """Serve the page about a store, until Ctrl-C.
+    """Serve the page about a store, until the process ends.
 
     Args:
         path: the store's folder, or its address in a bucket; shards may be missing.
+        tidy: gets what is to be removed then.
         port: 0 for one that is free.
         open_browser: open the page in it.
         direction: a file that `load_direction` reads, for the panels that take one.
         unembedding: the name of the model whose head the lens uses.
-        announce: is told the address, which has the token in it.
+        announce: is called with an address that opens the page once, and the secret, for scripts; and again with
+            another address when that one was used.
+        tell: is called with sentences for who reads the terminal.
 
     Raises:
         MmcacheError: the store, the direction or the model cannot be read.
@@ -220,15 +243,16 @@ def serve(
     """
     source = Source(path, direction, unembedding)
     page = Page(source, port=port)
-    announce(page.url)
+
+    def invite() -> None:
+        # Whoever read the terminal may have gone, which is no matter for those who look at the page.
+        with contextlib.suppress(OSError):
+            announce(page.one_time_url(invite), page.access.secret)
+
+    invite()
+    tell("Press Ctrl-C to end.")
     # Figures take a while to get ready, and the first one need not wait for that.
     threading.Thread(target=_packed_plotly, daemon=True).start()
     if open_browser:
-        # Some browsers keep who opens them waiting until they are closed.
-        threading.Thread(target=webbrowser.open, args=(page.url,), daemon=True).start()
-    try:
-        page.run()
-    except KeyboardInterrupt:
-        logging.getLogger(__name__).debug("ended by Ctrl-C")
-    finally:
-        source.store.close()
+        open_in_browser(page.one_time_url, tidy, tell)
+    page.run()

@@ -1,6 +1,7 @@
 // The page itself: its state is the address, and each panel is drawn anew from it.
 
-import { address, clear, dark, forget, h, load, number } from "./parts.js";
+import { enter } from "./access.js";
+import { address, clear, dark, forget, h, load, number, request } from "./parts.js";
 import { overview } from "./overview.js";
 import { health, norms } from "./norms.js";
 import { dimensions, top } from "./dimensions.js";
@@ -108,8 +109,23 @@ function begin(found) {
   render();
 }
 
-addEventListener("popstate", render);
-dark.addEventListener("change", () => { forget(); render(); });
-// Both at once: the first sight of a store waits for no second question.
-load(address("overview", {})).catch(() => null);
-load("page.json").then(begin, (error) => host.replaceChildren(h("p", { role: "alert" }, error.message)));
+// Data in a tab of their own, at their own address.
+async function showData() {
+  const answer = await request(location.href);
+  document.body.replaceChildren(h("pre", { class: "data" }, await answer.text()));
+  document.body.dataset.ready = "1";
+}
+
+function showPage() {
+  addEventListener("popstate", () => { if (facts) render(); });
+  dark.addEventListener("change", () => { forget(); if (facts) render(); });
+  // Both at once: the first sight of a store waits for no second question.
+  load(address("overview", {})).catch(() => null);
+  load("page.json").then(begin, (error) => host.replaceChildren(h("p", { role: "alert" }, error.message)));
+}
+
+// An address with a token, opened where the page is already.
+addEventListener("hashchange", () => location.reload());
+await enter();
+if (location.pathname === "/") showPage();
+else showData();

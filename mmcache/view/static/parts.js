@@ -1,6 +1,8 @@
 // What every panel is made of: elements, numbers as text, data, figures.
 // Texts of the store only ever become text nodes and attributes that hold no code: nothing here parses HTML.
 
+import { authorization } from "./access.js";
+
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -64,10 +66,14 @@ export function address(panel, parameters) {
 
 const kept = new Map();
 
+export function request(where, signal) {
+  return fetch(where, { signal, headers: authorization() });
+}
+
 // Ask for data; what was asked for lately is kept, so that going back takes no time.
 export async function load(where, signal) {
   if (kept.has(where)) return kept.get(where);
-  const answer = await fetch(where, { signal, credentials: "same-origin" });
+  const answer = await request(where, signal);
   const type = answer.headers.get("content-type") ?? "";
   const found = type.startsWith("application/json") ? await answer.json() : { error: await answer.text() };
   if (!answer.ok) throw new Error(found.error ?? `the server answered ${answer.status}`);
