@@ -15,9 +15,12 @@ from mmcache.errors import ArgumentError, DtypeError, ShapeError, UnknownSiteErr
 from mmcache.flags import FIRST
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mmcache.block import Run
     from mmcache.manifest import Manifest
 
-__all__ = ["Activations", "Ids", "SequenceRows", "check_batch"]
+__all__ = ["Activations", "Ids", "SequenceRows", "check_batch", "runs_by_block"]
 
 Ids: TypeAlias = "torch.Tensor | np.ndarray | Sequence[Any]"
 Activations: TypeAlias = "Mapping[str, torch.Tensor | Sequence[torch.Tensor]]"
@@ -130,3 +133,30 @@ def _cut(
         }
         found.append(SequenceRows(ids[row, kept], flags[row, kept], rows))
     return found
+
+
+def runs_by_block(
+    batch: list[SequenceRows], keeps: Iterable[np.ndarray], at: int, shard_tokens: int
+) -> Iterator[list[Run]]:
+    """Cut sequences into the runs of each block that they go to, from token `at` of the store on.
+
+    Args:
+        batch: the sequences.
+        keeps: of each, which rows count in the statistics: `[n]` bool.
+        at: the position of the first token.
+        shard_tokens: tokens a block.
+    """
+    runs: list[Run] = []
+    for item, keep in zip(batch, keeps, strict=True):
+        done, total = 0, len(item.tokens)
+        while done < total:
+            some = min(total - done, shard_tokens - at % shard_tokens)
+            span = slice(done, done + some)
+            rows = {site: [layer[span] for layer in layers] for site, layers in item.activations.items()}
+            runs.append((rows, keep[span]))
+            done, at = done + some, at + some
+            if not at % shard_tokens:
+                yield runs
+                runs = []
+    if runs:
+        yield runs

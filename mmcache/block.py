@@ -59,10 +59,13 @@ class Block:
         published: Callable[[Sequence[Path]], None] | None = None,
     ) -> None:
         self.number, self.rows, self._durable = number, 0, durable
+        # The position of its first token.
+        self.first = number * (manifest.shard_tokens or 0)
         self._published = published
+        self._seal: Seal | None = None
+        self._old: tuple[Mapping[str, ShardFolder], np.ndarray] | None = None
         self._token_layout = manifest.layout == "token"
         self._shards: dict[tuple[str, int], ShardWriter] = {}
-        first = number * (manifest.shard_tokens or 0)
         try:
             for site in manifest.sites:
                 make_folder(path / site)
@@ -74,7 +77,7 @@ class Block:
                         path / site / manifest.shard_key(site, number, slot),
                         spec,
                         manifest.shard_metadata(site, number, slot, ids),
-                        first,
+                        self.first,
                         rows=rows,
                         policy=policy,
                         durable=durable,
@@ -89,6 +92,8 @@ class Block:
 
         All runs of a shard are staged in a row, so that they are written in pieces as large as can be.
         """
+        if self._old is not None:
+            self._stage_old(stager, *self._old)
         for (site, slot), shard in self._shards.items():
             for activations, keep in runs:
                 layers = activations[site]
@@ -96,22 +101,36 @@ class Block:
         if self._shards:
             self.rows += sum(len(next(iter(activations.values()))[0]) for activations, _ in runs)
 
-    def restage(self, stager: Stager, old: Mapping[str, ShardFolder], keep: np.ndarray) -> None:
-        """Begin with the rows that a partly filled shard already has, their checksums compared.
+    def resume(self, old: Mapping[str, ShardFolder], keep: np.ndarray) -> None:
+        """Begin with the rows of the partly filled shards on disk: staged with the first that are appended.
+
+        Their checksums are compared now.
 
         Raises:
-            CorruptError: the shard on disk is damaged.
+            CorruptError: a shard on disk is damaged.
         """
         for (site, slot), shard in self._shards.items():
-            rows = old[site].checked(slot, self.number)
+            old[site].checked(slot, self.number)
             shard.carry(overflow(old[site], slot, self.number))
+        self._old = old, keep
+
+    def _stage_old(self, stager: Stager, old: Mapping[str, ShardFolder], keep: np.ndarray) -> None:
+        for (site, slot), shard in self._shards.items():
+            rows = old[site].open(slot, self.number)
             stager.stage(shard, rows.unbind(1) if self._token_layout else [rows], keep)
-        self.rows = len(keep)
+        self.rows, self._old = len(keep), None
+
+    @property
+    def sealed(self) -> bool:
+        """Whether `seal` was called, which may have been interrupted."""
+        return self._seal is not None
 
     def seal(self, pipeline: Pipeline, stager: Stager) -> None:
-        """Send the block on its way to the disk; returns at once."""
+        """Send the block on its way to the disk; returns at once. Where that was interrupted, it is called again."""
+        if self._seal is None:
+            self._seal = Seal(list(self._shards.values()), durable=self._durable, published=self._published)
         stager.flush()
-        pipeline.submit(Seal(list(self._shards.values()), durable=self._durable, published=self._published))
+        pipeline.submit(self._seal)
 
     def discard(self) -> None:
         """Leave nothing of it behind. Only while no thread of the pipeline can touch it."""

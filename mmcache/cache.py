@@ -284,7 +284,7 @@ class FullActivationCache:
 
     def close(self) -> None:
         """Flush, and let the cache go; a temporary one is removed. Safe to call twice. Errors as `flush`."""
-        if self._closed:
+        if self._closed and (self._writer is None or self._writer.closed):
             return
         self._closed, self._read = True, None
         try:

@@ -33,37 +33,61 @@ class Column:
     def __init__(self, path: Path, manifest: Manifest, array: str, total: int) -> None:
         self._path, self._manifest, self._array = path, manifest, array
         self._spec = manifest.spec(array)
-        self._since = max(0, total - 1) // self._spec.shard_rows * self._spec.shard_rows
+        since = max(0, total - 1) // self._spec.shard_rows * self._spec.shard_rows
         self._dirty = False
         rows = np.empty((0, *self._spec.row_shape), self._spec.dtype.numpy)
         if total:
             folder = ShardFolder(path, manifest, array, total)
-            rows = folder.checked(0, self._since // self._spec.shard_rows).numpy().copy()
-        self._parts = [rows]
+            rows = folder.checked(0, since // self._spec.shard_rows).numpy().copy()
+        # The first row in memory, and the rows: together, so that an interrupt cannot come in between.
+        self._held = (since, [rows])
         remove_drafts(path / array)
 
     def __len__(self) -> int:
-        return self._since + sum(map(len, self._parts))
+        since, parts = self._held
+        return since + sum(map(len, parts))
 
     def extend(self, rows: np.ndarray) -> None:
         """Append rows."""
-        self._parts.append(rows.astype(self._spec.dtype.numpy))
         self._dirty = True
+        self._held[1].append(rows.astype(self._spec.dtype.numpy))
 
     def last(self) -> np.ndarray:
         """Give the last row, to be read or changed in place: the column must have one."""
         self._dirty = True
-        last: np.ndarray = self._parts[-1][-1]
+        last: np.ndarray = self._held[1][-1][-1]
         return last
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `[stop - start, …]`, whether they are on disk yet or not.
+
+        Raises:
+            CorruptError, IncompleteError: what is on disk is damaged, or gone.
+        """
+        since, rows = self._together()
+        found = rows[max(0, start - since) : max(0, stop - since)]
+        if start < since:
+            # Whole shards, and durable, since they were let go of; whether the root counts them yet or not.
+            folder = ShardFolder(self._path, self._manifest, self._array, since)
+            found = np.concatenate([folder.read(start, min(stop, since)).numpy(), found])
+        return found
+
+    def _together(self) -> tuple[int, np.ndarray]:
+        """Put what is in memory together: the number of its first row, and the rows."""
+        since, parts = self._held
+        if len(parts) > 1:
+            parts = [np.concatenate(parts)]
+            self._held = since, parts
+        return since, parts[0]
 
     def _changed(self) -> dict[Path, bytes]:
         """Give the shards that changed, by where they go."""
         if not self._dirty:
             return {}
         spec, files = self._spec, {}
-        self._parts = [rows := np.concatenate(self._parts)]
+        since, rows = self._together()
         for start in range(0, len(rows), spec.shard_rows):
-            block = (self._since + start) // spec.shard_rows
+            block = (since + start) // spec.shard_rows
             metadata = self._manifest.shard_metadata(self._array, block)
             file = self._path / self._array / self._manifest.shard_key(self._array, block)
             files[file] = encode(spec, rows[start : start + spec.shard_rows], metadata)
@@ -72,9 +96,9 @@ class Column:
     def _settle(self) -> None:
         """Let go of all but the last row's shard: it may be extended, or its last sequence continued."""
         if self._dirty:
-            (rows,) = self._parts
+            since, rows = self._together()
             full = max(0, len(rows) - 1) // self._spec.shard_rows * self._spec.shard_rows
-            self._parts, self._since = [rows[full:].copy()], self._since + full
+            self._held = since + full, [rows[full:].copy()]
             self._dirty = False
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
-from mmcache.files import list_names, make_folder
+from mmcache.files import list_names, make_folder, remove_file
 from mmcache.geometry import PAGE
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, is_store
@@ -23,8 +23,6 @@ from mmcache.signed import ROOT
 from mmcache.staging import Stager
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mmcache.manifest import Manifest
 
 __all__ = ["GrownStore", "claim", "close_after"]
@@ -71,11 +69,16 @@ class GrownStore:
         # Not open before `_begin`: a writer that could not be made has nothing to close.
         self._closed = True
         self._process = os.getpid()
+        # What is under way, and leaves the store's next commit torn if it is interrupted.
         self._torn: str | None = None
-        self._changed = False
+        self._changed = self._ending = False
         make_folder(path)
         self._lock = FolderLock(path)
-        remove_drafts(path)
+        try:
+            remove_drafts(path)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _begin(self) -> None:
         self._closed = False
@@ -109,22 +112,35 @@ class GrownStore:
             raise ClosedError(
                 f"{self._path} is being written by process {self._process}, not by its fork {os.getpid()}"
             )
-        if self._closed:
+        if self._closed or self._ending:
             raise ClosedError(f"{self._path} was closed: open it again to go on")
         if self._pipeline is not None:
             self._pipeline.check()
         if self._torn is not None:
             raise WriteError(
-                f"a {self._torn} to {self._path} was interrupted half-way, and nothing can follow it: what was "
+                f"{self._torn} to {self._path} was interrupted half-way, and nothing can follow it: what was "
                 f"committed before is intact; close this and go on from there"
             )
 
-    @contextlib.contextmanager
-    def _whole(self, what: str) -> Iterator[None]:
-        """Run something that is kept whole or not at all: if it is interrupted, nothing is committed any more."""
-        self._torn = what
-        yield
-        self._torn = None
+    def _create(self, manifest: Manifest, arrays: dict[str, int]) -> None:
+        """Commit an empty store, or leave the path as free as it was.
+
+        The root first: whatever a crash leaves is a store, or a path that is free.
+        """
+        claim(self._path, tuple(manifest.sites))
+        try:
+            self._commit_root(manifest, {})
+            if arrays:
+                self._commit_root(manifest, arrays)
+        except BaseException:
+            # What cannot be removed would only hide why.
+            with contextlib.suppress(OSError):
+                for array in arrays:
+                    remove_file(self._path / array / ROOT)
+                    if (self._path / array).is_dir():
+                        (self._path / array).rmdir()
+                remove_file(self._path / ROOT)
+            raise
 
     def _commit_root(self, manifest: Manifest, arrays: dict[str, int]) -> None:
         """Move the commit point: the metadata of `arrays` (name to rows) first, the root last."""
@@ -152,15 +168,18 @@ class GrownStore:
             # A fork has the writer's memory, but none of its threads: only the process that made it may end it.
             return
         try:
-            self._check_open()
-            self._commit()
+            if not self._ending:
+                self._check_open()
+                self._commit()
         finally:
-            self._closed = True
-            _OPEN.discard(self)
+            # Where an interrupt comes in between, the next call goes on, and commits no more.
+            self._ending = True
             if self._pipeline is not None:
                 self._pipeline.close()
             self._abandon()
             self._lock.release()
+            self._closed = True
+            _OPEN.discard(self)
 
     def __enter__(self) -> Self:
         return self

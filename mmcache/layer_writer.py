@@ -11,7 +11,7 @@ from mmcache.dtypes import activation_dtype
 from mmcache.errors import ClosedError, DtypeError, ShapeError
 from mmcache.files import make_folder
 from mmcache.geometry import shard_rows
-from mmcache.grown import GrownStore, claim
+from mmcache.grown import GrownStore
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shard_writer import Seal, ShardWriter
 
@@ -37,8 +37,7 @@ class LayerWriter(GrownStore):
         self._seals: list[list[Seal]] = []
         self._open: ShardWriter | None = None
         try:
-            claim(path, (self._site,))
-            self._commit_root(manifest, {})
+            self._create(manifest, {})
         except BaseException:
             self._lock.release()
             raise
@@ -65,27 +64,28 @@ class LayerWriter(GrownStore):
         spec = manifest.spec(self._site)
         pipeline, stager = self._start(spec.row_bytes)
         seals = []
-        with self._whole("push"):
-            for block in range(spec.blocks(len(tensor))):
-                first, rows = block * spec.shard_rows, spec.rows_in_block(block, len(tensor))
-                shard = self._open = ShardWriter(
-                    self._path / self._site / manifest.shard_key(self._site, block, slot),
-                    spec,
-                    manifest.shard_metadata(self._site, block, slot),
-                    first,
-                    rows=rows,
-                    policy=self._policy,
-                    durable=self._durable,
-                    later=True,
-                )
-                stager.stage(shard, [tensor.detach()[first : first + rows]])
-                stager.flush()
-                seal = Seal([shard], durable=False)
-                pipeline.submit(seal)
-                self._open = None
-                seals.append(seal)
+        self._torn = "a push"
+        for block in range(spec.blocks(len(tensor))):
+            first, rows = block * spec.shard_rows, spec.rows_in_block(block, len(tensor))
+            shard = self._open = ShardWriter(
+                self._path / self._site / manifest.shard_key(self._site, block, slot),
+                spec,
+                manifest.shard_metadata(self._site, block, slot),
+                first,
+                rows=rows,
+                policy=self._policy,
+                durable=self._durable,
+                later=True,
+            )
+            stager.stage(shard, [tensor.detach()[first : first + rows]])
+            stager.flush()
+            seal = Seal([shard], durable=False)
+            pipeline.submit(seal)
+            self._open = None
+            seals.append(seal)
         self._seals.append(seals)
         self._manifest, self._pushed, self._changed = manifest, tensor.dtype, True
+        self._torn = None
 
     def _check_layer(self, tensor: torch.Tensor) -> None:
         number = len(self._manifest.layers)

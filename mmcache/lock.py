@@ -94,10 +94,14 @@ class FolderLock:
             else:
                 # The holder before removed the file between our open and our lock.
                 os.close(fd)
-        # Who holds it is a courtesy: a full disk must neither refuse the lock nor leave it held.
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        # Who holds it is a courtesy: neither a full disk nor an interrupt must refuse the lock and leave it held.
+        try:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except BaseException:
+            self.release()
+            raise
 
     @classmethod
     def wait(cls, folder: Path, waiting: Callable[[], None]) -> Self:

@@ -181,7 +181,12 @@ class Pipeline:
         failure = self._failure
         if failure is None:
             return
-        message = f"an earlier write failed in the background, and nothing after it was kept: {failure}"
+        # An OSError's text would tell number and file a second time; an interrupt has none.
+        why = (isinstance(failure, OSError) and failure.strerror) or str(failure) or repr(failure)
+        message = (
+            f"an earlier write failed in the background, and nothing after it was kept ({why}). What was committed or "
+            f"published before is intact: go on from there, with a new writer or the same command"
+        )
         if isinstance(failure, MmcacheError):
             # The same class again, so that a full disk is still a full disk to the one who catches it.
             if isinstance(failure, OSError) and failure.errno is not None:
@@ -195,7 +200,11 @@ class Pipeline:
         return self.ring.acquire(pin=pin, alive=self.check)
 
     def submit(self, job: Job) -> None:
-        """Hand over a job; blocks only while a great many files wait to be published."""
+        """Hand over a job; blocks only while a great many files wait to be published.
+
+        One that may have been handed over already, as its caller was interrupted, may be handed over again if no other
+        came in between: it is done once.
+        """
         if self._closed:
             raise ClosedError("the writer is closed: open the store again to write to it")
         if not self._running:
@@ -203,8 +212,8 @@ class Pipeline:
         if job.files:
             with self._fewer_files:
                 self._fewer_files.wait_for(lambda: self._open_files < _MAX_FILES)
-                self._open_files += job.files
         self._jobs.put(job)
+        self._count_files(job.files)
 
     def _start(self) -> None:
         # The writers too, by a job of no work: what keeps a thread from being started is raised here, to the caller.
@@ -215,6 +224,12 @@ class Pipeline:
                 thread.start()
         self._running = True
 
+    def _count_files(self, more: int) -> None:
+        if more:
+            with self._fewer_files:
+                self._open_files += more
+                self._fewer_files.notify()
+
     def _do(self, stage: Callable[[], None]) -> None:
         if self._failure is None:
             try:
@@ -223,7 +238,12 @@ class Pipeline:
                 self._failure = error
 
     def _digest(self) -> None:
+        last: Job | None = None
         while (job := self._jobs.get()) is not None:
+            if job is last:
+                self._count_files(-job.files)
+                continue
+            last = job
             self._do(job.digest)
             self._written.put((job, self._writers.submit(self._do, job.write)))
         self._written.put(None)
@@ -243,10 +263,7 @@ class Pipeline:
         """Do what comes after the last stage."""
         if self._failure is not None:
             job.abandon()
-        if job.files:
-            with self._fewer_files:
-                self._open_files -= job.files
-                self._fewer_files.notify()
+        self._count_files(-job.files)
 
     def drain(self) -> None:
         """Block until every job so far is published.
@@ -261,11 +278,13 @@ class Pipeline:
         self.check()
 
     def close(self) -> None:
-        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does."""
-        if self._closed:
-            return
-        self._closed = True
-        self._jobs.put(None)
+        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does.
+
+        Safe to call twice; a call that was interrupted is gone on with by the next.
+        """
+        if not self._closed:
+            self._jobs.put(None)
+            self._closed = True
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()

@@ -56,6 +56,8 @@ class _SlotJob:
         # Packed on a device, and kept until they have been copied from there, which `copied` tells.
         self.sources: list[torch.Tensor] = []
         self.copied: torch.cuda.Event | None = None
+        # Nothing more is staged in it: it may be handed over.
+        self.full = False
         self._pipeline = pipeline
         self._writes: list[tuple[Callable[[np.ndarray], None], np.ndarray]] = []
 
@@ -110,8 +112,9 @@ class Stager:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._job: _SlotJob | None = None
-        self._full: list[_SlotJob] = []
+        # Those that were not handed over yet; only the last may be not full. An interrupt between any two steps loses
+        # none of them, and leaves no step that cannot be done again.
+        self._filled: list[_SlotJob] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def stage(self, shard: ShardWriter, parts: Sequence[torch.Tensor], keep: np.ndarray | None = None) -> None:
@@ -131,7 +134,7 @@ class Stager:
         on_cuda = parts[0].device.type == "cuda"
         plain = _plain(parts, spec.dtype.torch)
         while done < rows:
-            job = self._job or self._next(pin=on_cuda)
+            job = self._open() or self._next(pin=on_cuda)
             start = job.begin(shard)
             room = (len(job.slot.memory) - start) // spec.row_bytes
             if job.used and room < whole_rows <= room_for_all // 4 and shard.staged % whole_rows == 0:
@@ -161,9 +164,13 @@ class Stager:
             done += fit
         self._submit()
 
+    def _open(self) -> _SlotJob | None:
+        return self._filled[-1] if self._filled and not self._filled[-1].full else None
+
     def _next(self, *, pin: bool) -> _SlotJob:
-        self._job = _SlotJob(self._pipeline.acquire(pin=pin), self._pipeline)
-        return self._job
+        job = _SlotJob(self._pipeline.acquire(pin=pin), self._pipeline)
+        self._filled.append(job)
+        return job
 
     def flush(self) -> None:
         """Hand over the slots that were filled, and the one that is being filled."""
@@ -171,8 +178,9 @@ class Stager:
         self._submit()
 
     def _submit(self) -> None:
-        while self._full:
-            self._pipeline.submit(self._full.pop(0))
+        while self._filled and self._filled[0].full:
+            self._pipeline.submit(self._filled[0])
+            del self._filled[0]
 
     def _set_aside(self) -> None:
         """Be done with a slot, and hand it over once nothing can be staged without.
@@ -180,19 +188,20 @@ class Stager:
         What is staged while the ring is idle is copied without threads beside it that want the same memory and the
         same processors: the caller waits for the copies alone.
         """
-        job, self._job = self._job, None
+        job = self._open()
         if job is None:
             return
         if job.sources:
             job.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             job.copied.record(self._streams[job.sources[0].device])
-        self._full.append(job)
+        job.full = True
         if not self._pipeline.ring.has_room:
             self._submit()
 
     def settle(self) -> None:
         """Give the packed rows' device memory back soon: it is held until their slot is handed over."""
-        if self._job is not None and self._job.sources:
+        job = self._open()
+        if job is not None and job.sources:
             self.flush()
 
     def _copy_from_cuda(self, job: _SlotJob, into: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor | None:

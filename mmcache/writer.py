@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from mmcache.batch import check_batch
+from mmcache.batch import check_batch, runs_by_block
 from mmcache.block import Block
 from mmcache.columns import Column, publish_columns
 from mmcache.draft import remove_drafts
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mmcache.batch import Activations, Ids, SequenceRows
-    from mmcache.block import Run
     from mmcache.pipeline import Pipeline
     from mmcache.staging import Stager
 
@@ -54,10 +55,7 @@ class Writer(GrownStore):
                 # Read behind the lock: another writer may have committed until now.
                 manifest = read_manifest(path)
             else:
-                claim(path, tuple(manifest.sites))
-                # The root first: whatever a crash leaves here is a store, or a path that is free.
-                self._commit_root(manifest, {})
-                self._commit_root(manifest, dict.fromkeys(RESERVED, 0))
+                self._create(manifest, dict.fromkeys(RESERVED, 0))
             self._load(manifest)
         except BaseException:
             self._lock.release()
@@ -136,61 +134,68 @@ class Writer(GrownStore):
             # The size of the inner chunks is open until there are rows.
             known = sum(len(item.tokens) for item in batch)
             self._manifest = self._manifest.with_geometry(self._manifest.shard_tokens or 1, known)
-        self._changed = True
-        with self._whole("append"):
-            self._append_batch(batch, continues=continues)
-            self._started()[1].settle()
+        self._append_batch(batch, continues=continues)
 
     def _append_batch(self, batch: list[SequenceRows], *, continues: bool) -> None:
-        runs: list[Run] = []
-        shard_tokens = self._manifest.shard_tokens or 0
-        for item in batch:
-            flags = item.flags | flagged(item.tokens, self._special, begins=not continues, first=self._flags_first)
-            keep = counted(flags, self._left_out)
-            total, done = len(item.tokens), 0
-            while done < total:
-                self._open_block()
-                some = min(total - done, shard_tokens - self._n_tokens % shard_tokens)
-                span = slice(done, done + some)
-                rows = {site: [layer[span] for layer in layers] for site, layers in item.activations.items()}
-                runs.append((rows, keep[span]))
-                done += some
-                self._n_tokens += some
-                if not self._n_tokens % shard_tokens:
-                    self._stage(runs)
-                    runs = []
+        named = partial(flagged, special_tokens=self._special, begins=not continues, first=self._flags_first)
+        flags = [item.flags | named(item.tokens) for item in batch]
+        at, shard_tokens = self._n_tokens, self._manifest.shard_tokens or 1
+        keeps = [counted(its_flags, self._left_out) for its_flags in flags]
+        for runs in runs_by_block(batch, keeps, at, shard_tokens):
+            block = self._open_block(at)
+            self._torn, self._block = "an append", block
+            block.append(self._started()[1], runs)
+            at = block.first + block.rows
+            if block.rows == shard_tokens:
+                self._send()
+                # Ahead of what counts, as after a crash: if the next block cannot be begun, nothing was appended.
+                self._torn = None
+        self._torn = "an append"
+        self._note(batch, flags, continues=continues)
+        self._started()[1].settle()
+        self._torn = None
+
+    def _note(self, batch: list[SequenceRows], flags: list[np.ndarray], *, continues: bool) -> None:
+        """Note tokens, flags and sequences whose rows are staged."""
+        self._changed = True
+        for item, its_flags in zip(batch, flags, strict=True):
+            start, stop = self._n_tokens, self._n_tokens + len(item.tokens)
             self._columns["tokens"].extend(item.tokens)
-            self._columns["flags"].extend(flags)
+            self._columns["flags"].extend(its_flags)
             if continues:
-                self._columns["sequences"].last()[1] = self._n_tokens
+                self._columns["sequences"].last()[1] = stop
             else:
-                span_row = [self._n_tokens - total, self._n_tokens, self.n_sequences]
-                self._columns["sequences"].extend(np.array([span_row]))
-        self._stage(runs)
+                self._columns["sequences"].extend(np.array([[start, stop, self.n_sequences]]))
+            self._n_tokens = stop
 
-    def _stage(self, runs: list[Run]) -> None:
-        """Stage runs that go to the open block, and send it on its way if it is full."""
-        if not runs:
-            return
-        block = self._open_block()
-        pipeline, stager = self._started()
-        block.append(stager, runs)
-        if block.rows == self._manifest.shard_tokens:
-            block.seal(pipeline, stager)
-            self._block = None
+    def _open_block(self, at: int) -> Block:
+        """Give the block that token `at` goes to, or begin it; nothing is changed where that fails.
 
-    def _open_block(self) -> Block:
-        """Give the block that the next token goes to; one that was committed in part begins with its rows."""
-        if self._block is None:
-            manifest = self._manifest
-            number, rows = divmod(self._n_tokens, manifest.shard_tokens or 1)
-            self._block = Block(self._path, manifest, number, self._policy)
+        One that is on disk in part begins with the rows that it has there.
+        """
+        if self._block is not None and self._block.sealed:
+            self._send()
+        if self._block is not None:
+            return self._block
+        manifest = self._manifest
+        number, rows = divmod(at, manifest.shard_tokens or 1)
+        block = Block(self._path, manifest, number, self._policy)
+        try:
             if rows:
-                old = {site: ShardFolder(self._path, manifest, site, self._n_tokens) for site in manifest.sites}
-                flags = ShardFolder(self._path, manifest, "flags", self._n_tokens)
-                keep = counted(flags.read(self._n_tokens - rows, self._n_tokens).numpy(), self._left_out)
-                self._block.restage(self._started()[1], old, keep)
-        return self._block
+                self._started()[0].drain()
+                # Not from the disk: a commit may have failed before its flags were there.
+                keep = counted(self._columns["flags"].read(at - rows, at), self._left_out)
+                block.resume({site: ShardFolder(self._path, manifest, site, at) for site in manifest.sites}, keep)
+        except BaseException:
+            block.discard()
+            raise
+        return block
+
+    def _send(self) -> None:
+        """Send the open block on its way, or what an interrupt left of that."""
+        if self._block is not None:
+            self._block.seal(*self._started())
+            self._block = None
 
     def _started(self) -> tuple[Pipeline, Stager]:
         return self._start(self._manifest.widest_row())
@@ -211,11 +216,8 @@ class Writer(GrownStore):
     def _commit(self) -> None:
         if not self._changed:
             return
-        pipeline, stager = self._started()
-        if self._block is not None:
-            self._block.seal(pipeline, stager)
-            self._block = None
-        pipeline.drain()
+        self._send()
+        self._started()[0].drain()
         publish_columns(self._columns.values())
         manifest = replace(self._manifest, n_tokens=self._n_tokens, n_sequences=self.n_sequences)
         rows = dict.fromkeys((*manifest.sites, "tokens", "flags"), self._n_tokens)
@@ -230,12 +232,7 @@ class Writer(GrownStore):
 def _with_geometry(manifest: Manifest, asked: int | None) -> Manifest:
     """Choose the shards, or check those that were asked for."""
     size = activation_dtype(manifest.dtype or "").size
-    rows = []
-    for site in manifest.sites:
-        row = size
-        for extent in manifest.row_shape(site):
-            row *= extent
-        rows.append(row)
+    rows = [size * math.prod(manifest.row_shape(site)) for site in manifest.sites]
     return manifest.with_geometry(shard_rows(rows, asked, None), None)
 
 
