@@ -1,4 +1,7 @@
-"""A shard that comes in parts: whether it is, byte for byte, what its writer made."""
+"""A whole shard, byte for byte: whether it is what its writer made, as it comes in parts, or in a file.
+
+Its checksums are compared, and all that stands behind its rows is written anew, and compared.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,22 @@ from typing import TYPE_CHECKING
 import crc32c
 import numpy as np
 
+from mmcache.errors import CorruptError
+from mmcache.files import open_file
 from mmcache.format import HEADER_BYTES, STATISTICS
+from mmcache.memory import anonymous
+from mmcache.shard_bytes import FileBytes
 
 if TYPE_CHECKING:
-    from mmcache.format import Layout
+    from collections.abc import Callable
+    from pathlib import Path
 
-__all__ = ["Arriving", "ArrivingPart"]
+    from mmcache.format import Layout
+    from mmcache.shard_bytes import ShardBytes
+
+__all__ = ["Arriving", "ArrivingPart", "check_copy", "index_start", "read_whole", "tail_problems"]
+
+_PIECE = 8 << 20
 
 
 class ArrivingPart:
@@ -62,21 +75,83 @@ class Arriving:
         self.parts = [(ArrivingPart(layout, start), stop) for start, stop in pairwise(edges)]
 
     def problem(self) -> str:
-        """Say what is wrong with it, once all has come; empty if nothing is. In detail: `shard_check`."""
-        layout = self._layout
+        """What is wrong with it, once all has come; empty if nothing is."""
         first, tail = (b"".join(getattr(part, name) for part, _ in self.parts) for name in ("first", "tail"))
-        crcs = [crc for part, _ in self.parts for crc in part.crcs]
-
-        def of(name: str) -> bytes:
-            _, _, start, stop = layout.tensors[name]
-            return tail[start - layout.data_end : stop - layout.data_end]
-
         if first != self._head:
             return "its header is not the one that was checked"
-        bad = np.flatnonzero(np.frombuffer(of("crc32c"), "<u4") != np.array(crcs, np.uint32))
-        if len(bad):
-            return f"inner chunk {bad[0]} does not match its checksum"
-        names = STATISTICS if layout.spec.stat_layers else ()
-        found = {name: np.frombuffer(of(name), f"<{layout.tensors[name][0][0].lower()}8") for name in names}
-        same = tail == layout.tail(crcs, found or None)
-        return "" if same else "its statistics, padding or index do not match their checksums"
+        crcs = [crc for part, _ in self.parts for crc in part.crcs]
+        return "; ".join(tail_problems(self._layout, crcs, tail))
+
+
+def check_copy(file: Path, check: Callable[[bytes, int], Layout]) -> None:
+    """Compare every byte of a shard's file with what belongs there; blocks while it is read.
+
+    Args:
+        file: the shard.
+        check: checks its header and size, and gives its layout.
+
+    Raises:
+        IncompleteError: there is no such file.
+        CorruptError: it is not what belongs there.
+        OSError: the system refuses to read it.
+    """
+    fd, status = open_file(file, what="the copy of a shard")
+    shard = FileBytes(fd, status.size)
+    try:
+        layout = check(shard.head(), shard.size)
+        wrong = tail_problems(layout, *read_whole(shard, layout, lambda _: None))
+    finally:
+        shard.close()
+    if wrong:
+        raise CorruptError(f"{file}: {'; '.join(wrong)}")
+
+
+def read_whole(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
+    """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows.
+
+    Raises:
+        CorruptError: it ends before its size. OSError: the system refuses to read it.
+    """
+    piece, whole = anonymous(min(_PIECE, layout.size)).data, ArrivingPart(layout, 0)
+    while whole.at < layout.size:
+        count = min(len(piece), layout.size - whole.at)
+        if not shard.read(piece[:count], whole.at):
+            raise CorruptError(f"it ends behind byte {whole.at}, while it is read; {layout.size} were there")
+        whole.add(piece[:count])
+        tell(count)
+    return whole.crcs, bytes(whole.tail)
+
+
+def index_start(layout: Layout) -> int:
+    """Where the index of inner chunks begins, or the fill before it."""
+    return layout.tensors.get("fill", layout.tensors["index"])[2]
+
+
+def tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
+    """What is wrong with a whole shard, by the checksums of its inner chunks and all that stands behind its rows."""
+    start = layout.data_end
+
+    def bytes_of(name: str, of: bytes = tail) -> bytes:
+        _, _, first, last = layout.tensors[name]
+        return of[first - start : last - start]
+
+    statistics = None
+    if layout.spec.stat_layers:
+        codes = {name: layout.tensors[name][0] for name in STATISTICS}
+        statistics = {name: np.frombuffer(bytes_of(name), f"<{code[0].lower()}8") for name, code in codes.items()}
+    wanted = layout.tail(crcs, statistics)
+    wrong = []
+    stored = np.frombuffer(bytes_of("crc32c"), "<u4")
+    bad = np.flatnonzero(stored != np.array(crcs, np.uint32)).tolist()
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        wrong.append(f"inner chunk {bad[0]}{more} of {len(crcs)} does not match its checksum")
+    padding = layout.tensors.get("padding", ("", (), start, start))
+    if tail[: padding[3] - start] != wanted[: padding[3] - start]:
+        wrong.append("the padding behind its rows is not what belongs there")
+    if statistics is not None and bytes_of("statistics_crc32c") != bytes_of("statistics_crc32c", wanted):
+        wrong.append("its statistics do not match their checksum")
+    first = index_start(layout) - start
+    if tail[first:] != wanted[first:]:
+        wrong.append("its index of inner chunks is not the one that belongs there")
+    return wrong

@@ -25,12 +25,12 @@ from mmcache.syscalls import LINUX, PORTABLE
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["SEALED", "Draft", "publish", "remove_drafts"]
+__all__ = ["Draft", "publish", "remove_drafts"]
 
 _DRAFT = ".tmp"
 # The sealed file's mode, less what the umask forbids: a zarr writer that touched a shard would re-encode it, and lose
 # the header.
-SEALED = 0o444
+_SEALED = 0o444
 # RWF_DONTCACHE (Linux 6.14): written through the page cache, and dropped from it; Python has no name for it.
 _DONT_CACHE = 0x80
 
@@ -170,8 +170,8 @@ class Draft:
                 raise OSError(errno.EIO, "the system took no bytes")
             view, offset = view[written:], offset + written
 
-    def publish(self, size: int, *, durable: bool = True, mode: int = SEALED) -> None:
-        """Give the file exactly `size` bytes, make it durable, give it its mode, and rename it to its own name.
+    def publish(self, size: int, *, durable: bool = True) -> None:
+        """Give the file exactly `size` bytes, make it durable, seal it, and rename it to its own name.
 
         Blocks until the bytes are on the device (the name becomes durable with `sync_folder`). A failed sync
         is never tried again on the same file: the system may have dropped the bytes.
@@ -179,7 +179,7 @@ class Draft:
         with explained(self.path, "making the file durable", size):
             os.ftruncate(self._fd, size)
             # The file was made with what the umask, or the folder's default ACL, allows: no more than that.
-            os.fchmod(self._fd, mode & os.fstat(self._fd).st_mode)
+            os.fchmod(self._fd, _SEALED & os.fstat(self._fd).st_mode)
             if durable:
                 os.fsync(self._fd)
             self._temporary.rename(self.path)

@@ -11,27 +11,34 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from mmcache.copy_records import identity
 from mmcache.descriptor import close_read
 from mmcache.errors import IncompleteError
 from mmcache.files import map_file, open_file
 from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
+from mmcache.mirror import CHECKSUM_BYTES
 from mmcache.syscalls import LINUX, map_over, release, reserve
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mmcache.copy_records import Identity
     from mmcache.shards import ShardFolder
 
 __all__ = ["Extents"]
 
 
 class _Extent(NamedTuple):
-    """Rows of a shard from `start` to before `stop`, `[stop - start, *row_shape]`, and the file that they are in."""
+    """Rows of a shard from `start` to before `stop`, `[stop - start, *row_shape]`, and the file that they are in.
+
+    And what the file was when it was mapped: nothing is read of one that somebody wrote to.
+    """
 
     start: int
     stop: int
     path: Path
+    copy: Identity | None
     rows: torch.Tensor
 
 
@@ -59,22 +66,27 @@ class Extents:
         pages = None
         while pages is None:
             path = remote.extent(array, self._folder.key(*shard), begin, end)
+            copy = identity(path)
             # Others may have made room in the cache since.
             with contextlib.suppress(IncompleteError):
                 pages = _mapped(path)
-        rows = torch.from_numpy(pages).view(spec.dtype.torch).view(stop - start, *spec.row_shape)
+        rows = torch.from_numpy(pages[:-CHECKSUM_BYTES]).view(spec.dtype.torch).view(stop - start, *spec.row_shape)
         with self._lock:
-            there = [*self._found.get(shard, ()), _Extent(start, stop, path, rows)]
+            there = [*self._found.get(shard, ()), _Extent(start, stop, path, copy, rows)]
             # Replaced, never changed: others may be reading the list.
             self._found[shard] = sorted(there, key=lambda extent: extent.start)
-        if not path.exists():
+        if identity(path) != copy:
             # It went before it was noted here.
             self.forget()
+
+    def _there(self, shard: tuple[int, int]) -> list[_Extent]:
+        # Of one whose file is gone, the memory is still what it was.
+        return [extent for extent in self._found.get(shard, ()) if identity(extent.path) in (None, extent.copy)]
 
     def covered(self, shard: tuple[int, int], rows: np.ndarray) -> np.ndarray:
         """Tell which rows of a shard, `[n]`, are here: `[n]` bool."""
         there = np.zeros(len(rows), bool)
-        for extent in self._found.get(shard, ()):
+        for extent in self._there(shard):
             there |= (rows >= extent.start) & (rows < extent.stop)
         return there
 
@@ -82,7 +94,7 @@ class Extents:
         """Copy those rows of a shard that are here: which of `[n]` these are, and `[m, *row_shape]`."""
         which, found = [], []
         left = np.ones(len(rows), bool)
-        for extent in self._found.get(shard, ()):
+        for extent in self._there(shard):
             inside = np.flatnonzero(left & (rows >= extent.start) & (rows < extent.stop))
             if len(inside):
                 left[inside] = False
@@ -93,10 +105,10 @@ class Extents:
         return np.concatenate(which), torch.cat(found)
 
     def forget(self) -> None:
-        """Let go of those whose files are gone, so that the disk has its room back."""
+        """Let go of those whose files are gone, so that the disk has its room back, or were written to."""
         with self._lock:
             for shard, extents in list(self._found.items()):
-                self._found[shard] = [extent for extent in extents if extent.path.exists()]
+                self._found[shard] = [extent for extent in extents if identity(extent.path) == extent.copy]
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -1,37 +1,32 @@
 """A store in a bucket, as far as it is on this machine: its metadata, the names of its shards, and some of the shards.
 
-The metadata lies in a folder that looks like the store's own, where an empty file stands for each shard that the bucket
-has: so what lists a store's folder lists this one. The shards themselves are in a bounded cache, from which they are
-mapped as those of any store.
+The metadata lies in a folder that looks like the store's own. The shards are in a bounded cache, from which they are
+mapped as those of any store, once they were compared with their checksums.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
-import json
 import os
 import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
+import crc32c
 import numpy as np
 
-from mmcache.arriving import Arriving
+from mmcache.arriving import Arriving, check_copy
 from mmcache.bucket import Bucket
 from mmcache.crew import Crew, let_end
-from mmcache.draft import publish
-from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNotFoundError
-from mmcache.files import free_bytes, list_names, make_folder, remove_file
+from mmcache.errors import ArgumentError, CorruptError, IncompleteError
+from mmcache.files import free_bytes, read_file
 from mmcache.landing import Landing
 from mmcache.lock import locked
-from mmcache.manifest import read_manifest
-from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
+from mmcache.metadata_copies import MetadataCopies
 from mmcache.shard_cache import ShardCache
 from mmcache.shard_objects import ShardObjects
-from mmcache.signed import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -41,7 +36,7 @@ if TYPE_CHECKING:
     from mmcache.draft import Draft
     from mmcache.format import Layout
 
-__all__ = ["STREAMS", "Mirror", "cache_folder"]
+__all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror", "cache_folder"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -53,10 +48,9 @@ _SHARE, _MOST_CACHE = 4, 64 << 30
 _THREADS, STREAMS = 16, min(16, 2 * (os.cpu_count() or 2))
 # What a stream brings at least.
 _PART_BYTES = 16 << 20
-# Metadata is small; what is larger below such names is no store's.
-_METADATA_LIMIT = 256 << 20
-_TAGS = ".tags.json"
-_FOLDERS, _DEEPEST = (STATISTICS_FOLDER, TOKENIZER_FOLDER), 8
+_LOCK = ".mirror.lock"
+# What stands behind the bytes in a file that is a part of a shard.
+CHECKSUM_BYTES = 4
 
 
 def cache_folder() -> Path:
@@ -100,83 +94,12 @@ class Mirror(ShardObjects):
         self._crew, self._streams = Crew(_THREADS, "request"), Crew(STREAMS, "stream")
         self._bringers, self._lock = Crew(STREAMS, "bring"), threading.Lock()
         self._landing, self._coming = Landing(STREAMS), 0
-        make_folder(self.folder)
-        with locked(self.folder / ".mirror.lock"):
-            self._refresh()
+        self._metadata = MetadataCopies(self.bucket, self.folder, self.submit)
+        with locked(self.folder / _LOCK):
+            self._store = self._metadata.refresh()
 
     def __reduce__(self) -> tuple[type[Mirror], tuple[object, ...]]:
         return Mirror, (self.url, *self._asked)
-
-    def _refresh(self) -> None:
-        """Make the folder what the bucket has now."""
-        while not self._refreshed():
-            pass
-
-    def _refreshed(self) -> bool:
-        """As `_refresh`; False where another root came meanwhile, which may name shards that were not listed."""
-        listed = self._listed()
-        metadata = listed.pop("")
-        if ROOT not in metadata:
-            raise StoreNotFoundError(2, "no mmcache store there (a store is a prefix with a zarr.json)", self.url)
-        tags_file, known = self.folder / _TAGS, {}
-        # Left by another version, or what a power failure made of it.
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-            known = dict(json.loads(tags_file.read_text()))
-        wanted = [key for key, tag in metadata.items() if tag is None or known.get(key) != tag or not self._has(key)]
-        for key in known.keys() - metadata.keys():
-            remove_file(self.folder / key)
-        # The root comes last: what it names is here then.
-        others = [key for key in wanted if key != ROOT]
-        for key, fetched in [(key, self.submit(self.bucket.read_whole, key, _METADATA_LIMIT)) for key in others]:
-            self._keep(key, fetched.result())
-        if ROOT in wanted:
-            root, tag = self.bucket.read_tagged(ROOT, _METADATA_LIMIT)
-            if tag != metadata[ROOT]:
-                return False
-            self._keep(ROOT, root)
-        publish(tags_file, json.dumps(metadata).encode())
-        try:
-            manifest = read_manifest(self.folder)
-        except CorruptError as error:
-            # People look for it in the bucket.
-            raise type(error)(str(error).replace(str(self.folder), self.url)) from error
-        self._store = manifest.store
-        for array in (*manifest.sites, *RESERVED):
-            self._name_shards(array, set(listed.get(array, ())))
-        return True
-
-    def _has(self, key: str) -> bool:
-        return (self.folder / key).exists()
-
-    def _keep(self, key: str, data: bytes) -> None:
-        make_folder((self.folder / key).parent)
-        publish(self.folder / key, data)
-
-    def _listed(self) -> dict[str, dict[str, str | None]]:
-        """List the bucket: of each array the names of its shards, and under "" the tags of the metadata."""
-        found: dict[str, dict[str, str | None]] = {"": {}}
-        for key, _, tag in itertools.chain.from_iterable(self.bucket.names()):
-            parts = key.split("/")
-            if not all(part.isprintable() and part[:1] not in ("", ".") and len(part.encode()) < 256 for part in parts):
-                continue
-            if len(parts) == 2 and parts[1].startswith("c."):
-                found.setdefault(parts[0], {})[parts[1]] = None
-            elif (parts[-1] == ROOT and len(parts) <= 2) or (parts[0] in _FOLDERS and 1 < len(parts) <= _DEEPEST):
-                found[""][key] = tag
-        # What is a folder here, too, is an object that stands for a folder, as some tools make.
-        above = {"/".join(key.split("/")[:depth]) for key in found[""] for depth in range(1, key.count("/") + 1)}
-        found[""] = {key: tag for key, tag in found[""].items() if key not in above}
-        return found
-
-    def _name_shards(self, array: str, there: set[str]) -> None:
-        """Make an empty file for each shard that the bucket has, and for no other."""
-        here = {name for name in list_names(self.folder / array) if name.startswith("c.")}
-        if there - here:
-            make_folder(self.folder / array)
-        for name in there - here:
-            (self.folder / array / name).touch()
-        for name in here - there:
-            remove_file(self.folder / array / name)
 
     def submit(self, work: Callable[[*Ts], T], *arguments: *Ts) -> Future[T]:
         """Do something in one of the threads for requests. Raises RemoteError in a process that was forked."""
@@ -200,9 +123,22 @@ class Mirror(ShardObjects):
         with self._lock:
             self._coming -= 1
 
-    def find(self, array: str, key: str) -> Path | None:
-        """Give the file of a shard that is here, or None."""
-        return self.cache.find(self._file(array, key))
+    def reread(self, read: Callable[[], T]) -> T:
+        """What is read of the metadata here; where it is damaged, read once more from copies that were just fetched."""
+        with contextlib.suppress(CorruptError):
+            return read()
+        with locked(self.folder / _LOCK):
+            self._metadata.refresh(again=True)
+        with self._metadata.naming():
+            return read()
+
+    def find(self, array: str, key: str, check: Callable[[bytes, int], Layout]) -> Path | None:
+        """The file of a shard that is here, or None; `check` as in `fetch`. One that is damaged goes."""
+        return self.cache.find(self._file(array, key), partial(check_copy, check=check))
+
+    def drop(self, array: str, key: str) -> bool:
+        """Let the file of a shard go; False where it is not here."""
+        return self.cache.drop(self._file(array, key))
 
     def _file(self, array: str, key: str, part: str = "") -> str:
         return _digest(f"{self.url}/{array}/{key}{part}")[:40]
@@ -212,6 +148,9 @@ class Mirror(ShardObjects):
 
         Once more where what is here is not what belongs there: the bucket may have another one by now, such as a longer
         one of a grown store. Errors as `fetch`, and those of `use`.
+
+        Raises:
+            CorruptError: what came whole from the bucket is damaged here.
         """
         replaced = False
         while True:
@@ -220,10 +159,19 @@ class Mirror(ShardObjects):
                 return use(file)
             except IncompleteError:
                 continue
-            except CorruptError:
-                if replaced or not self.cache.drop(self._file(array, key)):
-                    raise
+            except CorruptError as error:
+                if replaced:
+                    raise self.spoilt(array, key, error) from error
+                self.drop(array, key)
                 replaced = True
+
+    def spoilt(self, array: str, key: str, error: CorruptError) -> CorruptError:
+        """The error for a copy that is damaged as soon as it is here, while its object is whole."""
+        return CorruptError(
+            f"{self.cache.folder / self._file(array, key)}, the copy of {self.where(array, key)}, is damaged though it "
+            f"came whole, and was fetched twice ({error}): this machine's disk or memory fails. Choose another cache "
+            f"with cache_dir= or $MMCACHE_CACHE"
+        )
 
     def fetch(self, array: str, key: str, check: Callable[[bytes, int], Layout]) -> Path:
         """Give the file of a shard, brought here where it is not; blocks until then.
@@ -235,11 +183,12 @@ class Mirror(ShardObjects):
             ArgumentError: it is larger than the whole cache.
             DiskFullError: the cache's disk is full.
         """
-        name = self._file(array, key)
-        found = self.cache.find(name)
+        name, whole = self._file(array, key), partial(check_copy, check=check)
+        found = self.cache.find(name, whole)
         if found is not None:
             return found
         seen: tuple[bytes, int] | None = None
+        again = False
 
         def begin() -> tuple[int, Callable[[Draft], None]]:
             nonlocal seen
@@ -249,11 +198,12 @@ class Mirror(ShardObjects):
 
         while True:
             try:
-                return self.cache.add(name, begin)
+                return self.cache.add(name, begin, whole)
             except CorruptError:
-                # It may have been replaced while it came.
-                if seen is None or seen == self.head(array, key):
+                # It may have been replaced, or damaged by whatever lies between, while it came.
+                if seen is None or (again and seen == self.head(array, key)):
                     raise
+                again = True
 
     def _download(
         self, array: str, key: str, layout: Layout, head: bytes, coming: Generator[memoryview], draft: Draft
@@ -284,18 +234,27 @@ class Mirror(ShardObjects):
         self._landing.land(self.stream(array, key, part.at, stop), draft, part.at, part.add)
 
     def extent(self, array: str, key: str, start: int, stop: int) -> Path:
-        """Give a file of some bytes of a shard, brought here where it is not. Errors as `fetch`."""
+        """A file of some bytes of a shard and their checksum, brought here where it is not. Errors as `fetch`."""
 
         def fill(draft: Draft) -> None:
-            at = 0
+            at = digest = 0
             # Into the page cache: they are wanted at once, and all of them.
             for data in self.stream(array, key, start, stop):
                 draft.write(np.frombuffer(data, np.uint8), at)
-                at += len(data)
+                at, digest = at + len(data), crc32c.crc32c(data, digest)
+            draft.write(np.array([digest], "<u4").view(np.uint8), at)
 
         # Its bytes do not say which store they are of, and another one may come to the same address.
-        name = self._file(array, key, f":{self._store}:{start}-{stop}")
-        return self.cache.add(name, lambda: (stop - start, fill))
+        name, size = self._file(array, key, f":{self._store}:{start}-{stop}"), stop - start + CHECKSUM_BYTES
+        return self.cache.add(name, lambda: (size, fill), partial(_check_extent, size=size))
+
+
+def _check_extent(file: Path, size: int) -> None:
+    """Compare some bytes of a shard with their checksum, which stands behind them; errors as `check_copy`."""
+    data = memoryview(read_file(file, size))
+    digest = crc32c.crc32c(data[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little")
+    if len(data) != size or digest != data[-CHECKSUM_BYTES:]:
+        raise CorruptError(f"{file} does not match its checksum")
 
 
 def _up_to(stop: int, coming: Iterator[memoryview]) -> Iterator[memoryview]:

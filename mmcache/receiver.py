@@ -8,7 +8,7 @@ import itertools
 import json
 from typing import TYPE_CHECKING
 
-from mmcache.arriving import ArrivingPart
+from mmcache.arriving import ArrivingPart, tail_problems
 from mmcache.carrier import Carrier, Shard
 from mmcache.draft import Draft
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
@@ -19,7 +19,7 @@ from mmcache.mirror import STREAMS
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.places import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
 from mmcache.shard_bytes import FileBytes
-from mmcache.shard_check import check_ids, tail_problems
+from mmcache.shard_check import check_ids
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
 from mmcache.tokenizer_file import TOKENIZER

@@ -189,7 +189,7 @@ class RemoteRows:
                 self.forget()
 
     def _is_here(self, shard: tuple[int, int]) -> bool:
-        return self.remote.find(self._folder.array, self._folder.key(*shard)) is not None
+        return self._folder.is_here(*shard)
 
     def _wait_for(self, parts: list[Part], here: list[bool]) -> list[bool]:
         """Wait for the shards that are not here, if they have room, and say which are here then. Errors as `take`."""

@@ -10,7 +10,7 @@ from mmcache.files import advise_random, read_page
 from mmcache.geometry import PAGE
 
 if TYPE_CHECKING:
-    from mmcache.mirror import Mirror
+    from mmcache.shard_objects import ShardObjects
 
 __all__ = ["FileBytes", "ObjectBytes", "ShardBytes"]
 
@@ -68,19 +68,19 @@ class FileBytes:
 class ObjectBytes:
     """Those of an object, by ranged reads."""
 
-    def __init__(self, mirror: Mirror, array: str, key: str) -> None:
-        self._mirror, self._array, self._key = mirror, array, key
-        self._head, self.size = mirror.head(array, key)
+    def __init__(self, objects: ShardObjects, array: str, key: str) -> None:
+        self._objects, self._array, self._key = objects, array, key
+        self._head, self.size = objects.head(array, key)
 
     def head(self) -> bytes:
         """Give its first page, which was read when it was opened."""
         return self._head
 
     def read(self, into: memoryview, offset: int) -> bool:
-        """As `ShardBytes.read`; one request. Errors as `Mirror.read`."""
+        """As `ShardBytes.read`; one request. Errors as `ShardObjects.read`."""
         stop = min(offset + len(into), self.size)
         if stop > offset:
-            into[: stop - offset] = self._mirror.read(self._array, self._key, offset, stop)
+            into[: stop - offset] = self._objects.read(self._array, self._key, offset, stop)
         return stop - offset == len(into)
 
     def scattered(self) -> None:

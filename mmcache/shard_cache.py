@@ -1,38 +1,45 @@
 """A bounded folder of files that can be fetched again, shared by all processes of a machine: the least used go first.
 
-A file is there under its name when it is whole and durable; what is being fetched is a draft, whose room is taken from
-the beginning. A file that goes while somebody has it mapped stays valid for them: `generation` tells that it is time to
-let go, so that the disk has its room back.
+A file is there under its name when it is whole; what is being fetched is a draft, whose room is taken from the
+beginning. One is handed out only while it is known to be what was fetched: it is compared with its own checksums the
+first time after the machine was started, since a power failure may have taken bytes, and when somebody wrote to it. One
+that is damaged goes, and is fetched again. A file that goes while somebody has it mapped stays valid for them:
+`generation` tells that it is time to let go, so that the disk has its room back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import stat
 import threading
 import time
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from mmcache.copy_records import CopyRecords, Identity, identity
 from mmcache.crew import Crew
-from mmcache.draft import SEALED, Draft, publish, remove_drafts
-from mmcache.errors import ArgumentError
-from mmcache.files import make_folder, remove_file
+from mmcache.draft import Draft, remove_drafts
+from mmcache.errors import ArgumentError, CorruptError, IncompleteError
+from mmcache.files import explained, make_folder, remove_file
 from mmcache.geometry import PAGE
 from mmcache.lock import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    # Raises CorruptError where a file is not what belongs there, or OSError where the system cannot read it.
+    Check: TypeAlias = Callable[[Path], None]
+
 __all__ = ["ShardCache"]
 
-# Seconds between two looks at whether others are done, where all the room is taken by what is being fetched.
-_AGAIN = 0.05
-_GONE = ".gone"
-# The mode of a file that is whole, and may not be on the disk yet; and what says since when such files are whole.
-_UNSETTLED, _BOOT = 0o644, ".boot"
+# Seconds between two looks at whether others are done, where all the room is taken by what is being fetched; and
+# between two notes that a file is in use.
+_AGAIN, _USED_AGAIN = 0.05, 1.0
+_GONE, _RECORDS = ".gone", ".checked"
+# How the system says that this file cannot be read, while others can.
+_UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 class _Holder(Protocol):
@@ -56,8 +63,11 @@ def _boot() -> str:
 def _tell(folder: Path) -> None:
     """Say, to all processes, that files of a folder have gone."""
     marker, now = folder / _GONE, time.time_ns()
-    marker.touch()
-    os.utime(marker, ns=(now, now))
+    fd = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    try:
+        os.utime(fd, ns=(now, now))
+    finally:
+        os.close(fd)
     for holder in list(_HOLDERS):
         held, found = holder[0], holder[1]()
         if found is None:
@@ -68,11 +78,13 @@ def _tell(folder: Path) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Make a file durable, and seal it: then it counts after a power cut too. One that is gone is fine."""
+    """Make a file durable. One that is gone is fine."""
     try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), SEALED & os.fstat(file.fileno()).st_mode)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         pass
     except OSError:
@@ -82,7 +94,7 @@ def _settle(path: Path) -> None:
 
 
 class _Entry(NamedTuple):
-    used: int
+    made: int
     size: int
     name: str
 
@@ -107,32 +119,18 @@ class ShardCache:
         self.folder, self.most_bytes = folder, most_bytes
         self._crew, self._submitting, self._boot = Crew(1, "settle"), threading.Lock(), _boot()
         make_folder(folder)
-        self._clear_unsettled()
-
-    def _clear_unsettled(self) -> None:
-        """Remove what was not on the disk yet when the machine last went down, and may have lost bytes."""
-        if self._is_cleared():
-            return
-        with locked(self.folder / ".room.lock"):
-            # Another one may have done it meanwhile, and made files since.
-            if self._is_cleared():
-                return
-            for entry in self._entries():
-                path = self.folder / entry.name
-                with contextlib.suppress(FileNotFoundError):
-                    if not entry.name.startswith(".") and path.stat().st_mode & stat.S_IWUSR:
-                        remove_file(path)
-            publish(self.folder / _BOOT, self._boot.encode(), durable=False)
-
-    def _is_cleared(self) -> bool:
-        marker = self.folder / _BOOT
-        return marker.exists() and marker.read_text() == self._boot
+        self._records = CopyRecords(folder / _RECORDS, self._boot)
+        # As text, since both are asked for before each read.
+        self._above, self._marker = f"{folder}/", str(folder / _GONE)
+        # What was found whole by this process, as it was then, and when it was noted last that it is in use.
+        self._whole: dict[str, Identity] = {}
+        self._noted: dict[str, float] = {}
 
     @property
     def generation(self) -> int:
         """A number that is another one each time that files have gone, in whichever process."""
         try:
-            return os.stat(self.folder / _GONE).st_mtime_ns  # noqa: PTH116 -- asked for before each read
+            return os.lstat(self._marker).st_mtime_ns
         except FileNotFoundError:
             return 0
 
@@ -143,32 +141,76 @@ class ShardCache:
         """
         _HOLDERS.append((self.folder, weakref.ref(holder)))
 
-    def find(self, name: str) -> Path | None:
-        """Give a file, marked as used just now, or None where it is not there."""
-        path = self.folder / name
-        try:
-            # The time of modification is how readers know that a file is the one that they checked.
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        except FileNotFoundError:
-            return None
-        return path
-
-    def add(self, name: str, begin: Callable[[], tuple[int, Callable[[Draft], None]]]) -> Path:
-        """Give a file, made now where it is not there; blocks while another thread or process makes the same one.
+    def find(self, name: str, check: Check) -> Path | None:
+        """A file that is here and whole, marked as used just now; None where there is none.
 
         Args:
             name: its name.
-            begin: called where it is not there; gives its bytes, and what writes all of them. What either raises is
-                passed on, and leaves nothing behind.
+            check: compares it with its checksums, where no process has since the machine was started, or somebody wrote
+                to it since. A file that does not match, or cannot be read, goes.
+        """
+        copy = identity(self._above + name)
+        if copy is None:
+            return None
+        if self._whole.get(name) != copy:
+            with locked(self._lock_of(name)):
+                if not self._is_whole(name, check):
+                    return None
+        self._use(name)
+        return self.folder / name
+
+    def _lock_of(self, name: str) -> Path:
+        return self.folder / f".{name}.lock"
+
+    def _is_whole(self, name: str, check: Check) -> bool:
+        """As `find`, with the file's lock held."""
+        path = self.folder / name
+        while (copy := identity(path)) is not None:
+            if not self._records.has(name, copy):
+                try:
+                    check(path)
+                except (IncompleteError, FileNotFoundError):
+                    continue  # others needed the room
+                except CorruptError:
+                    self.drop(name)
+                    continue
+                except OSError as error:
+                    if error.errno not in _UNREADABLE:
+                        raise
+                    self.drop(name)
+                    continue
+                if identity(path) != copy:
+                    continue
+                self._records.note(name, copy)
+            self._whole[name] = copy
+            return True
+        return False
+
+    def _use(self, name: str) -> None:
+        now = time.monotonic()
+        if now - self._noted.get(name, -_USED_AGAIN) >= _USED_AGAIN:
+            self._noted[name] = now
+            if not self._records.touch(name) and (copy := self._whole.get(name)):
+                self._records.note(name, copy)
+
+    def add(self, name: str, begin: Callable[[], tuple[int, Callable[[Draft], None]]], check: Check) -> Path:
+        """A file, made now where it is not here; blocks while another thread or process makes the same one.
+
+        Args:
+            name: its name.
+            begin: called where it is not here; gives its bytes, and what writes all of them, compared with their
+                checksums. What either raises is passed on, and leaves nothing behind.
+            check: as in `find`.
 
         Raises:
             ArgumentError: it is larger than the whole cache.
             DiskFullError: the disk has less room than the cache may take.
         """
-        with locked(self.folder / f".{name}.lock"):
-            found = self.find(name)
-            if found is not None:
-                return found
+        path = self.folder / name
+        with locked(self._lock_of(name)):
+            if self._is_whole(name, check):
+                self._use(name)
+                return path
             size, fill = begin()
             if _taken(size) > self.most_bytes:
                 raise ArgumentError(
@@ -180,23 +222,34 @@ class ShardCache:
                 fill(draft)
                 # Who adds up what is taken while a file gets another name may meet neither of the two.
                 with locked(self.folder / ".room.lock"):
-                    # Whoever waits for the rows need not wait for the disk: until it is there, the mode says so.
-                    draft.publish(size, durable=not self._boot, mode=_UNSETTLED if self._boot else SEALED)
+                    # Whoever waits for the rows need not wait for the disk: after a restart they are compared again.
+                    draft.publish(size, durable=not self._boot)
             except BaseException:
                 draft.discard()
                 raise
+            if (copy := identity(path)) is not None:
+                self._whole[name] = copy
+                self._records.note(name, copy)
         with self._submitting:
-            self._crew.submit(_settle, self.folder / name)
-        return self.folder / name
+            self._crew.submit(_settle, path)
+        return path
 
     def drop(self, name: str) -> bool:
         """Let a file go; False where it is not there."""
-        try:
-            (self.folder / name).unlink()
-        except FileNotFoundError:
-            return False
+        with explained(self.folder / name, "removing a file of the cache"):
+            try:
+                (self.folder / name).unlink()
+            except FileNotFoundError:
+                return False
+        self._forget([name])
         _tell(self.folder)
         return True
+
+    def _forget(self, names: list[str]) -> None:
+        for name in names:
+            self._whole.pop(name, None)
+            self._noted.pop(name, None)
+        self._records.drop(names)
 
     def used(self) -> int:
         """Add up the bytes that are taken, those of drafts too."""
@@ -212,26 +265,29 @@ class ShardCache:
 
     def _make_room(self, size: int) -> bool:
         remove_drafts(self.folder)
-        entries = self._entries()
+        entries, used = self._entries(), self._records.used()
         excess = sum(entry.size for entry in entries) + _taken(size) - self.most_bytes
-        gone = False
-        for entry in sorted(entries):
+        gone = (used.keys() | self._whole.keys()) - {entry.name for entry in entries}
+        told = False
+        for entry in sorted(entries, key=lambda entry: used.get(entry.name, entry.made)):
             if excess <= 0:
                 break
             if not entry.name.startswith("."):
                 with contextlib.suppress(FileNotFoundError):
                     remove_file(self.folder / entry.name)
-                excess, gone = excess - entry.size, True
-        if gone:
+                gone.add(entry.name)
+                excess, told = excess - entry.size, True
+        self._forget([*gone])
+        if told:
             _tell(self.folder)
         return excess <= 0
 
     def _entries(self) -> list[_Entry]:
         found = []
         with os.scandir(self.folder) as entries:
-            for entry in (entry for entry in entries if entry.name != _BOOT):
+            for entry in (entry for entry in entries if entry.name != _RECORDS):
                 # Others remove files at any moment.
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    found.append(_Entry(status.st_atime_ns, _taken(status.st_size), entry.name))
+                    found.append(_Entry(status.st_mtime_ns, _taken(status.st_size), entry.name))
         return found

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mmcache.arriving import ArrivingPart
+from mmcache.arriving import index_start, read_whole, tail_problems
 from mmcache.errors import CorruptError
-from mmcache.format import HEADER_BYTES, STATISTICS, said_ids
-from mmcache.memory import anonymous
+from mmcache.format import HEADER_BYTES, said_ids
 from mmcache.site_map import REFUSALS
 
 if TYPE_CHECKING:
@@ -19,9 +16,7 @@ if TYPE_CHECKING:
     from mmcache.shard_bytes import ShardBytes
     from mmcache.shards import ShardFolder
 
-__all__ = ["check_ids", "check_shard", "tail_problems"]
-
-_PIECE = 8 << 20
+__all__ = ["check_ids", "check_shard"]
 
 
 def check_shard(
@@ -50,10 +45,12 @@ def check_shard(
         shard, layout = folder.open_layout(slot, block)
     try:
         check_ids(shard.head(), ids)
-        wrong = tail_problems(layout, *_read(shard, layout, tell)) if full else _index_problems(shard, layout, tell)
+        wrong = (
+            tail_problems(layout, *read_whole(shard, layout, tell)) if full else _index_problems(shard, layout, tell)
+        )
     finally:
         shard.close()
-    return wrong, layout.size if full else HEADER_BYTES + layout.size - _index_start(layout)
+    return wrong, layout.size if full else HEADER_BYTES + layout.size - index_start(layout)
 
 
 def check_ids(head: bytes, ids: str | None) -> None:
@@ -63,60 +60,11 @@ def check_ids(head: bytes, ids: str | None) -> None:
         raise CorruptError(f"its rows are of other tokens ({said}) than those that the store has there ({ids})")
 
 
-def _index_start(layout: Layout) -> int:
-    return layout.tensors.get("fill", layout.tensors["index"])[2]
-
-
 def _index_problems(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> list[str]:
-    start = _index_start(layout)
+    start = index_start(layout)
     wanted = layout.index()
     wanted = bytes(layout.size - start - len(wanted)) + wanted
     found = bytearray(len(wanted))
     there = shard.read(memoryview(found), start)
     tell(len(found))
     return [] if there and found == wanted else ["its index of inner chunks is not the one that belongs there"]
-
-
-def _read(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
-    """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows."""
-    piece, whole = anonymous(min(_PIECE, layout.size)).data, ArrivingPart(layout, 0)
-    while whole.at < layout.size:
-        count = min(len(piece), layout.size - whole.at)
-        if not shard.read(piece[:count], whole.at):
-            raise CorruptError(f"it ends behind byte {whole.at}, while it is read; {layout.size} were there")
-        whole.add(piece[:count])
-        tell(count)
-    return whole.crcs, bytes(whole.tail)
-
-
-def tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
-    """Say what of a whole shard is wrong: from the checksums of its inner chunks, and all that stands behind its rows.
-
-    It is written anew, from the checksums and the statistics, and compared.
-    """
-    start = layout.data_end
-
-    def bytes_of(name: str, of: bytes = tail) -> bytes:
-        _, _, first, last = layout.tensors[name]
-        return of[first - start : last - start]
-
-    statistics = None
-    if layout.spec.stat_layers:
-        codes = {name: layout.tensors[name][0] for name in STATISTICS}
-        statistics = {name: np.frombuffer(bytes_of(name), f"<{code[0].lower()}8") for name, code in codes.items()}
-    wanted = layout.tail(crcs, statistics)
-    wrong = []
-    stored = np.frombuffer(bytes_of("crc32c"), "<u4")
-    bad = np.flatnonzero(stored != np.array(crcs, np.uint32)).tolist()
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        wrong.append(f"inner chunk {bad[0]}{more} of {len(crcs)} does not match its checksum")
-    padding = layout.tensors.get("padding", ("", (), start, start))
-    if tail[: padding[3] - start] != wanted[: padding[3] - start]:
-        wrong.append("the padding behind its rows is not what belongs there")
-    if statistics is not None and bytes_of("statistics_crc32c") != bytes_of("statistics_crc32c", wanted):
-        wrong.append("its statistics do not match their checksum")
-    first = _index_start(layout) - start
-    if tail[first:] != wanted[first:]:
-        wrong.append("its index of inner chunks is not the one that belongs there")
-    return wrong

@@ -12,6 +12,7 @@ from mmcache.format import STATISTICS
 
 if TYPE_CHECKING:
     from mmcache.format import Layout
+    from mmcache.shard_bytes import ShardBytes
     from mmcache.shards import ShardFolder
 
 __all__ = ["brief_statistics", "overflow", "shard_statistics"]
@@ -28,13 +29,17 @@ def shard_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[s
     Raises:
         IncompleteError, CorruptError: as `ShardFolder.open_file`; the checksum differs.
     """
-    data, digest, layout = _read(folder, slot, block, STATISTICS)
-    if crc32c.crc32c(data) != digest:
-        raise CorruptError(
-            f"{folder.where(slot, block)}: its statistics do not match their checksum; "
-            f"set the file aside and make it again"
-        )
-    return _arrays(data, layout, STATISTICS), layout.rows
+
+    def compared(shard: ShardBytes, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+        data, digest = _read(shard, layout, STATISTICS, folder.where(slot, block))
+        if crc32c.crc32c(data) != digest:
+            raise CorruptError(
+                f"{folder.where(slot, block)}: its statistics do not match their checksum; "
+                f"set the file aside and make it again"
+            )
+        return _arrays(data, layout, STATISTICS), layout.rows
+
+    return folder.reading(slot, block, compared, scattered=True)
 
 
 def brief_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
@@ -46,11 +51,14 @@ def brief_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[s
     Raises:
         IncompleteError, CorruptError: as `ShardFolder.open_file`; such counts.
     """
-    data, _, layout = _read(folder, slot, block, _BRIEF)
-    found = _arrays(data, layout, _BRIEF)
-    if not _plausible(found, block, folder.spec.shard_rows, folder.spec.chunk_rows):
-        raise CorruptError(f"{folder.where(slot, block)}: its statistics are damaged; `mmcache verify` says more")
-    return found, layout.rows
+
+    def plausible(shard: ShardBytes, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+        found = _arrays(_read(shard, layout, _BRIEF, folder.where(slot, block))[0], layout, _BRIEF)
+        if not _plausible(found, block, folder.spec.shard_rows, folder.spec.chunk_rows):
+            raise CorruptError(f"{folder.where(slot, block)}: its statistics are damaged; `mmcache verify` says more")
+        return found, layout.rows
+
+    return folder.reading(slot, block, plausible, scattered=True)
 
 
 def overflow(folder: ShardFolder, slot: int, block: int) -> np.ndarray:
@@ -68,20 +76,15 @@ def overflow(folder: ShardFolder, slot: int, block: int) -> np.ndarray:
     return lost
 
 
-def _read(folder: ShardFolder, slot: int, block: int, names: tuple[str, ...]) -> tuple[bytearray, int, Layout]:
+def _read(shard: ShardBytes, layout: Layout, names: tuple[str, ...], where: str) -> tuple[bytearray, int]:
     """Read tensors that follow each other, and the checksum of all of them."""
-    shard, layout = folder.open_layout(slot, block, scattered=True)
-    try:
-        start, stop = layout.tensors[names[0]][2], layout.tensors[names[-1]][3]
-        _, _, first, last = layout.tensors["statistics_crc32c"]
-        # Their checksum stands behind them: of an object, one request instead of two.
-        found = bytearray(last - start)
-        there = shard.read(memoryview(found), start)
-    finally:
-        shard.close()
-    if not there:
-        raise CorruptError(f"{folder.where(slot, block)} was cut short while it was read")
-    return found[: stop - start], int.from_bytes(found[first - start : last - start], "little"), layout
+    start, stop = layout.tensors[names[0]][2], layout.tensors[names[-1]][3]
+    _, _, first, last = layout.tensors["statistics_crc32c"]
+    # Their checksum stands behind them: of an object, one request instead of two.
+    found = bytearray(last - start)
+    if not shard.read(memoryview(found), start):
+        raise CorruptError(f"{where} was cut short while it was read")
+    return found[: stop - start], int.from_bytes(found[first - start : last - start], "little")
 
 
 def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mmcache.mirror import Mirror
 
 __all__ = ["Store"]
+
+T = TypeVar("T")
 
 
 class Store:
@@ -137,7 +139,11 @@ class Store:
         Raises:
             CorruptError, StoreNotFoundError: it is damaged, or gone.
         """
-        return read_tokenizer(self.path, self._manifest)
+        return self._metadata(lambda: read_tokenizer(self.path, self._manifest))
+
+    def _metadata(self, read: Callable[[], T]) -> T:
+        """What is read of metadata; of a store in a bucket as `Mirror.reread`."""
+        return read() if self._remote is None else self._remote.reread(read)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -212,7 +218,7 @@ class Store:
                 max_maps=max(1, MAX_MAPS // len(self.sites)),
                 check=self._check,
                 fits=self.fits,
-                summary=lambda: load_summary(self.path, self._manifest, site),
+                summary=lambda: self._metadata(lambda: load_summary(self.path, self._manifest, site)),
             )
             self._views[site] = view
         return view

@@ -9,7 +9,7 @@ import torch
 
 from mmcache.errors import CorruptError
 from mmcache.sequences import Sequences
-from mmcache.shards import MANY
+from mmcache.shard_files import MANY
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -137,8 +137,8 @@ def _deleted(folder):
 def _there(folder):
     found = {}
     with os.scandir(folder) as entries:
-        # The page that says since when the machine is up is none of the files that the bound is of.
-        for entry in (entry for entry in entries if entry.name != ".boot"):
+        # What is noted of the files is none of them.
+        for entry in (entry for entry in entries if entry.name != ".checked"):
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
                 found[entry.name, status.st_ino] = max(status.st_size, status.st_blocks * 512)
@@ -187,6 +187,11 @@ def wait_for(what, seconds=20):
     while not what():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.01)
+
+
+def is_here(store, site, key):
+    """Tell whether a shard is in the cache."""
+    return (store.remote.cache.folder / store.remote._file(site, key)).exists()
 
 
 def tidy(folder):

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from support import python, same, shards, widened, without_sync
 
 import mmcache
-from mmcache import bucket, remote_rows
-from mmcache import shards as shards_module
+from mmcache import bucket, remote_rows, shard_files
 from mmcache.shard_objects import ShardObjects
 
 MIB = 1 << 20
@@ -99,10 +98,10 @@ def test_nearly_all_of_a_shard_comes_in_one_request_or_beside_others_where_it_is
 
 
 def test_many_rows_do_not_bring_the_shard_that_the_first_is_in(path, url, monkeypatch):
-    monkeypatch.setattr(shards_module, "MANY", 1000)
+    monkeypatch.setattr(shard_files, "MANY", 1000)
     found = mmcache.open(url)
     assert same(found["a"].gather(range(20)), mmcache.open(path)["a"].gather(range(20)))
-    names = [name for name in (file.name for file in shards(path / "a")) if found.remote.find("a", name)]
+    names = [name for name in (file.name for file in shards(path / "a")) if remote.is_here(found, "a", name)]
     assert not names
 
 
@@ -197,7 +196,7 @@ def test_what_is_read_again_and_again_is_brought_here(url, s3_proxy):
     for _ in range(10):
         found["a"].get_positions(1, [0, 100, 200, 30])
     slot = 1 if found.layout == "layer" else 0
-    remote.wait_for(lambda: found.remote.find("a", f"c.{slot}.0.0"))
+    remote.wait_for(lambda: remote.is_here(found, "a", f"c.{slot}.0.0"))
     s3_proxy.reset()
     found["a"].get_position(1, 255)
     assert s3_proxy.n_requests() == 0

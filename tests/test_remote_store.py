@@ -90,7 +90,7 @@ def test_a_store_that_fits_is_brought_here_while_it_is_read(kind, s3_proxy, s3_s
         assert found.fits
         remote.compare_epoch(found, right, shuffle="global")
         files = [(site, key) for site in right.sites for key in (file.name for file in shards(path / site))]
-        remote.wait_for(lambda: all(found.remote.find(*file) for file in files))
+        remote.wait_for(lambda: all(remote.is_here(found, *file) for file in files))
         sent = s3_proxy.bytes_sent()
         remote.compare_epoch(found, right, shuffle="block", buffer_bytes=MIB)
         assert s3_proxy.bytes_sent() == sent, "all of it is here"

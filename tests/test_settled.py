@@ -12,6 +12,7 @@ from remote import wait_for
 from support import python
 
 from mmcache import shard_cache
+from mmcache.copy_records import identity
 from mmcache.errors import ArgumentError, WriteError
 from mmcache.lock import locked
 from mmcache.shard_cache import ShardCache
@@ -21,7 +22,8 @@ FILE = 4 * PAGE
 
 
 def add(cache, name, size=FILE):
-    return cache.add(name, lambda: (size, lambda draft: draft.write(np.full(size, ord(name), np.uint8), 0)))
+    made = size, lambda draft: draft.write(np.full(size, ord(name), np.uint8), 0)
+    return cache.add(name, lambda: made, lambda _: None)
 
 
 def names(cache):
@@ -40,58 +42,31 @@ def test_a_file_may_take_all_of_the_cache_and_no_more(tmp_path):
     assert names(cache) == ["c"]
 
 
-def test_files_are_sealed_in_the_background(tmp_path, monkeypatch):
-    go, real = threading.Event(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (go.wait(20), real(fd))[1])
-    cache = ShardCache(tmp_path, 4 * FILE)
+def test_a_file_is_there_before_it_is_durable(tmp_path, monkeypatch):
+    go, synced, real, cache = threading.Event(), [], os.fsync, ShardCache(tmp_path, 4 * FILE)
+    monkeypatch.setattr(os, "fsync", lambda fd: (go.wait(20), real(fd), synced.append(fd)))
     file = add(cache, "a")
-    assert file.stat().st_mode & stat.S_IWUSR
-    assert cache.find("a") == file
+    before = identity(file)
+    assert not synced
+    assert stat.S_IMODE(file.stat().st_mode) == 0o444
     go.set()
-    wait_for(lambda: stat.S_IMODE(file.stat().st_mode) == 0o444)
+    wait_for(lambda: synced)
+    assert identity(file) == before, "to make it durable is no change of it"
 
 
-def test_what_was_not_sealed_when_the_machine_went_down_goes(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "_settle", lambda _: None)
-    cache = ShardCache(tmp_path, 4 * FILE)
-    for name in "abc":
-        add(cache, name)
-    (tmp_path / "b").chmod(0o444)
-    assert names(ShardCache(tmp_path, 4 * FILE)) == ["a", "b", "c"]
-    monkeypatch.setattr(shard_cache, "_boot", lambda: "another one")
-    again = ShardCache(tmp_path, 4 * FILE)
-    assert names(again) == ["b"]
-    add(again, "d")
-    assert names(ShardCache(tmp_path, 4 * FILE)) == ["b", "d"]
-    # Where the system does not say, files are sealed before they have their names.
+def test_where_the_system_does_not_say_when_it_started_files_are_durable_first(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
     monkeypatch.setattr(shard_cache, "_boot", lambda: "")
-    last = ShardCache(tmp_path, 4 * FILE)
-    assert names(last) == ["b"]
-    assert stat.S_IMODE(add(last, "e").stat().st_mode) == 0o444
-
-
-def test_who_comes_second_after_a_restart_leaves_what_the_first_has_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "_settle", lambda _: None)
-    real, made = ShardCache._is_cleared, []
-
-    def is_cleared(cache):
-        found = real(cache)
-        if not made:
-            made.append(True)
-            add(ShardCache(tmp_path, 4 * FILE), "a")
-        return found
-
-    monkeypatch.setattr(ShardCache, "_is_cleared", is_cleared)
-    assert names(ShardCache(tmp_path, 4 * FILE)) == ["a"]
+    assert add(ShardCache(tmp_path, 4 * FILE), "a").stat().st_ino in synced
 
 
 def test_what_does_not_get_to_the_disk_goes(tmp_path, monkeypatch):
     def fsync(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    (tmp_path / "cache").mkdir()
     cache = ShardCache(tmp_path / "cache", 4 * FILE)
+    monkeypatch.setattr(os, "fsync", fsync)
     file = add(cache, "a")
     wait_for(lambda: not file.exists())
     wait_for(lambda: cache.generation)

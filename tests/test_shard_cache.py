@@ -14,7 +14,7 @@ import remote
 from support import FORKS, exit_code, start_fork, widened, without_sync
 
 from mmcache import shard_cache
-from mmcache.errors import ArgumentError, DiskFullError
+from mmcache.errors import ArgumentError, CorruptError, DiskFullError
 from mmcache.shard_cache import ShardCache
 
 PAGE = 4096
@@ -35,8 +35,19 @@ def fill(name, size):
     return lambda draft: draft.write(content(name, size), 0)
 
 
+def check(path):
+    """Compare a file with what one of its name has."""
+    data = path.read_bytes()
+    if data != content(path.name, len(data)).tobytes() or not data:
+        raise CorruptError(path.name)
+
+
+def find(cache, name):
+    return cache.find(name, check)
+
+
 def add(cache, name, size=PAGE):
-    return cache.add(name, lambda: (size, fill(name, size)))
+    return cache.add(name, lambda: (size, fill(name, size)), check)
 
 
 def names(cache):
@@ -45,15 +56,15 @@ def names(cache):
 
 def test_a_file_is_made_once_and_found_again(folder):
     cache = ShardCache(folder, 10 * PAGE)
-    assert cache.find("a") is None
+    assert find(cache, "a") is None
     path = add(cache, "a", 5000)
     assert path.read_bytes() == content("a", 5000).tobytes()
-    assert cache.find("a") == path
-    assert ShardCache(folder, PAGE).find("a") == path, "another one knows it, too"
-    cache.add("a", lambda: pytest.fail("it is there already"))
+    assert find(cache, "a") == path
+    assert find(ShardCache(folder, PAGE), "a") == path, "another one knows it, too"
+    cache.add("a", lambda: pytest.fail("it is there already"), check)
     assert cache.drop("a")
     assert not cache.drop("a")
-    assert cache.find("a") is None
+    assert find(cache, "a") is None
     assert remote.tidy(folder)
 
 
@@ -61,7 +72,7 @@ def test_the_least_used_go_first(folder):
     cache = ShardCache(folder, 3 * PAGE)
     for name in "abc":
         add(cache, name)
-    cache.find("a")
+    find(cache, "a")
     add(cache, "d")
     assert names(cache) == ["a", "c", "d"]
     add(cache, "e", 2 * PAGE)
@@ -91,7 +102,7 @@ def test_a_file_that_could_not_be_filled_leaves_nothing(folder, error):
         raise error
 
     with pytest.raises(type(error)):
-        cache.add("a", lambda: (PAGE, broken))
+        cache.add("a", lambda: (PAGE, broken), check)
     assert names(cache) == []
     assert remote.tidy(folder)
     add(cache, "a")
@@ -131,7 +142,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(folder):
         draft.write(content("a", 100), 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = start_fork(lambda: ShardCache(folder, 5 * PAGE).add("a", lambda: (4 * PAGE, killed)))
+    child = start_fork(lambda: ShardCache(folder, 5 * PAGE).add("a", lambda: (4 * PAGE, killed), check))
     assert exit_code(child) == -signal.SIGKILL
     assert cache.used() == 4 * PAGE, "its draft takes room"
     add(cache, "b", 4 * PAGE)
@@ -149,7 +160,7 @@ def test_who_needs_room_waits_for_what_is_under_way(folder):
             fill(name, 3 * PAGE)(draft)
             order.append(name)
 
-        return cache.add(name, lambda: (3 * PAGE, work))
+        return cache.add(name, lambda: (3 * PAGE, work), check)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(slow, "a", 0.3)
@@ -195,22 +206,8 @@ def test_of_many_who_want_a_file_one_makes_it(folder):
         fill("a", PAGE)(draft)
 
     with ThreadPoolExecutor(8) as pool:
-        paths = set(pool.map(lambda _: cache.add("a", lambda: (PAGE, make)), range(20)))
+        paths = set(pool.map(lambda _: cache.add("a", lambda: (PAGE, make), check), range(20)))
     assert (paths, next(made)) == ({folder / "a"}, 1)
-
-
-def test_what_was_not_on_the_disk_when_the_power_failed_is_let_go(folder):
-    cache = ShardCache(folder, 9 * PAGE)
-    for name in "ab":
-        add(cache, name)
-    remote.wait_for(lambda: not any((folder / name).stat().st_mode & 0o200 for name in "ab"))
-    # As if one of them had not been made durable yet when the machine went down.
-    (folder / "a").chmod(0o644)
-    assert names(ShardCache(folder, 9 * PAGE)) == ["a", "b"], "it has not gone down"
-    (folder / ".boot").chmod(0o644)
-    (folder / ".boot").write_text("another")
-    assert names(ShardCache(folder, 9 * PAGE)) == ["b"]
-    assert (folder / ".boot").read_text() == shard_cache._boot()
 
 
 def test_a_disk_with_less_room_than_the_cache_may_take_says_so(tmp_path):

@@ -1,0 +1,97 @@
+"""Which files of a cache were compared with their checksums, and when each was used last: a small file for each.
+
+A file's own times would not do: to set one changes the time of its last change, and that tells that somebody wrote to
+it. A record counts until the machine is started again, since a power failure may have taken bytes that it had seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, TypeAlias
+
+from mmcache.draft import publish, remove_drafts
+from mmcache.errors import MmcacheError
+from mmcache.files import make_folder, read_file
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+__all__ = ["CopyRecords", "Identity", "identity"]
+
+# Inode, size, and the times of the last write and of the last change of any kind, in nanoseconds.
+Identity: TypeAlias = tuple[int, int, int, int]
+
+# Machines that share a cache by a network, and whose records are kept; what a record has at most.
+_MACHINES, _LIMIT = 8, 4096
+
+
+def identity(path: Path | str) -> Identity | None:
+    """What tells a file from the same one written to, or another in its place; None where there is no plain file."""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+class CopyRecords:
+    """The records of one cache, shared by all its processes.
+
+    Args:
+        folder: where they are; made if it is not there.
+        boot: names the time since the machine was started; empty where that is not known, and nothing is recorded.
+    """
+
+    def __init__(self, folder: Path, boot: str) -> None:
+        self._folder, self._boot = folder, boot
+        make_folder(folder)
+
+    def has(self, name: str, copy: Identity) -> bool:
+        """Whether a file was compared, as it is now, since the machine was started, by whichever process."""
+        return bool(self._boot) and self._line(copy) in self._lines(name)
+
+    def note(self, name: str, copy: Identity) -> None:
+        """Note that a file was compared, and used; where that cannot be kept, it is compared again."""
+        others = [line for line in self._lines(name) if line.partition(" ")[0] != self._boot]
+        lines = [*others[1 - _MACHINES :], self._line(copy)] if self._boot else []
+        with contextlib.suppress(MmcacheError):
+            publish(self._folder / name, "".join(f"{line}\n" for line in lines).encode(), durable=False)
+            self.touch(name)
+
+    def touch(self, name: str) -> bool:
+        """Note that a file was used just now; False where there is no record of it."""
+        now = time.time_ns()
+        try:
+            os.utime(self._folder / name, ns=(now, now), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def used(self) -> dict[str, int]:
+        """When each file was used last, in nanoseconds."""
+        found = {}
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                # Others remove records at any moment.
+                with contextlib.suppress(FileNotFoundError):
+                    found[entry.name] = entry.stat(follow_symlinks=False).st_mtime_ns
+        return found
+
+    def drop(self, names: Collection[str]) -> None:
+        """Remove the records of files that are gone, and what processes that died left half-written."""
+        for name in names:
+            (self._folder / name).unlink(missing_ok=True)
+        if names:
+            remove_drafts(self._folder)
+
+    def _line(self, copy: Identity) -> str:
+        return " ".join([self._boot, *map(str, copy)])
+
+    def _lines(self, name: str) -> list[str]:
+        with contextlib.suppress(MmcacheError, OSError):
+            return read_file(self._folder / name, _LIMIT).decode(errors="replace").splitlines()
+        return []

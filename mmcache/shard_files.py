@@ -1,0 +1,241 @@
+"""The shards of one array as files, or as objects in a bucket: names, presence, headers, maps."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from mmcache.descriptor import close_read
+from mmcache.errors import CorruptError, IncompleteError
+from mmcache.files import check_folder, count_names, map_file, open_file, read_page
+from mmcache.format import HEADER_BYTES, Layout, parse_header
+from mmcache.listing import count_shards, present_shards
+from mmcache.names import RESERVED
+from mmcache.shard_bytes import FileBytes, ObjectBytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+
+    from mmcache.descriptor import FileStatus
+    from mmcache.manifest import Manifest
+    from mmcache.mirror import Mirror
+    from mmcache.shard_bytes import ShardBytes
+
+__all__ = ["MANY", "ShardFiles"]
+
+T = TypeVar("T")
+
+# Numbers, or rows, from which on memory is not taken for what a root says alone, which may be a stranger's.
+MANY = 1 << 24
+# Shards that many of them may be of, for each file that is there.
+_SPARSE = 100
+
+
+class ShardFiles:
+    """The shards of one array. It keeps no map: each lives as long as the tensor that is handed out.
+
+    Args:
+        path: the store.
+        manifest: what the store says of itself.
+        array: a site, or `tokens`, `flags` or `sequences`.
+        rows: rows (tokens, or sequences) that count.
+        wait: called with (slot, block) before a shard is opened; a cache that is being written blocks there
+            until the shard is in place.
+        remote: what has the store's shards, where they are in a bucket; `path` is its folder then.
+        fresh: read from the bucket even what is here.
+
+    Raises:
+        CorruptError: the array's folder is a symbolic link.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        array: str,
+        rows: int,
+        wait: Callable[[int, int], None] | None = None,
+        *,
+        remote: Mirror | None = None,
+        fresh: bool = False,
+    ) -> None:
+        check_folder(path / array)
+        self.spec, self.rows = manifest.spec(array), rows
+        self._path, self._manifest, self.array, self._wait = path, manifest, array, wait
+        self.remote, self._fresh = remote, fresh
+        self._full = Layout(self.spec, self.spec.shard_rows)
+        # What was checked: a file that is the same as then need not be again.
+        self._met: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def key(self, slot: int, block: int) -> str:
+        """Name a shard."""
+        return self._manifest.shard_key(self.array, block, slot)
+
+    def where(self, slot: int, block: int) -> str:
+        """Say where a shard is, for people."""
+        key = self.key(slot, block)
+        return str(self._path / self.array / key) if self.remote is None else self.remote.where(self.array, key)
+
+    def bring(self, slot: int, block: int) -> Path:
+        """Give a shard's path, once it is in place: of a store in a bucket, once it is here. Errors as `open_file`."""
+        if self.remote is not None:
+            return self.remote.fetch(self.array, self.key(slot, block), partial(self.check, slot, block))
+        if self._wait is not None:
+            self._wait(slot, block)
+        return self._path / self.array / self.key(slot, block)
+
+    def check(self, slot: int, block: int, head: bytes, size: int) -> Layout:
+        """Check a shard's header and size, and give its layout. Raises CorruptError."""
+        where = self.where(slot, block)
+        expected = self.spec.rows_in_block(block, self.rows)
+        likely = self._full if expected == self.spec.shard_rows else Layout(self.spec, expected)
+        metadata = self._manifest.shard_metadata(self.array, block, slot)
+        layout = parse_header(self.spec, head, size, metadata, where=where, likely=likely)
+        # What grows may be ahead of the commit after a crash, never behind it.
+        exact = self._manifest.kind == "planned" and self.array in self._manifest.sites
+        if layout.rows < expected or (exact and layout.rows != expected):
+            raise CorruptError(f"{where} has {layout.rows} rows, the store counts {expected}: set it aside")
+        return layout
+
+    def open_file(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, FileStatus]:
+        """Open one shard's file, checked, and give its descriptor, which is the caller's to close, and its status.
+
+        Beside a busy thread the first time takes two turns of the interpreter's lock, and each later one none. What is
+        in a bucket is brought here first.
+
+        Raises:
+            IncompleteError: the shard is not there.
+            CorruptError: it is not what belongs there.
+            OSError: `direct` was asked for, and the file system has no direct reads.
+            AccessError, RemoteError, DiskFullError: of a store in a bucket, as `Mirror.fetch`.
+        """
+        return self._brought(slot, block, partial(self._open_checked, slot, block, direct))
+
+    def _open_checked(self, slot: int, block: int, direct: bool, file: Path) -> tuple[int, FileStatus]:
+        fd, status = self._open(slot, block, direct, file)
+        try:
+            identity = (status.inode, status.size, status.modified)
+            if self._met.get((slot, block)) != identity:
+                self.check(slot, block, read_page(fd), status.size)
+                self._met[slot, block] = identity
+        except BaseException:
+            close_read(fd)
+            raise
+        return fd, status
+
+    def _open(self, slot: int, block: int, direct: bool, file: Path) -> tuple[int, FileStatus]:
+        what = f"shard {self.key(slot, block)} of {self.array}"
+        return open_file(file, what=what, direct=direct, known=(slot, block) in self._met)
+
+    def _brought(self, slot: int, block: int, use: Callable[[Path], T]) -> T:
+        """Use a shard's file, once it is in place; of a store in a bucket as `Mirror.use`."""
+        if self.remote is None:
+            return use(self.bring(slot, block))
+        return self.remote.use(self.array, self.key(slot, block), partial(self.check, slot, block), use)
+
+    def count(self) -> int:
+        """Count the shards that are there, from one listing."""
+        return count_shards(self._path, self._manifest, self.array, self.rows)
+
+    def present(self) -> np.ndarray:
+        """Tell which shards are there: `[slots, blocks]` bool, from one listing; `in_order` names them.
+
+        Raises:
+            IncompleteError: the root counts so many that hardly any of them can be there.
+        """
+        shards = self.spec.blocks(self.rows) * len(self._manifest.slots(self.array))
+        if shards >= MANY and shards > MANY + _SPARSE * (files := count_names(self._path / self.array)):
+            raise IncompleteError(
+                f"{self._path / self.array} has {files} files, and {shards} shards are counted: `mmcache verify` "
+                f"lists what is missing"
+            )
+        return present_shards(self._path, self._manifest, self.array, self.rows)
+
+    def believe(self, numbers: int, slot: int, position: int) -> None:
+        """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.
+
+        A root may claim widths and layers that no file has. Errors as `open_file`.
+        """
+        if numbers >= MANY:
+            slot = slot if self._manifest.layout == "layer" else 0
+            self.open_layout(slot, position // self.spec.shard_rows)[0].close()
+
+    def believe_rows(self, start: int, stop: int) -> None:
+        """Before memory is taken for something of each of some rows: look whether there are files for as many.
+
+        Raises:
+            IncompleteError: there are fewer.
+        """
+        files = count_names(self._path / self.array)
+        blocks = self.spec.blocks(stop) - start // self.spec.shard_rows
+        if blocks > files:
+            raise IncompleteError(
+                f"{self._path / self.array} has {files} files, and rows {start} to {stop} are in {blocks} shards: "
+                f"`mmcache verify` lists what is missing"
+            )
+
+    def open_layout(
+        self, slot: int, block: int, *, direct: bool = False, scattered: bool = False
+    ) -> tuple[ShardBytes, Layout]:
+        """Open one shard for reading pieces, checked, and say where everything is in it; its header is read each time.
+
+        Of a store in a bucket, pieces of a site's shard come from there where it is not here; other arrays are small,
+        and brought here. What is opened is the caller's to close. `scattered`: little of it will be read.
+
+        Raises:
+            IncompleteError, CorruptError, OSError: as `open_file`.
+        """
+
+        def checked(shard: ShardBytes) -> tuple[ShardBytes, Layout]:
+            if scattered:
+                shard.scattered()
+            try:
+                return shard, self.check(slot, block, shard.head(), shard.size)
+            except BaseException:
+                shard.close()
+                raise
+
+        def of_file(file: Path) -> tuple[ShardBytes, Layout]:
+            fd, status = self._open(slot, block, direct, file)
+            return checked(FileBytes(fd, status.size, direct=direct))
+
+        if self.remote is not None and self._stays_there(self.remote, slot, block):
+            return checked(ObjectBytes(self.remote, self.array, self.key(slot, block)))
+        return self._brought(slot, block, of_file)
+
+    def _stays_there(self, remote: Mirror, slot: int, block: int) -> bool:
+        """Tell whether a shard is read from the bucket by the piece."""
+        size = Layout(self.spec, self.spec.rows_in_block(block, self.rows)).size
+        if self._fresh or size > remote.cache.most_bytes:
+            return True
+        return self.array not in RESERVED and not self.is_here(slot, block)
+
+    def is_here(self, slot: int, block: int) -> bool:
+        """Whether a shard of a store in a bucket is here; one that turns out to be damaged goes."""
+        if self.remote is None:
+            return True
+        return self.remote.find(self.array, self.key(slot, block), partial(self.check, slot, block)) is not None
+
+    def _mapped(self, slot: int, block: int, file: Path) -> tuple[np.ndarray, Layout]:
+        """Map a shard's file and check its header and size: `[bytes]` uint8, and where things are in it."""
+        pages = map_file(file, what=f"shard {self.key(slot, block)} of {self.array}")
+        return pages, self.check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
+
+    def open(self, slot: int, block: int) -> torch.Tensor:
+        """Map one shard: `[rows, *row_shape]`, only those rows that count. It must only be read.
+
+        Raises:
+            IncompleteError: the shard is not there.
+            CorruptError: it is not what belongs there.
+        """
+        return self._rows(self._brought(slot, block, partial(self._mapped, slot, block))[0], block)
+
+    def _rows(self, pages: np.ndarray, block: int) -> torch.Tensor:
+        rows = self.spec.rows_in_block(block, self.rows)
+        data = pages[HEADER_BYTES : HEADER_BYTES + rows * self.spec.row_bytes]
+        return torch.from_numpy(data).view(self.spec.dtype.torch).view(rows, *self.spec.row_shape)
