@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from mmcache.extract import extract
     from mmcache.fill import NonFiniteWarning
     from mmcache.findings import Finding, Report
+    from mmcache.frame import BosWarning
     from mmcache.job import Progress
     from mmcache.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.repair import Loss, Repaired, repair
@@ -105,6 +106,7 @@ _PLACES = {
     "NonFiniteWarning": "fill",
     "Finding": "findings",
     "Report": "findings",
+    "BosWarning": "frame",
     "Loss": "repair",
     "Repaired": "repair",
     "repair": "repair",
@@ -127,6 +129,7 @@ __all__ = [
     "ActivationDataset",
     "ArgumentError",
     "Batch",
+    "BosWarning",
     "Captured",
     "ClosedError",
     "ClusterError",

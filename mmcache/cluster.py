@@ -9,6 +9,7 @@ is still left of that when nothing else is, is handed to others as well: it is t
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -19,6 +20,7 @@ from mmcache.cluster_pool import Pool, Resources
 from mmcache.cluster_worker import Job, Options, see_plan
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError
+from mmcache.frame import BosWarning
 from mmcache.job import complete
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.ray_session import connected
@@ -113,6 +115,8 @@ def extract(
         with Pool(ray, job, resources, progress or (lambda _done: None)) as pool:
             plan = pool.plan(reads)
             see_plan(place, plan)
+            for said in plan.warned:
+                warnings.warn(said, BosWarning, stacklevel=2)
             if planned is not None:
                 planned(plan.survey)
             pool.fill(plan)

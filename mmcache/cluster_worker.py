@@ -17,6 +17,7 @@ import torch
 
 from mmcache.errors import ClusterError, MmcacheError, WriteError
 from mmcache.fill import NonFiniteWarning
+from mmcache.frame import BosWarning
 from mmcache.job import Extraction
 from mmcache.loading import is_spread
 from mmcache.manifest import is_store, read_manifest
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.corpus import Document
+    from mmcache.frame import Bos
     from mmcache.manifest import Manifest
     from mmcache.survey import Survey
 
@@ -50,6 +52,7 @@ class Options(TypedDict, total=False):
     layers: Sequence[int] | None
     context_length: int | None
     pack: bool
+    bos: Bos
     batch_size: int | Literal["auto"]
     dtype: torch.dtype | str
     layout: Literal["layer", "token"]
@@ -79,11 +82,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner says: the plan, what is to do, and on which machine it wrote it down."""
+    """What the planner says: the plan, what is to do, on which machine it wrote it down, and what it warned of."""
 
     manifest: Manifest
     survey: Survey
     host: str
+    warned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,15 @@ class Worker:
             plan_threads(job.path, Rank(launcher="Ray"))
         try:
             self._extraction = self._checked()
-            manifest = self._extraction.plan(texts(), accept_numerics=job.accept_numerics)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", BosWarning)
+                manifest = self._extraction.plan(texts(), accept_numerics=job.accept_numerics)
             with self._extraction.filling(manifest, Rank(), strict=job.strict) as fill:
                 survey = survey_plan(job.path, manifest, fill, fill.batch_size)
         except WriteError as error:
             _raise_from_here(error)
         self._manifest = manifest
-        return Planned(manifest, survey, socket.gethostname())
+        return Planned(manifest, survey, socket.gethostname(), _said(caught, BosWarning))
 
     def make(self, planned: Planned, blocks: np.ndarray) -> Made:
         """Make those of some blocks, ascending, that are missing; blocks until they are durable."""
@@ -146,8 +152,7 @@ class Worker:
                     fill.run(told, only=blocks)
         except MmcacheError as error:
             _raise_from_here(error)
-        warned = [str(warning.message) for warning in caught if issubclass(warning.category, NonFiniteWarning)]
-        return Made(total, tuple(warned))
+        return Made(total, _said(caught, NonFiniteWarning))
 
     def _joined(self, planned: Planned) -> tuple[Extraction, Manifest]:
         """Give the job and its plan; of a plan that another worker made, once it was seen and compared."""
@@ -167,6 +172,10 @@ class Worker:
         if options.get("device") is None and self._job.on_gpu and not is_spread(self._model):
             options["device"] = "cuda"
         return Extraction(self._model, self._tokenizer, self._job.path, **options)
+
+
+def _said(caught: list[warnings.WarningMessage], kind: type[Warning]) -> tuple[str, ...]:
+    return tuple(str(warning.message) for warning in caught if issubclass(warning.category, kind))
 
 
 def see_plan(path: Path, planned: Planned) -> None:

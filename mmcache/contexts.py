@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, CorpusError
+from mmcache.frame import frame_of, unframed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mmcache.corpus import Document
+    from mmcache.frame import Bos
 
 __all__ = ["Context", "Contexts", "CorpusDigest", "Place"]
 
 # Texts are tokenised together up to this many characters: enough for the tokenizer's threads, and bounded.
 _TOGETHER_CHARACTERS = 1 << 20
 _TOGETHER_TEXTS = 1 << 10
+_NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Context:
-    """What the model sees at once: token ids `[n]` int32; `document` is the first one in it, `after` what follows."""
+    """What the model sees at once: token ids `[n]` int32; `document` is the first one in it, `after` what follows.
+
+    `framed` counts the documents that begin in it and bring special tokens themselves which would be put around them.
+    """
 
     tokens: np.ndarray
     document: int
     after: Place
+    framed: int = 0
 
 
 def _no_document(number: int, found: object) -> CorpusError:
@@ -87,27 +94,37 @@ class Contexts:
         vocabulary: ids that the model knows are below this; None if that is not known.
         pack: fill each context with the documents one after the other, which then see each other, instead of
             beginning a new context with each document.
+        bos: whether texts get a BOS, as `frame_of` says.
+        model_bos: the BOS of the model's configuration.
+        doubled: put special tokens around a text also where it brings them itself, as it was done once.
 
     Documents that are token ids already are cut as they are: nothing is put around them. Packed, they are put
     one after the other as texts are.
 
     Raises:
-        ArgumentError: a context has no room for a token between the special ones.
+        ArgumentError: a context has no room for a token between the special ones; there is no BOS to add.
     """
 
     def __init__(
-        self, tokenizer: Any, context_length: int, vocabulary: int | None = None, *, pack: bool = False
+        self,
+        tokenizer: Any,
+        context_length: int,
+        vocabulary: int | None = None,
+        *,
+        pack: bool = False,
+        bos: Bos = "auto",
+        model_bos: int | None = None,
+        doubled: bool = False,
     ) -> None:
         self._tokenizer, self._length, self._vocabulary, self._pack = tokenizer, context_length, vocabulary, pack
-        self._before, self._after = _frame(tokenizer)
-        special = len(self._before) + len(self._after)
-        if context_length <= special:
+        self.frame, self._doubled = frame_of(tokenizer, bos, model_bos, vocabulary), doubled
+        if context_length <= len(self.frame):
             raise ArgumentError(
-                f"context_length is {context_length}: expected more than the {special} special tokens that the "
-                f"tokenizer puts around each context"
+                f"context_length is {context_length}: expected more than the {len(self.frame)} special tokens that "
+                f"are put around each context"
             )
         end = getattr(tokenizer, "eos_token_id", None)
-        between = self._after if len(self._after) else self._before
+        between = self.frame.after if len(self.frame.after) else self.frame.before
         self._between = between if len(between) or end is None else np.array([end], np.int32)
 
     def cut(self, documents: Iterable[Document], start: Place | None = None) -> Iterator[Context]:
@@ -145,34 +162,59 @@ class Contexts:
         return ids.astype(np.int32)
 
     def _apart(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: Place) -> Iterator[Context]:
-        special = len(self._before) + len(self._after)
-        for number, ids, is_text in tokenised:
-            window = self._length - special if is_text else self._length
+        for number, whole, is_text in tokenised:
+            before, after = (self.frame.before, self.frame.after) if is_text else (_NOTHING, _NOTHING)
+            ids = self._unframed(whole, before, after)
+            window = self._length - len(before) - len(after)
             for at in range(start.offset if number == start.document else 0, len(ids), window):
-                part = ids[at : at + window]
-                tokens = np.concatenate([self._before, part, self._after]) if is_text else part
-                done = at + window >= len(ids)
-                yield Context(tokens, number, Place(number + 1) if done else Place(number, at + window))
+                # In the middle of a text it may begin with a BOS of the text's own, or end with its EOS.
+                part = self._unframed(ids[at : at + window], before, after)
+                if len(part):
+                    more = len(self._unframed(ids[at + window :], before, after))
+                    behind = Place(number, at + window) if more else Place(number + 1)
+                    framed = int(at == 0 and len(ids) < len(whole))
+                    yield Context(np.concatenate([before, part, after]), number, behind, framed)
 
     def _packed(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: Place) -> Iterator[Context]:
-        room = self._length - len(self._before)
+        before, room = self.frame.before, self._length - len(self.frame.before)
         parts: list[np.ndarray] = []
-        filled, document = 0, start.document
+        filled = framed = 0
+        document = start.document
         for number, ids, _ in tokenised:
-            whole = np.concatenate([ids, self._between]) if len(ids) else ids
             at = start.offset if number == start.document else 0
+            whole, own = self._separated(ids)
+            framed += own and not at
             while at < len(whole):
                 if not parts:
-                    document = number
+                    # What a context begins with is there already: a separator, or the document's own.
+                    document, at = number, len(whole) - len(self._unframed(whole[at:], before, _NOTHING))
                 some = whole[at : at + room - filled]
+                if not len(some):
+                    break
                 parts.append(some)
                 at, filled = at + len(some), filled + len(some)
                 if filled == room:
-                    after = Place(number, at) if at < len(whole) else Place(number + 1)
-                    yield Context(np.concatenate([self._before, *parts]), document, after)
-                    parts, filled = [], 0
+                    more = len(self._unframed(whole[at:], before, _NOTHING))
+                    behind = Place(number, at) if more else Place(number + 1)
+                    yield Context(np.concatenate([before, *parts]), document, behind, framed)
+                    parts, filled, framed = [], 0, 0
         if parts:
-            yield Context(np.concatenate([self._before, *parts]), document, Place(number + 1))
+            yield Context(np.concatenate([before, *parts]), document, Place(number + 1), framed)
+
+    def _separated(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
+        """A document with what separates it from the next one; and whether it brings some of that itself.
+
+        Where it is the BOS that separates documents, each has one before it: its own is not needed. Where it is an EOS,
+        a BOS that a document brings stays, but at the beginning of a context.
+        """
+        inner = self._unframed(ids, self.frame.before, self._between)
+        if not len(inner):
+            return inner, False
+        core = inner if self._between is self.frame.before else self._unframed(ids, _NOTHING, self._between)
+        return np.concatenate([core, self._between]), len(inner) < len(ids)
+
+    def _unframed(self, ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return ids if self._doubled else unframed(ids, before, after)
 
 
 def _together(documents: Iterable[Document], first: int) -> Iterator[list[str] | np.ndarray]:
@@ -206,13 +248,3 @@ def _check_text(document: str, number: int) -> None:
             f"document {number} has half of a surrogate pair at character {error.start}, which is no text: "
             f"replace it, as by text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from error
-
-
-def _frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Find the special tokens that the tokenizer puts before and behind a text."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return np.array(full[:start], np.int32), np.array(full[start + len(plain) :], np.int32)
-    raise CorpusError(f"the tokenizer makes {full} of 'a', which does not hold its {plain} without special tokens")

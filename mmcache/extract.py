@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.corpus import Document
+    from mmcache.frame import Bos
     from mmcache.job import Progress
     from mmcache.store import Store
 
@@ -33,6 +34,7 @@ def extract(
     layers: Sequence[int] | None = None,
     context_length: int | None = None,
     pack: bool = False,
+    bos: Bos = "auto",
     batch_size: int | Literal["auto"] = 8,
     dtype: torch.dtype | str = torch.bfloat16,
     layout: Literal["layer", "token"] = "token",
@@ -59,7 +61,8 @@ def extract(
             site that is wanted. It computes in its own dtype.
         tokenizer: a Hugging Face tokenizer.
         texts: documents: texts, or one-dimensional arrays of token ids. Each is cut into contexts, a text with the
-            special tokens that the tokenizer wants around them. `read_texts` reads them from files.
+            special tokens that the tokenizer wants around them; those that it brings itself, as chat templates write
+            them, it does not get twice. `read_texts` reads them from files.
         path: the store, new or to be gone on with: a folder, or an address such as `s3://bucket/acts`. Then shards are
             made in a folder of this machine, sent behind the next ones and let go; what an interruption leaves there is
             sent by the next call. Workers need no folder that all of them see.
@@ -68,6 +71,9 @@ def extract(
         context_length: tokens a context at most; None for 1,024, or what the model can do if that is less.
         pack: fill each context with documents one after the other, which then attend to each other; otherwise
             each document begins a context, and sees only itself.
+        bos: `"auto"`: a context of a text begins with a BOS if the tokenizer puts one there. `"add"`: in any case, with
+            the tokenizer's BOS or else that of the model's configuration, as TransformerLens and SAELens have it.
+            `"none"`: without one. Documents that are token ids are left as they are.
         batch_size: contexts a forward pass; `"auto"` for the quickest, measured once and kept in the plan.
         dtype: the storage dtype.
         layout: `"token"` (training) or `"layer"`.
@@ -101,6 +107,7 @@ def extract(
         layers=layers,
         context_length=context_length,
         pack=pack,
+        bos=bos,
         batch_size=batch_size,
         dtype=dtype,
         layout=layout,

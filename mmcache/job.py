@@ -15,10 +15,11 @@ from mmcache.capture import capture, probe
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, LockedError
 from mmcache.fill import Fill, forward
+from mmcache.frame import BOS_CHOICES, special_ids
 from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
+from mmcache.model_use import bos_token_id, device_of, evaluating, vocabulary
 from mmcache.model_use import context_length as usable_length
-from mmcache.model_use import device_of, evaluating, vocabulary
 from mmcache.opening import open_store
 from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.corpus import Document
+    from mmcache.frame import Bos
     from mmcache.manifest import Manifest
     from mmcache.ranks import Rank
     from mmcache.store import Store
@@ -79,6 +81,7 @@ class Extraction:
         layers: Sequence[int] | None = None,
         context_length: int | None = None,
         pack: bool = False,
+        bos: Bos = "auto",
         batch_size: int | Literal["auto"] = 8,
         dtype: torch.dtype | str = torch.bfloat16,
         layout: Literal["layer", "token"] = "token",
@@ -90,21 +93,19 @@ class Extraction:
         staging_bytes: int | None = None,
     ) -> None:
         self._outgoing = outgoing_for(path, staging, staging_bytes)
-        # Of a store in a bucket, the folder in which it is made.
-        self._path = Path(path) if self._outgoing is None else self._outgoing.folder
+        self._path = Path(path) if self._outgoing is None else self._outgoing.folder  # in which the store is made
         self._tokenizer, self._model, self._asked_sites, self._asked_layers = tokenizer, unwrap(model), sites, layers
-        _check_options(layout, max_tokens)
+        _check_options(layout, max_tokens, bos)
         resolved = resolve(self._model, sites, layers)
-        if device is not None:
-            self._model.to(device)
-        self._device = device_of(self._model)
+        self._device = device_of(self._model if device is None else self._model.to(device))
         length = usable_length(self._model, context_length)
         with evaluating(self._model):
             widths = probe(self._model, sites, layers)
             self._batch_size = self._resolved_batch(batch_size, length)
+        special = special_ids(tokenizer, bos, bos_token_id(self._model))
         identity = {
-            **model_identity(self._model), "tokenizer": tokenizer_identity(tokenizer),
-            "layers": list(resolved[0].layers), "context_length": length, "pack": pack,
+            **model_identity(self._model), "tokenizer": tokenizer_identity(tokenizer, special),
+            "layers": list(resolved[0].layers), "context_length": length, "pack": pack, "bos": bos,
             "dtype": activation_dtype(dtype).name, "layout": layout, "shard_tokens": shard_tokens,
         }  # fmt: skip
         self._settings = Settings(
@@ -114,11 +115,12 @@ class Extraction:
             record={**model_record(self._model), **(record or {})},
             widths=widths,
             max_tokens=max_tokens,
-            special_tokens=tuple(sorted(tokenizer.all_special_ids)),
+            special_tokens=special,
             vocabulary=vocabulary(self._model),
+            model_bos=bos_token_id(self._model),
             any_batch=batch_size == "auto",
         )
-        self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens
+        self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens, or no BOS to add
 
     def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
         """Give the batch size: for `auto` the plan's, where there is one, or the quickest."""
@@ -151,7 +153,8 @@ class Extraction:
                 survey_contexts(
                     self._path,
                     self._settings,
-                    contexts.cut(texts),
+                    contexts,
+                    texts,
                     self._batch_size,
                     lambda ids, mask: forward(self._model, captured, ids, mask, self._device),
                 )
@@ -295,9 +298,10 @@ def complete(path: Path) -> Store:
     return store
 
 
-def _check_options(layout: str, max_tokens: int | None) -> None:
-    if layout not in ("layer", "token"):
-        raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
+def _check_options(layout: str, max_tokens: int | None, bos: str) -> None:
+    for name, found, choices in (("layout", layout, ("layer", "token")), ("bos", bos, BOS_CHOICES)):
+        if found not in choices:
+            raise ArgumentError(f"{name} is {found!r}: expected {' or '.join(map(repr, choices))}")
     if max_tokens is not None and max_tokens < 1:
         raise ArgumentError(f"max_tokens is {max_tokens}: expected a positive number of tokens")
 

@@ -14,7 +14,7 @@ from mmcache.errors import ArgumentError, MmcacheError, UnsupportedModelError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["context_length", "device_of", "evaluating", "running", "text_config", "vocabulary"]
+__all__ = ["bos_token_id", "context_length", "device_of", "evaluating", "running", "text_config", "vocabulary"]
 
 _DEFAULT_CONTEXT = 1024
 # What configurations call the tokens of a context and the ids of a vocabulary, the usual names first.
@@ -85,6 +85,12 @@ def vocabulary(model: nn.Module) -> int | None:
         if type(rows) is int and rows > 0:
             return rows
     return _number(text_config(model), _VOCABULARIES)
+
+
+def bos_token_id(model: nn.Module) -> int | None:
+    """The BOS of a model's configuration; None if it has none."""
+    found = getattr(text_config(model), "bos_token_id", None)
+    return found if type(found) is int and found >= 0 else None
 
 
 @contextmanager

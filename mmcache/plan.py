@@ -128,7 +128,8 @@ def _known(path: Path, settings: Settings) -> Manifest:
     manifest = read_manifest(path)
     if manifest.kind != "planned":
         raise ReadOnlyError(f"{path} holds a store that was not made by extract: choose another path")
-    compare(path, "identity", manifest.source["identity"], settings.identity, _REMEDY)
+    # What older stores do not say is what they did.
+    compare(path, "identity", {"bos": "auto", **manifest.source["identity"]}, settings.identity, _REMEDY)
     stored, asked = manifest.source["modules"], settings.modules
     shared = {name: stored[name] for name in stored if name in asked}
     compare(path, "modules", shared, {name: asked[name] for name in shared}, _REMEDY)
@@ -226,7 +227,9 @@ def _tokenised(
         publish(path / ROOT, manifest.to_json())
         tokenised(state.tokens)
 
-    state = tokenise(path, manifest, settings.contexts(tokenizer), documents, settings.max_tokens, commit)
+    # What was made before a text's own special tokens were looked for goes on as it began.
+    contexts = settings.contexts(tokenizer, doubled=manifest.version == 1)
+    state = tokenise(path, manifest, contexts, documents, settings.max_tokens, commit)
     tokenised(state.tokens)
     shard = shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, state.tokens)
     manifest = replace(manifest, n_tokens=state.tokens, n_sequences=state.sequences)

@@ -21,6 +21,7 @@ from mmcache.tokenizer_file import tokenizer_digest, tokenizer_text
 from mmcache.weights import weights_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
@@ -37,10 +38,10 @@ __all__ = [
 ]
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Hash what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and its special tokens."""
+def tokenizer_identity(tokenizer: Any, special: Sequence[int]) -> str:
+    """Hash of what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and the special ids."""
     text = tokenizer_text(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
-    return tokenizer_digest(text, sorted(tokenizer.all_special_ids))
+    return tokenizer_digest(text, special)
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Settings:
 
     `identity`, `numerics` and `record` are as `provenance` says; the sites (`modules`: the modules of each) and the
     corpus belong to the identity too, and are compared apart. `vocabulary` is how many ids the model knows;
-    `any_batch` says that the batch size was not asked for, but found.
+    `any_batch` says that the batch size was not asked for, but found; `model_bos` is the BOS of the model's
+    configuration.
     """
 
     identity: dict[str, Any]
@@ -29,6 +30,7 @@ class Settings:
     special_tokens: tuple[int, ...]
     vocabulary: int | None
     any_batch: bool = False
+    model_bos: int | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -57,6 +59,15 @@ class Settings:
         deep = len(self.layers) if self.layout == "token" else 1
         return [deep * width * BY_NAME[self.dtype].size for width in widths.values()]
 
-    def contexts(self, tokenizer: Any) -> Contexts:
-        """Give what cuts documents into contexts."""
-        return Contexts(tokenizer, self.identity["context_length"], self.vocabulary, pack=self.identity["pack"])
+    def contexts(self, tokenizer: Any, *, doubled: bool = False) -> Contexts:
+        """What cuts documents into contexts; `doubled` as plans of format version 1 have it."""
+        identity = self.identity
+        return Contexts(
+            tokenizer,
+            identity["context_length"],
+            self.vocabulary,
+            pack=identity["pack"],
+            bos=identity["bos"],
+            model_bos=self.model_bos,
+            doubled=doubled,
+        )

@@ -13,8 +13,10 @@ import torch
 from mmcache.features import NEW_STORES
 from mmcache.files import free_bytes
 from mmcache.fill import forward
+from mmcache.frame import warn_of_missing
 from mmcache.geometry import shard_rows
 from mmcache.manifest import Manifest
+from mmcache.tokenise import Tokenised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.capture import Captured
-    from mmcache.contexts import Context
+    from mmcache.contexts import Contexts
+    from mmcache.corpus import Document
     from mmcache.fill import Fill
     from mmcache.settings import Settings
 
@@ -42,7 +45,8 @@ class Survey:
     `sites` maps each site to its width; `bytes_a_token` is what all sites and layers take for one token,
     `bytes_to_do` and `shards_to_do` what is missing of `total_bytes` and `shards`; `seconds` is an estimate from
     a few measured batches, None where none was measured. `staging` is the folder in which shards wait to be sent to a
-    bucket, None for a store of this machine's; there `free_bytes` are that folder's.
+    bucket, None for a store of this machine's; there `free_bytes` are that folder's. `framed` documents bring special
+    tokens themselves which would be put around them.
     """
 
     tokens: int
@@ -62,6 +66,7 @@ class Survey:
     tokens_a_second: float | None = None
     seconds: float | None = None
     staging: str | None = None
+    framed: int = 0
 
 
 def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, int] | None = None) -> Survey:
@@ -89,13 +94,15 @@ def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, 
 
 def survey_plan(path: Path, manifest: Manifest, fill: Fill, batch_size: int) -> Survey:
     """Say what is left to do of a plan."""
-    return _survey(path, manifest, batch_size, (fill.bytes, fill.shards, fill.tokens))
+    found = _survey(path, manifest, batch_size, (fill.bytes, fill.shards, fill.tokens))
+    return replace(found, framed=Tokenised.of(manifest).framed)
 
 
 def survey_contexts(
     path: Path,
     settings: Settings,
-    contexts: Iterable[Context],
+    contexts: Contexts,
+    texts: Iterable[Document],
     batch_size: int,
     run: Callable[[np.ndarray, np.ndarray], None],
 ) -> Survey:
@@ -104,16 +111,18 @@ def survey_contexts(
     Args:
         path: where the store would be.
         settings: what is asked for.
-        contexts: its contexts, up to `max_tokens`.
+        contexts: cuts documents,
+        texts: these, up to `max_tokens`.
         batch_size: contexts a batch.
         run: runs one batch of ids and attention mask.
     """
-    tokens = sequences = 0
+    tokens = sequences = framed = 0
     first: list[np.ndarray] = []
-    for context in contexts:
+    warn_of_missing(contexts.frame)
+    for context in contexts.cut(texts):
         if settings.max_tokens is not None and tokens + len(context.tokens) > settings.max_tokens:
             break
-        tokens, sequences = tokens + len(context.tokens), sequences + 1
+        tokens, sequences, framed = tokens + len(context.tokens), sequences + 1, framed + context.framed
         if len(first) < batch_size * _MEASURED_BATCHES:
             first.append(context.tokens)
     plan = Manifest(
@@ -129,7 +138,7 @@ def survey_contexts(
     ).with_geometry(shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, tokens), tokens)
     rate = _rate([first[at : at + batch_size] for at in range(0, len(first), batch_size)], run)
     seconds = tokens / rate if rate else None
-    return replace(_survey(path, plan, batch_size), tokens_a_second=rate, seconds=seconds)
+    return replace(_survey(path, plan, batch_size), tokens_a_second=rate, seconds=seconds, framed=framed)
 
 
 def _rate(batches: list[list[np.ndarray]], run: Callable[[np.ndarray, np.ndarray], None]) -> float | None:

@@ -68,9 +68,9 @@ def _origin(source: dict[str, Any]) -> dict[str, str]:
             "model": f"{record.get('name') or identity.get('model')} ({identity.get('model')}, {revision}), "
             f"computed in {identity.get('compute_dtype')}",
             "tokenizer": _short(identity.get("tokenizer")),
-            "corpus": f"{corpus.get('documents')} documents, {_short(corpus.get('sha256'))}",
+            "corpus": f"{corpus.get('documents')} documents, {_short(corpus.get('sha256'))}{_framed(corpus)}",
             "contexts": f"up to {identity.get('context_length')} tokens, "
-            f"{'packed' if identity.get('pack') else 'by document'}",
+            f"{'packed' if identity.get('pack') else 'by document'}, BOS {identity.get('bos', 'auto')}",
             "numerics": ", ".join(f"{name} {value}" for name, value in numerics.items()),
             "made": f"{record.get('made')}, mmcache {record.get('mmcache')}",
         }
@@ -78,6 +78,11 @@ def _origin(source: dict[str, Any]) -> dict[str, str]:
         command = str(record["command"])
         pairs["command"] = command if len(command) <= _COMMAND else f"{command[:_COMMAND]}…"
     return pairs
+
+
+def _framed(corpus: dict[str, Any]) -> str:
+    framed = corpus.get("framed")
+    return f", {framed} of them bring special tokens of their own (not doubled)" if framed else ""
 
 
 _ORIGIN = ("record", "identity", "numerics", "tokenised")
@@ -112,6 +117,8 @@ def draw_survey(console: Console, survey: Survey) -> None:
     if survey.staging is not None:
         # There less is enough, and the bucket does not say how much it takes.
         pairs["free"] = f"{size(survey.free_bytes)} in {survey.staging}, where shards wait to be sent"
+    if survey.framed:
+        pairs["special"] = f"{survey.framed:,} documents bring special tokens of their own (not doubled)"
     if survey.seconds is not None and survey.tokens_a_second is not None:
         pairs["time"] = f"about {duration(survey.seconds)}, at {survey.tokens_a_second:,.0f} tokens/s"
     draw_pairs(console, "plan", pairs)

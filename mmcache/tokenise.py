@@ -16,6 +16,7 @@ from mmcache.columns import Column, publish_columns
 from mmcache.contexts import Context, Contexts, CorpusDigest, Place
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.flags import flagged
+from mmcache.frame import warn_of_framed, warn_of_missing
 from mmcache.names import RESERVED
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Tokenised:
     """How far the corpus was tokenised.
 
     `documents` were used, whose hash is `sha256`; the next context begins in document `document` at token
-    `offset`; `whole` says that the corpus ended there.
+    `offset`; `whole` says that the corpus ended there. `framed` documents of contexts brought special tokens
+    themselves which would be put around them.
     """
 
     tokens: int = 0
@@ -46,6 +48,7 @@ class Tokenised:
     documents: int = 0
     sha256: str = ""
     whole: bool = False
+    framed: int = 0
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -53,8 +56,9 @@ class Tokenised:
         return cls(**manifest.source.get("tokenised", {}))
 
     def to_json(self) -> dict[str, Any]:
-        """Write it for a store's root."""
-        return asdict(self)
+        """What a store's root says; nothing of `framed` where there are none, as in version 1 of the format."""
+        said = asdict(self)
+        return said if self.framed else {name: value for name, value in said.items() if name != "framed"}
 
 
 class _Hashed:
@@ -140,24 +144,28 @@ def tokenise(
     hashed = _Hashed(documents, state, path)
     place, tokens, committed, full = Place(state.document, state.offset), state.tokens, state.tokens, False
     used: CorpusDigest | None = None
+    framed = state.framed
+    warn_of_missing(contexts.frame)
     for context in contexts.cut(hashed, place):
         if max_tokens is not None and tokens + len(context.tokens) > max_tokens:
             full = True
             break
         _store(columns, context, tokens, special, first=manifest.flags_first)
-        tokens, place = tokens + len(context.tokens), context.after
+        tokens, place, framed = tokens + len(context.tokens), context.after, framed + context.framed
         used = hashed.after(place.document if place.offset else place.document - 1)
         if tokens - committed >= _TOKENS_A_COMMIT:
             committed = tokens
             publish_columns(columns.values())
-            commit(Tokenised(tokens, len(columns["sequences"]), **_at(place, used), whole=False))
+            commit(Tokenised(tokens, len(columns["sequences"]), **_at(place, used), framed=framed))
     if not full:
         used = hashed.digest
     if not tokens:
         raise CorpusError(_nothing(hashed.digest.documents, max_tokens if full else None))
     at = {**asdict(place), "documents": state.documents, "sha256": state.sha256} if used is None else _at(place, used)
     publish_columns(columns.values())
-    return Tokenised(tokens, len(columns["sequences"]), **at, whole=not full)
+    if framed > state.framed:
+        warn_of_framed(framed, at["documents"])
+    return Tokenised(tokens, len(columns["sequences"]), **at, whole=not full, framed=framed)
 
 
 def _at(place: Place, used: CorpusDigest) -> dict[str, Any]:

@@ -87,6 +87,11 @@ def test_documents_without_tokens_have_no_context(pack):
 def test_packed_documents_follow_each_other():
     contexts = cut(["abc", "de", "f"], 4, pack=True)
     a = 97
+    assert tokens(contexts) == [[BOS, a, a + 1, a + 2], [BOS, a + 3, a + 4, BOS], [BOS, a + 5, BOS]]
+    assert [context.document for context in contexts] == [0, 1, 2]
+    assert [context.after for context in contexts] == [Place(1), Place(2), Place(3)]
+    # As plans made before have it: what separates documents comes behind the frame where a context begins with it.
+    contexts = cut(["abc", "de", "f"], 4, pack=True, doubled=True)
     assert tokens(contexts) == [[BOS, a, a + 1, a + 2], [BOS, BOS, a + 3, a + 4], [BOS, BOS, a + 5, BOS]]
     assert [context.document for context in contexts] == [0, 0, 1]
     assert [context.after for context in contexts] == [Place(0, 3), Place(1, 2), Place(3)]
@@ -112,15 +117,19 @@ def test_padding_side_and_truncation_do_not_matter(name):
     assert tokens(Contexts(tokenizer, 5).cut(documents)) == tokens(cut(documents, 5, name))
 
 
-@given(documents, st.integers(3, 9), st.booleans(), st.sampled_from(sorted(TOKENIZERS)))
-@example(documents=["aaaa", "", "", "bb", ""], length=3, pack=True, name="bare")
-def test_cutting_on_from_any_place_gives_the_remaining_contexts(documents, length, pack, name):
-    contexts = cut(documents, length, name, pack=pack)
+@given(documents, st.integers(3, 9), st.booleans(), st.sampled_from(sorted(TOKENIZERS)), st.booleans())
+@example(documents=["aaaa", "", "", "bb", ""], length=3, pack=True, name="bare", doubled=False)
+@example(documents=[np.array([1, 1, 7, 2, 1]), np.array([1]), "a"], length=3, pack=True, name="framed", doubled=False)
+def test_cutting_on_from_any_place_gives_the_remaining_contexts(documents, length, pack, name, doubled):
+    options = {"pack": pack, "doubled": doubled}
+    contexts = cut(documents, length, name, **options)
     for number, context in enumerate(contexts):
         assert len(context.tokens) <= length
-        rest = cut(documents[context.after.document :], length, name, start=context.after, pack=pack)
+        rest = cut(documents[context.after.document :], length, name, start=context.after, **options)
         assert tokens(rest) == tokens(contexts[number + 1 :])
-        assert [(c.document, c.after) for c in rest] == [(c.document, c.after) for c in contexts[number + 1 :]]
+        assert [(c.document, c.after, c.framed) for c in rest] == [
+            (c.document, c.after, c.framed) for c in contexts[number + 1 :]
+        ]
 
 
 @given(documents, st.integers(3, 9), st.sampled_from(sorted(TOKENIZERS)))
@@ -139,14 +148,35 @@ def test_apart_the_contexts_are_the_documents_and_their_frames(documents, length
     assert all(len(parts[0]) == len(part) for parts in found.values() for part in parts[:-1])
 
 
-@given(documents, st.integers(3, 9), st.sampled_from(sorted(TOKENIZERS)))
-def test_packed_the_contexts_are_full_and_are_the_documents_one_after_the_other(documents, length, name):
+def bare(ids, before, after):
+    """Ids without what they begin and end with of these."""
+    ids = list(ids)
+    while ids and ids[0] in before:
+        ids.pop(0)
+    while ids and ids[-1] in after:
+        ids.pop()
+    return ids
+
+
+@given(documents, st.integers(3, 9), st.sampled_from(sorted(TOKENIZERS)), st.booleans())
+@example(documents=[np.array([1, 1, 7, 2, 1]), np.array([1]), "a"], length=3, name="framed", doubled=False)
+def test_packed_the_contexts_are_full_and_are_the_documents_one_after_the_other(documents, length, name, doubled):
     before, _, between = FRAMES[name]
-    contexts = cut(documents, length, name, pack=True)
+    contexts = cut(documents, length, name, pack=True, doubled=doubled)
     assert all(len(context.tokens) == length for context in contexts[:-1])
     assert all(context.tokens.tolist()[: len(before)] == before for context in contexts)
-    whole = [t for document in documents if len(document) for t in [*plain(document, name), *between]]
-    assert [*chain(*(ids[len(before) :] for ids in tokens(contexts)))] == whole
+    whole = []
+    for document in documents:
+        ids = plain(document, name)
+        if ids and doubled:
+            whole += [*ids, *between]
+        elif bare(ids, before, between):
+            whole += [*bare(ids, before if before == between else (), between), *between]
+    expected = []
+    while whole := whole if doubled else bare(whole, before, ()):
+        expected.append(whole[: length - len(before)])
+        whole = whole[length - len(before) :]
+    assert [ids[len(before) :] for ids in tokens(contexts)] == expected
 
 
 def test_many_texts_are_tokenised_together_and_in_order():

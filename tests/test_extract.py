@@ -225,8 +225,9 @@ def test_left_padding_tokenizers_make_no_difference(tmp_path):
         return small.letter_tokenizer(["[CLS]"], ["[SEP]"], cls_token="[CLS]", sep_token="[SEP]", **options)  # noqa: S106
 
     texts = ["abcdefghij", "kl", "mnopq"]
-    right = extract(tmp_path / "right", tokenizer=tokenizer(padding_side="right"), texts=texts)
-    left = extract(tmp_path / "left", tokenizer=tokenizer(padding_side="left"), texts=texts)
+    model = small.llama(bos_token_id=1)
+    right = extract(tmp_path / "right", model=model, tokenizer=tokenizer(padding_side="right"), texts=texts)
+    left = extract(tmp_path / "left", model=model, tokenizer=tokenizer(padding_side="left"), texts=texts)
     assert torch.equal(left.tokens, right.tokens)
     assert set(left.flags.tolist()) == {0, SPECIAL, BOS | SPECIAL | FIRST}
     for site, rows in stored(right).items():

@@ -24,7 +24,7 @@ ORDER = [
     "page_cache", "dlpack", "syscalls", "descriptor", "held", "crew", "aio", "runs", "scatter", "direct", "window",
     "files", "draft", "lock", "claims", "copy_records",
     "shard_cache", "kernel", "sums", "statistics", "signed", "names", "features",
-    "flags", "user_metadata", "manifest",
+    "flags", "frame", "user_metadata", "manifest",
     "listing", "landing", "shard_objects", "shard_bytes", "arriving", "metadata_copies", "mirror", "tokenizer_file",
     "bucket_listing", "bucket_folder", "shard_files",
     "shards", "shard_statistics", "site_statistics", "small_files", "summary", "devices", "positions",

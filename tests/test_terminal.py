@@ -62,7 +62,7 @@ def test_an_overview_of_an_extracted_store_says_what_it_was_made_of(tmp_path):
     assert f"computed in {identity['compute_dtype']}" in about["model"]
     assert about["tokenizer"] == identity["tokenizer"][:12]
     assert about["corpus"].startswith("9 documents, ")
-    assert about["contexts"] == "up to 24 tokens, by document"
+    assert about["contexts"] == "up to 24 tokens, by document, BOS auto"
     assert "batch_size 3" in about["numerics"]
 
 

@@ -20,6 +20,7 @@ from mmcache.cluster import named
 from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_json
 from mmcache.connection import placed
 from mmcache.corpus import check_sources, read_texts
+from mmcache.frame import BOS_CHOICES
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.outgoing import planned_in_bucket, staging_folder
@@ -60,6 +61,10 @@ def _batch_size(text: str) -> Any:
 @click.option("--layers", help="Which layers, such as 0-5,8; all of them by default.")
 @click.option("--context-length", type=int, help="Tokens a context at most.  [1024, or less if the model can't]")
 @click.option("--pack", is_flag=True, help="Fill contexts with several documents, which then see each other.")
+@click.option(
+    "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
+    help="Whether contexts begin with a BOS: as the tokenizer has it, in any case, or not.",
+)  # fmt: skip
 @click.option("--batch-size", default="8", show_default=True, help="Contexts a forward pass, or auto.")
 @click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True, help="The storage dtype.")
 @click.option("--compute-dtype", type=DTYPES, help="What the model computes in.  [as its checkpoint]")
@@ -106,6 +111,7 @@ def _extract(model: str, corpus: tuple[str, ...], out: str, options: dict[str, A
         "layers": layer_numbers(options["layers"]),
         "context_length": options["context_length"],
         "pack": options["pack"],
+        "bos": options["bos"],
         "batch_size": _batch_size(options["batch_size"]),
         "dtype": options["dtype"],
         "layout": options["layout"],
