@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmcache.errors import ArgumentError, MmcacheError, UnsupportedModelError
+from mmcache.panics import panics_as_errors, said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,14 +57,14 @@ def _number(config: Any, names: Sequence[str]) -> int | None:
 
 def _longest(model: nn.Module) -> int | None:
     """Tokens that a model takes at most; None if it does not say."""
-    said = _number(text_config(model), _LENGTHS)
+    length = _number(text_config(model), _LENGTHS)
     for path, module in model.named_modules():
-        if said is not None and "position" in path and isinstance(module, nn.Embedding):
+        if length is not None and "position" in path and isinstance(module, nn.Embedding):
             # As in RoBERTa: positions are counted from behind the padding's own row.
             reserved = module.padding_idx
-            if module.num_embeddings == said and reserved is not None:
-                return said - reserved - 1
-    return said
+            if module.num_embeddings == length and reserved is not None:
+                return length - reserved - 1
+    return length
 
 
 def context_length(model: nn.Module, asked: int | None) -> int:
@@ -118,15 +119,15 @@ def running(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
     if wanted not in _IDS and wanted == next(iter(inspect.signature(model.forward).parameters), None):
         raise UnsupportedModelError(f"{kind} takes {wanted}, not token ids: give a language model or a text encoder")
     try:
-        yield
+        with panics_as_errors():
+            yield
     except (MmcacheError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "give a language model or a text encoder that runs on token ids alone, or mend what it says"
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             remedy = "it is an encoder-decoder: give its encoder alone, model.get_encoder()"
         raise UnsupportedModelError(
-            f"{kind} failed on token ids {list(ids.shape)} from {ids.min()} to {ids.max()}, saying {said[:300]!r}: "
+            f"{kind} failed on token ids {list(ids.shape)} from {ids.min()} to {ids.max()}, saying {said(error)!r}: "
             f"{remedy}"
         ) from error

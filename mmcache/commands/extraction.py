@@ -17,7 +17,7 @@ from mmcache.addresses import is_url, redacted
 from mmcache.capture import probe
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
-from mmcache.commands.shared import DTYPES, JSON, layer_numbers, names, print_json
+from mmcache.commands.shared import DTYPES, JSON, TRUST, layer_numbers, names, print_json
 from mmcache.connection import placed
 from mmcache.corpus import check_sources, read_texts
 from mmcache.frame import BOS_CHOICES
@@ -89,6 +89,7 @@ def _batch_size(text: str) -> Any:
 @click.option("--staging-bytes", type=int, help="What they may take there.  [4 GiB, or a quarter of what is free]")
 @click.option("--strict", is_flag=True, help="Refuse NaN and infinity instead of counting them.")
 @click.option("--accept-numerics", is_flag=True, help="Go on although batch size, device, threads or versions differ.")
+@TRUST
 @JSON
 def extract(model: str, corpus: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     """Run MODEL (a folder or hub name, or `demo`) over CORPUS, and store its activations.
@@ -127,9 +128,10 @@ def _extract(model: str, corpus: tuple[str, ...], out: str, options: dict[str, A
     else:
         what["device"] = options["device"] or (None if options["device_map"] else _device(rank))
         plan_threads(Path(out), rank, planned_in_bucket(out, options["staging"]))
-        loaded = load_model(model, options["compute_dtype"], device_map=options["device_map"])
+        trusted = {"trust_remote_code": options["trust_remote_code"]}
+        loaded = load_model(model, options["compute_dtype"], device_map=options["device_map"], **trusted)
         staged = {name: options[name] for name in ("staging", "staging_bytes")}
-        job = Extraction(loaded, load_tokenizer(model), out, **what, **staged)
+        job = Extraction(loaded, load_tokenizer(model, **trusted), out, **what, **staged)
         texts = read_texts(corpus, field=options["field"])
         if options["dry_run"]:
             _print_survey(job.survey(texts), as_json=as_json)
@@ -187,12 +189,12 @@ def _check_ray(options: dict[str, Any], rank: Rank, out: str) -> None:
 def _by_ray(
     model: str, corpus: tuple[str, ...], out: str, options: dict[str, Any], what: dict[str, Any], console: Console
 ) -> Store:
-    name = named(model)
+    name, trusted = named(model), {"trust_remote_code": options["trust_remote_code"]}
     # Ray tells of lost machines on stdout, which is for data.
     with redirect_stdout(sys.stderr), ProgressBar(console) as bar:
         return cluster_extract(
-            partial(load_model, name, options["compute_dtype"], device_map=options["device_map"]),
-            name,
+            partial(load_model, name, options["compute_dtype"], device_map=options["device_map"], **trusted),
+            partial(load_tokenizer, name, **trusted),
             partial(read_texts, [named(source) for source in corpus], field=options["field"]),
             out,
             address=options["address"] or None,
@@ -213,10 +215,11 @@ def _device(rank: Rank) -> str:
 @click.command()
 @click.argument("model")
 @click.option("--sites", help="Only these, module paths included, by comma.")
+@TRUST
 @JSON
-def sites(model: str, sites: str | None, as_json: bool) -> None:
+def sites(model: str, sites: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Say which activations MODEL has: each site, its modules, its shape."""
-    loaded = load_model(model, None)
+    loaded = load_model(model, None, trust_remote_code=trust_remote_code)
     found = resolve(loaded, names(sites)) if sites else describe(loaded)
     rows = sites_table(found, probe(loaded, [site.name for site in found]))
     if as_json:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mmcache.commands.shared import PATH
+from mmcache.commands.shared import PATH, TRUST
 from mmcache.errors import ArgumentError
 from mmcache.signals import ended_at_once
 
@@ -25,9 +25,16 @@ __all__ = ["view"]
     help="A .npy or .safetensors file of one vector, to look along.",
 )
 @click.option("--unembedding", metavar="MODEL", help="The model whose head the logit lens uses.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print the address, and a token for scripts, as JSON.")
 def view(
-    path: Path, port: int, no_browser: bool, direction: Path | None, unembedding: str | None, as_json: bool
+    path: Path,
+    port: int,
+    no_browser: bool,
+    direction: Path | None,
+    unembedding: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Look at the store at PATH in the browser: a page on this machine, for you alone, until Ctrl-C.
 
@@ -45,5 +52,5 @@ def view(
 
         serve(
             path, tidy=tidy, port=port, open_browser=not no_browser, direction=direction, unembedding=unembedding,
-            announce=announce, tell=functools.partial(click.echo, err=True),
+            trust_remote_code=trust_remote_code, announce=announce, tell=functools.partial(click.echo, err=True),
         )  # fmt: skip

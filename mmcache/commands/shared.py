@@ -23,6 +23,7 @@ __all__ = [
     "LEVEL",
     "PATH",
     "SITE",
+    "TRUST",
     "layer_numbers",
     "names",
     "one_site",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
+TRUST = click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder brings: anything at all."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 

@@ -75,13 +75,17 @@ class Unembedding:
         return cls(head, norm, softcap, weight.shape[1], weight.dtype)
 
     @classmethod
-    def load(cls, name: str) -> Unembedding:
+    def load(cls, name: str, *, trust_remote_code: bool = False) -> Unembedding:
         """Load a model (a folder, a name on the hub, or `demo`), and take it from that; blocks meanwhile.
+
+        Args:
+            name: of the model.
+            trust_remote_code: run the Python code that its folder brings along.
 
         Raises:
             UnsupportedModelError: there is no such model, or it has no head.
         """
-        return cls.of(load_model(name, None))
+        return cls.of(load_model(name, None, trust_remote_code=trust_remote_code))
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
         """Give the logits of rows `[n, d_model]`: float32 `[n, vocabulary]`."""

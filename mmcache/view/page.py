@@ -221,6 +221,7 @@ def serve(
     open_browser: bool = True,
     direction: str | os.PathLike[str] | None = None,
     unembedding: str | None = None,
+    trust_remote_code: bool = False,
     announce: Callable[[str, str], object],
     tell: Callable[[str], object],
 ) -> None:
@@ -233,6 +234,7 @@ def serve(
         open_browser: open the page in it.
         direction: a file that `load_direction` reads, for the panels that take one.
         unembedding: the name of the model whose head the lens uses.
+        trust_remote_code: run the Python code that the model's folder brings along.
         announce: is called with an address that opens the page once, and the secret, for scripts; and again with
             another address when that one was used.
         tell: is called with sentences for who reads the terminal.
@@ -241,7 +243,7 @@ def serve(
         MmcacheError: the store, the direction or the model cannot be read.
         ArgumentError: the port is taken.
     """
-    source = Source(path, direction, unembedding)
+    source = Source(path, direction, unembedding, trust_remote_code=trust_remote_code)
     page = Page(source, port=port)
 
     def invite() -> None:

@@ -45,6 +45,7 @@ class Source:
         path: the store's folder, or its address in a bucket; shards may be missing.
         direction: a file that `load_direction` reads.
         unembedding: the name of the model whose head the lens uses.
+        trust_remote_code: run the Python code that the model's folder brings along.
 
     Raises:
         MmcacheError: one of them cannot be read.
@@ -55,6 +56,8 @@ class Source:
         path: str | os.PathLike[str],
         direction: str | os.PathLike[str] | None = None,
         unembedding: str | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.store = open_store(path, partial=True)
         self.path = self.store.where
@@ -63,10 +66,15 @@ class Source:
         if unembedding is not None:
             from mmcache.view.lens import Unembedding  # noqa: PLC0415 -- loads a model
 
-            self.unembedding = Unembedding.load(unembedding)
+            self.unembedding = Unembedding.load(unembedding, trust_remote_code=trust_remote_code)
+        trusted = ", trust_remote_code=True" if trust_remote_code else ""
         self._given = [
             *([] if direction is None else [f"direction = mmcache.view.load_direction({str(direction)!r})"]),
-            *([] if unembedding is None else [f"unembedding = mmcache.view.Unembedding.load({unembedding!r})"]),
+            *(
+                []
+                if unembedding is None
+                else [f"unembedding = mmcache.view.Unembedding.load({unembedding!r}{trusted})"]
+            ),
         ]
         self._words: Words | None = None
         self._lock = threading.Lock()
