@@ -72,4 +72,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mmcache")
 def main() -> None:
-    """Language-model activations on disk. `mmcache PATH` says what a store is."""
+    """Store language-model activations on disk, and read them back.
+
+    `mmcache PATH` is short for `mmcache info PATH`.
+    """

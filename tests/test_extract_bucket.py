@@ -206,7 +206,7 @@ def test_stopped_at_random_moments_it_says_where_the_rest_is(request, s3_server,
             staging = runner.folder / "cache" / "staging"
             said = f"What is finished is in {url}, what was not sent yet in {staging}/"
             assert said in runner.errors.read_text()
-            assert "the same command goes on from there" in runner.errors.read_text()
+            assert "; run the same command to resume" in runner.errors.read_text()
     assert stopped
     assert runner.run(url) == 0, runner.errors.read_text()
     small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)

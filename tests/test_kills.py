@@ -181,7 +181,7 @@ def check_left(runner, path, number, code, litter):
         assert code == -signal.SIGKILL
         return
     assert code == 128 + number, errors
-    assert f"mmcache: stopped. What is finished is in {path}; the same command goes on from there" in errors
+    assert f"mmcache: stopped. What is finished is in {path}; run the same command to resume" in errors
     # Python itself may tell of an event loop of zarr's that was half made when the signal came.
     told = re.sub(r"Exception ignored in: .*BaseEventLoop.__del__.*\nTraceback.*\n(?: .*\n)+\S.*\n", "", errors)
     assert "Traceback" not in told, errors
@@ -292,7 +292,7 @@ def test_the_real_process_is_stopped_and_says_how_to_go_on(request, runner, tmp_
         assert time.monotonic() - began < SETTLED
         assert process.returncode == 128 + number, errors
         assert out == ""
-        assert f"mmcache: stopped. What is finished is in {path}; the same command goes on from there" in errors
+        assert f"mmcache: stopped. What is finished is in {path}; run the same command to resume" in errors
         assert not drafts(path)
         assert {name: shards(path)[name] for name in found} == found
         found = shards(path)

@@ -105,7 +105,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(acts, url):
     began = time.monotonic()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert "stopped. What was copied stays; the same command goes on" in told
+    assert "stopped. What was copied stays; run the same command to resume" in told
     assert time.monotonic() - began < 20
     run("push", acts, url)
     assert mmcache.verify(acts).ok

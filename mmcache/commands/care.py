@@ -26,16 +26,17 @@ __all__ = ["export", "repair", "verify"]
 
 @click.command()
 @FOLDER
-@click.option("--to", required=True, type=click.Choice(["safetensors", "npy"]), help="What kind of files.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-@click.option("--sites", help="Only these, by comma.")
-@click.option("--layers", help="Only these, such as 0-5,8.")
-@click.option("--dtype", type=DTYPES, help="Cast to this.  [as stored; bfloat16 in npy as uint16 bits]")
+@click.option("--to", required=True, type=click.Choice(["safetensors", "npy"]), help="Kind of files.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create.")
+@click.option("--sites", help="Only these sites, separated by commas.")
+@click.option("--layers", help="Only these layers, such as 0-5,8.")
+@click.option("--dtype", type=DTYPES, help="Cast to this dtype.  [as stored; bfloat16 in npy as uint16 bits]")
 @JSON
 def export(path: Path, to: Any, out: Path, sites: str | None, layers: str | None, dtype: Any, as_json: bool) -> None:
-    """Write the store at PATH, or a part of it, as files that need no mmcache.
+    """Export a store, or a part of it, to other formats.
 
-    Whole shards become hard links: such a file is the store's own, and editing it would damage the store.
+    The files can be read without mmcache. Whole shards become hard links. A link is the store's own file: editing
+    it damages the store.
     """
     wanted, numbers = names(sites) if sites else None, layer_numbers(layers)
     with stoppable("Nothing was exported"), BytesBar(Console(stderr=True)) as bar:
@@ -51,7 +52,7 @@ def export(path: Path, to: Any, out: Path, sites: str | None, layers: str | None
 @LEVEL
 @JSON
 def verify(path: Path | str, level: Level, as_json: bool) -> None:
-    """Look for everything that is wrong with the store at PATH: exit 1 if anything is."""
+    """Check a store for damage. Exit code 1 if there is any."""
     with stoppable("Nothing was changed"), BytesBar(Console(stderr=True)) as bar:
         report = verify_store(path, level, progress=bar.update)
     if as_json:
@@ -67,11 +68,12 @@ def verify(path: Path | str, level: Level, as_json: bool) -> None:
 @LEVEL
 @JSON
 def repair(path: Path, level: Level, as_json: bool) -> None:
-    """Set aside what is bad of the store at PATH, so that the rest can be read and `extract` makes it again.
+    """Move bad files of a store aside.
 
-    Nothing is deleted: bad files are moved into PATH/.set-aside. Exit 1 if anything is lost, or could not be helped.
+    Then the rest can be read, and `extract` can make them again. Nothing is deleted: bad files go to PATH/.set-aside.
+    Exit code 1 if anything is lost or could not be repaired.
     """
-    with stoppable(f"The same command goes on with {path}"), BytesBar(Console(stderr=True)) as bar:
+    with stoppable(f"Run the same command to resume with {path}"), BytesBar(Console(stderr=True)) as bar:
         done = repair_store(path, level, progress=bar.update)
     if as_json:
         print_json(asdict(done))

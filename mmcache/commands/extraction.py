@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["extract", "sites"]
 
-_GOES_ON = "What is finished is in {}; the same command goes on from there"
+_RESUME = "What is finished is in {}; run the same command to resume"
 
 
 def _batch_size(text: str) -> Any:
@@ -56,50 +56,60 @@ def _batch_size(text: str) -> Any:
 @click.command()
 @click.argument("model")
 @click.argument("corpus", nargs=-1, required=True)
-@click.option("--out", required=True, help="The store, new or to be gone on with: a folder, or s3://bucket/prefix.")
-@click.option("--sites", default="mlp_in,mlp_out", show_default=True, help="Which activations, by comma.")
-@click.option("--layers", help="Which layers, such as 0-5,8; all of them by default.")
-@click.option("--context-length", type=int, help="Tokens a context at most.  [1024, or less if the model can't]")
-@click.option("--pack", is_flag=True, help="Fill contexts with several documents, which then see each other.")
+@click.option("--out", required=True, help="The store to create or resume: a folder, or s3://bucket/prefix.")
+@click.option("--sites", default="mlp_in,mlp_out", show_default=True, help="Which activations, separated by commas.")
+@click.option("--layers", help="Which layers, such as 0-5,8.  [all]")
+@click.option("--context-length", type=int, help="Maximum tokens per context.  [1024, or the model's maximum]")
+@click.option("--pack", is_flag=True, help="Put several documents into one context; they attend to each other.")
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
-    help="Whether contexts begin with a BOS: as the tokenizer has it, in any case, or not.",
+    help="Begin contexts with a BOS: as the tokenizer does, always, or never.",
 )  # fmt: skip
-@click.option("--batch-size", default="8", show_default=True, help="Contexts a forward pass, or auto.")
-@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True, help="The storage dtype.")
-@click.option("--compute-dtype", type=DTYPES, help="What the model computes in.  [as its checkpoint]")
+@click.option("--batch-size", default="8", show_default=True, help="Contexts per forward pass, or auto.")
+@click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True, help="Storage dtype.")
+@click.option("--compute-dtype", type=DTYPES, help="Dtype the model computes in.  [as its checkpoint]")
 @click.option("--layout", type=click.Choice(["token", "layer"]), default="token", show_default=True)
-@click.option("--shard-tokens", type=int, help="Tokens a shard.  [256 MiB of the widest site]")
-@click.option("--max-tokens", type=int, help="Store whole contexts up to this many tokens; may grow later.")
-@click.option("--device", help="Where the model runs.  [cuda if there is one, else cpu]")
-@click.option("--device-map", help="Put a wide model on several GPUs, as transformers does: auto, balanced, …")
+@click.option("--shard-tokens", type=int, help="Tokens per shard.  [256 MiB of the widest site]")
+@click.option("--max-tokens", type=int, help="Store whole contexts up to this many tokens. Can be raised later.")
+@click.option("--device", help="Device of the model.  [cuda if available, else cpu]")
+@click.option("--device-map", help="Spread a model over several GPUs, as in transformers: auto, balanced, …")
 @click.option(
     "--ray",
     "address",
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Run on a Ray cluster: host:port of its head, or auto; this machine without.",
+    help="Run on a Ray cluster: host:port of its head, or auto. Without ADDRESS: this machine.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="With --ray, how many.  [one a GPU, or a machine]")
-@click.option("--num-gpus", type=click.FloatRange(min=0), help="With --ray, GPUs a worker.  [1 if there are any]")
-@click.option("--field", default="text", show_default=True, help="The key of the text in JSON lines and datasets.")
-@click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@click.option("--staging", type=click.Path(path_type=Path), help="With a bucket, where shards wait.  [a cache]")
-@click.option("--staging-bytes", type=int, help="What they may take there.  [4 GiB, or a quarter of what is free]")
-@click.option("--strict", is_flag=True, help="Refuse NaN and infinity instead of counting them.")
-@click.option("--accept-numerics", is_flag=True, help="Go on although batch size, device, threads or versions differ.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="With --ray: number of workers.  [one per GPU, else one per machine]"
+)
+@click.option("--num-gpus", type=click.FloatRange(min=0), help="With --ray: GPUs per worker.  [1 if there are any]")
+@click.option(
+    "--field", default="text", show_default=True, help="Key or column of the text in .jsonl, .parquet and datasets."
+)
+@click.option("--dry-run", is_flag=True, help="Estimate size and time, and write nothing.")
+@click.option(
+    "--staging", type=click.Path(path_type=Path), help="With a bucket: folder for shards to upload.  [a cache]"
+)
+@click.option(
+    "--staging-bytes",
+    type=int,
+    help="With a bucket: maximum size of that folder.  [4 GiB, or a quarter of the free space]",
+)
+@click.option("--strict", is_flag=True, help="Stop at NaN or infinity instead of counting them.")
+@click.option("--accept-numerics", is_flag=True, help="Resume although batch size, device, threads or versions differ.")
 @TRUST
 @JSON
 def extract(model: str, corpus: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
-    """Run MODEL (a folder or hub name, or `demo`) over CORPUS, and store its activations.
+    """Run MODEL over CORPUS, and store its activations.
 
-    CORPUS is text, .jsonl, .parquet or .npy files, dataset folders, or the name of a dataset on the hub. The
-    same command goes on after an interruption.
+    MODEL is a folder, a name on the Hugging Face hub, or `demo`. CORPUS is text, .jsonl, .parquet or .npy files,
+    dataset folders, or the name of a dataset on the hub. After an interruption, run the same command to resume.
     """
     out = str(placed(out))
     left = f"{out}, what was not sent yet in {staging_folder(out, options['staging'])}" if is_url(out) else out
-    with stoppable(_GOES_ON.format(left)):
+    with stoppable(_RESUME.format(left)):
         _extract(model, corpus, out, options, as_json=as_json)
 
 
@@ -214,11 +224,11 @@ def _device(rank: Rank) -> str:
 
 @click.command()
 @click.argument("model")
-@click.option("--sites", help="Only these, module paths included, by comma.")
+@click.option("--sites", help="Only these sites or module paths, separated by commas.")
 @TRUST
 @JSON
 def sites(model: str, sites: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """Say which activations MODEL has: each site, its modules, its shape."""
+    """List the sites of MODEL, with their modules and shapes."""
     loaded = load_model(model, None, trust_remote_code=trust_remote_code)
     found = resolve(loaded, names(sites)) if sites else describe(loaded)
     rows = sites_table(found, probe(loaded, [site.name for site in found]))

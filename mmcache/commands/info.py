@@ -22,7 +22,7 @@ __all__ = ["info"]
 @PATH
 @JSON
 def info(path: Path, as_json: bool) -> None:
-    """Say what the store at PATH is: identity, shape, size, completeness."""
+    """Show model, shape, size and completeness of a store."""
     view = overview(path)
     if as_json:
         print_json(view)

@@ -44,19 +44,23 @@ _BINS = 240
 @click.argument("layer", type=int)
 @click.argument("position", type=int, required=False)
 @SITE
-@click.option("--every-layer", is_flag=True, help="The token at POSITION in all layers.")
-@click.option("--sequence", "number", type=int, help="The text of this sequence, coloured by a number.")
+@click.option("--every-layer", is_flag=True, help="Show the token at POSITION in all layers.")
+@click.option("--sequence", "number", type=int, help="Show the text of this sequence, coloured by a number.")
 @click.option(
     "--by", type=click.Choice(["norm", "value", "difference"]),
-    help="Of a sequence: which number; the difference is from the layer before.  [norm, or value where one is named]",
+    help="With --sequence: which number; difference is to the layer before.  [norm, or value of a direction]",
 )  # fmt: skip
-@click.option("--dimension", type=int, help="Of a sequence: the value of this dimension.")
+@click.option("--dimension", type=int, help="With --sequence: the value of this dimension.")
 @DIRECTION
-@click.option("--start", type=int, default=0, help="Of a sequence: from this of its tokens on.")
+@click.option("--start", type=int, default=0, help="With --sequence: the first token to show.")
 @CONTEXT
 @JSON
 def show(path: Path, layer: int, position: int | None, site: str | None, as_json: bool, **options: Any) -> None:
-    """Show LAYER of a store, its row at POSITION (negative: from the end, written after `--`), or a sequence's text."""
+    """Show a layer, a row of it, or the text of a sequence.
+
+    LAYER alone shows the layer, with POSITION one row, with --sequence a text. A negative POSITION counts from the end;
+    write it after `--`.
+    """
     _check_show(position, options)
     store = open_store(path, partial=True)
     console = Console()
@@ -113,11 +117,14 @@ def _rows(store: Store, site: str, layer: int, position: int | None, context: in
 @click.command()
 @PATH
 @SITE
-@click.option("--start", type=int, help="Only the norm map, from this position on.")
-@click.option("--stop", type=int, help="Only the norm map, to before this position.")
+@click.option("--start", type=int, help="Only the norm map, from this position.")
+@click.option("--stop", type=int, help="Only the norm map, up to (not including) this position.")
 @JSON
 def stats(path: Path, site: str | None, start: int | None, stop: int | None, as_json: bool) -> None:
-    """Print each layer's norms, spread and health, from the statistics that the shards carry."""
+    """Print norms, spread and health of each layer.
+
+    Everything comes from the statistics stored in the shards.
+    """
     store = open_store(path, partial=True)
     found = []
     for name in [site] if site else store.sites:

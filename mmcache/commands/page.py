@@ -17,16 +17,16 @@ __all__ = ["view"]
 
 @click.command()
 @PATH
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="To serve on.  [one that is free]")
-@click.option("--no-browser", is_flag=True, help="Print the address, and open no browser.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to serve on.  [any free port]")
+@click.option("--no-browser", is_flag=True, help="Print the address only; do not open a browser.")
 @click.option(
     "--direction",
     type=click.Path(path_type=Path),
-    help="A .npy or .safetensors file of one vector, to look along.",
+    help="A .npy or .safetensors file with one vector: a direction to show.",
 )
-@click.option("--unembedding", metavar="MODEL", help="The model whose head the logit lens uses.")
+@click.option("--unembedding", metavar="MODEL", help="Model whose unembedding the logit lens uses.")
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print the address, and a token for scripts, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the address and a token for scripts, as JSON.")
 def view(
     path: Path,
     port: int,
@@ -36,10 +36,11 @@ def view(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Look at the store at PATH in the browser: a page on this machine, for you alone, until Ctrl-C.
+    """Open a store in a browser.
 
-    The address that is printed opens the page once, in any browser; then another one is printed. Each panel's data are
-    JSON at /PANEL.json, for requests with the header "Authorization: Bearer TOKEN"; --json prints the token.
+    The page is served from this machine to you alone, until Ctrl-C. The printed address opens the page once; after
+    that, a new one is printed. Scripts can request the data of each panel at /PANEL.json, with the header
+    "Authorization: Bearer TOKEN"; --json prints the token.
     """
     with ended_at_once() as tidy:
         try:

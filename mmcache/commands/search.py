@@ -29,7 +29,7 @@ __all__ = ["find", "top"]
 @click.argument("dimension", type=int, required=False)
 @DIRECTION
 @SITE
-@click.option("-k", type=int, default=10, show_default=True, help="Tokens at the top, and of each band.")
+@click.option("-k", type=int, default=10, show_default=True, help="Tokens to show, at the top and from each band.")
 @CONTEXT
 @JSON
 def top(
@@ -42,7 +42,10 @@ def top(
     context: int,
     as_json: bool,
 ) -> None:
-    """Show the tokens at which DIMENSION of LAYER, or a direction, is largest, and some from each band below."""
+    """Show the tokens where a dimension is largest.
+
+    Give DIMENSION of LAYER, or a --direction. Some tokens from each lower band are shown too.
+    """
     wanted: Direction
     if dimension is not None and direction is None:
         wanted = dimension
@@ -61,11 +64,11 @@ def top(
 @click.command()
 @PATH
 @click.argument("text", required=False)
-@click.option("--token", type=int, help="Look for a token by its id.")
-@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="Matches to list.")
-@click.option("--start", type=click.IntRange(min=0), default=0, help="The first position to look at.")
+@click.option("--token", type=int, help="Search for a token by its id.")
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="Maximum matches to list.")
+@click.option("--start", type=click.IntRange(min=0), default=0, help="First position to search.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="How many to look at."
+    "--tokens", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Number of tokens to search."
 )
 @CONTEXT
 @JSON
@@ -79,7 +82,7 @@ def find(
     context: int,
     as_json: bool,
 ) -> None:
-    """Find TEXT, or a token, in the text of the store at PATH: exit 1 if it is not there."""
+    """Find TEXT, or a token, in a store. Exit code 1 if there is no match."""
     if (text is None) == (token is None):
         raise click.UsageError("TEXT, or --token ID: exactly one of them")
     store = open_store(path, partial=True)

@@ -32,7 +32,7 @@ __all__ = [
 
 DTYPES = click.Choice(["float32", "float16", "bfloat16", "float64"])
 TRUST = click.option(
-    "--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder brings: anything at all."
+    "--trust-remote-code", is_flag=True, help="Run Python code from the model's folder. It can do anything."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
@@ -51,15 +51,15 @@ PATH = click.argument("path", type=PLACE)
 FOLDER = click.argument("path", type=click.Path(path_type=Path))
 LEVEL = click.option(
     "--level", type=click.Choice(["full", "quick"]), default="full", show_default=True,
-    help="Every byte, or presence, sizes, headers and metadata.",
+    help="full: every byte. quick: presence, sizes, headers and metadata.",
 )  # fmt: skip
 SITE = click.option("--site", help="Only this site.")
 CONTEXT = click.option(
-    "--context", type=click.IntRange(min=0), default=12, show_default=True, help="Tokens before and behind each."
+    "--context", type=click.IntRange(min=0), default=12, show_default=True, help="Tokens to show before and after each."
 )
 DIRECTION = click.option(
     "--direction", type=click.Path(path_type=Path), metavar="FILE",
-    help="The dot product with the vector in a .npy or .safetensors file.",
+    help="Use the dot product with the vector in a .npy or .safetensors file.",
 )  # fmt: skip
 
 

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["pull", "push"]
 
 _URL = click.argument("url")
-_SITES = click.option("--sites", help="Only these, by comma.")
+_SITES = click.option("--sites", help="Only these sites, separated by commas.")
 _SEQUENCES = click.option(
-    "--sequences", metavar="NUMBERS", help="Only the shards in which these lie, such as 100-200,300."
+    "--sequences", metavar="NUMBERS", help="Only the shards with these sequences, such as 100-200,300."
 )
-_AGAIN = "What was copied stays; the same command goes on"
+_AGAIN = "What was copied stays; run the same command to resume"
 
 
 @click.command()
@@ -39,10 +39,11 @@ _AGAIN = "What was copied stays; the same command goes on"
 @_SEQUENCES
 @JSON
 def push(path: Path, url: str, sites: str | None, sequences: str | None, as_json: bool) -> None:
-    """Copy the store at PATH to URL in object storage, such as s3://bucket/acts.
+    """Copy a store, or a part of it, to object storage.
 
-    Shards are verified before they are sent. The same command goes on where another one stopped, and adds what it was
-    not told to copy before. Exit 1 if the store at PATH does not have all of what was asked for.
+    URL is an address such as s3://bucket/acts. Shards are verified before they are sent. Run the same command to
+    resume. Other --sites or --sequences are added to the copy. Exit code 1 if the store at PATH does not have
+    everything that was asked for.
     """
     wanted, numbers = names(sites) if sites else None, layer_numbers(sequences)
     with stoppable(_AGAIN), BytesBar(Console(stderr=True)) as bar:
@@ -57,10 +58,11 @@ def push(path: Path, url: str, sites: str | None, sequences: str | None, as_json
 @_SEQUENCES
 @JSON
 def pull(url: str, path: Path, sites: str | None, sequences: str | None, as_json: bool) -> None:
-    """Copy the store at URL in object storage, or a part of it, into the folder PATH.
+    """Copy a store, or a part of it, from object storage.
 
-    Shards are verified before they have their names. The same command goes on where another one stopped, and adds what
-    it was not told to copy before. Exit 1 if the store at URL does not have all of what was asked for.
+    URL is an address such as s3://bucket/acts, PATH the folder to create. Shards are verified before they appear.
+    Run the same command to resume. Other --sites or --sequences are added to the copy. Exit code 1 if the store at
+    URL does not have everything that was asked for.
     """
     wanted, numbers = names(sites) if sites else None, layer_numbers(sequences)
     with stoppable(_AGAIN), BytesBar(Console(stderr=True)) as bar:
