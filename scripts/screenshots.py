@@ -107,21 +107,25 @@ def page(path: Path, started: Browser, picture: Path) -> None:
 def main() -> None:
     """Make the pictures that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--out", type=Path, help="a folder without such pictures; docs if not given, anew")
     parser.add_argument("--only", choices=["terminal", "page"])
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    out: Path = given.out or Path("docs")
+    for name in ("terminal.svg", "page.png"):
+        if given.out and (out / name).exists():
+            parser.error(f"{out / name} is there: take another --out, or move it away")
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / _NAME
         store = demo_store(path)
         if given.only != "page":
-            (given.out / "terminal.svg").write_text(terminal(store, "mlp_out"), encoding="utf-8")
+            (out / "terminal.svg").write_text(terminal(store, "mlp_out"), encoding="utf-8")
         store.close()
         if given.only != "terminal":
             if browser_path() is None:
                 parser.exit(1, f"the page's picture needs one of {', '.join(_BROWSERS)}\n")
             with browser() as started:
-                page(path, started, given.out / "page.png")
+                page(path, started, out / "page.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ batch, and have the loss of one up to rounding; a run may go on with another num
 
     torchrun --nproc-per-node=2 scripts/train_clt.py --store demo-acts --out clt
 
-`--out` then holds
+`--out` is a new folder, or one with such a run, and then holds
 
     W_enc_<l>.safetensors, W_dec_<l>.safetensors, config.yaml   for circuit-tracer: `load_clt(out, "mlp.hook_in")`
     log.jsonl           the losses of every step
@@ -97,7 +97,7 @@ _COUNT, _AMOUNT = click.IntRange(1), click.FloatRange(0)
 # Every paragraph of the help as it is written, not wrapped anew.
 @click.command(help=str(__doc__).replace("\n\n", "\n\n\b\n"), context_settings={"show_default": True})
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="A store with mlp_in and mlp_out.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; a run there goes on.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder; or a run's, which goes on.")
 @click.option("--features", type=_COUNT, help="Features a layer.  [8 * d_model]")
 @click.option("--activation", type=click.Choice(["jumprelu", "topk"]), default="jumprelu")
 @click.option("--k", type=_COUNT, default=16, help="topk: active features of each layer, a token on average.")

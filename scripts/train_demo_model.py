@@ -175,11 +175,16 @@ def held_out_loss(model: LlamaForCausalLM, documents: Iterable[bytes]) -> float:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("mmcache/demo"), help="folder to write")
+    parser.add_argument("--out", type=Path, help="a new folder; mmcache/demo if not given, anew")
     parser.add_argument("--steps", type=int, default=2500, help=f"steps of {BATCH * CONTEXT} bytes")
     parser.add_argument("--seed", type=int, default=0, help="for the weights and the order of the text")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice if not given")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    # Said before hours of training, and before anything is written over.
+    if arguments.out and arguments.out.exists():
+        parser.error(f"{arguments.out} is there: take another --out, or move it away")
+    arguments.out = arguments.out or Path("mmcache/demo")
+    return arguments
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -77,3 +78,11 @@ def test_held_out_text_is_predicted(model, script, split):
     # The starts of files are mostly prose and imports, the rest mostly code: some of both.
     texts = [path.read_bytes()[: 4 * (script.CONTEXT - 1)] for path in held_out[::4]]
     assert script.held_out_loss(model, texts) <= 2.0
+
+
+def test_a_folder_that_is_there_is_not_written_over(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_demo_model.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,10 @@
 """The README's pictures: the terminal's needs neither a browser nor the network, and tells nothing of this machine."""
 
 import re
+import sys
 from xml.etree import ElementTree as ET
 
+import pytest
 import torch
 from browsing import screenshots
 
@@ -21,3 +23,14 @@ def test_the_terminal_is_drawn_without_fonts_from_elsewhere_and_without_paths(tm
     assert str(tmp_path) not in drawn
     # Colours of the map.
     assert "#fde725" in drawn
+
+
+@pytest.mark.parametrize("name", ["terminal.svg", "page.png"])
+def test_pictures_of_others_are_not_written_over(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["screenshots.py", "--out", str(tmp_path)])
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        screenshots().main()
+    assert ended.value.code == 2
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"

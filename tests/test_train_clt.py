@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 from click.testing import CliRunner
 from hypothesis import given
@@ -344,13 +345,75 @@ def test_a_damaged_checkpoint_is_said_to_be(script, store, tmp_path):
     flips = [flip(chooser.randrange(len(good))) for _ in range(10)]
     for change in [*flips, lambda data: data[:-1], lambda data: data[:4], lambda _: b"", lambda _: b"PK" * 500]:
         damage(path, change)
-        assert "checkpoint.pt is damaged: remove it" in refusal(script, store, out, steps=8)
+        assert "checkpoint.pt is damaged, or not of this script: take another" in refusal(script, store, out, steps=8)
         path.write_bytes(good)
-    damage(out / "log.jsonl", lambda data: data[:-1])
-    assert "log.jsonl is shorter than at" in refusal(script, store, out, steps=8)
-    path.unlink()
+
+
+def test_a_log_of_something_else_is_never_cut(script, store, tmp_path):
+    out = tmp_path / "out"
     assert run(script, store, out, steps=8).exit_code == 0
-    assert len(log(out)) == 8
+    whole = (out / "log.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for other in (
+        whole[:-1],
+        b"".join(lines[::-1]),
+        b"my own notes\n" * 100,
+        whole.replace(b'"step": 8', b'"step": 9'),
+    ):
+        (out / "log.jsonl").write_bytes(other)
+        assert "log.jsonl is not the log that checkpoint.pt was made with" in refusal(script, store, out, steps=8)
+        assert (out / "log.jsonl").read_bytes() == other
+
+
+@pytest.mark.parametrize(
+    ("behind", "kept"),
+    [
+        (b'{"step": 9, "loss": 1.0}\n{"step": 10, "loss": 1.0}\n', False),
+        (b'{"step": 9, "loss": 1.0}\n{"ste', False),
+        (b'{"step": 9, "loss": 1.0}\n{"step": 10, "lo', False),
+        (b'{"step": 11, "loss": 1.0}\n', True),
+        (b"my own notes\n", True),
+        (b"my own notes", True),
+        (bytes(100), True),
+    ],
+)
+def test_what_is_behind_the_checkpoint_s_steps_is_kept_unless_it_is_the_run_s(script, store, tmp_path, behind, kept):
+    out = tmp_path / "out"
+    assert run(script, store, out, steps=8).exit_code == 0
+    whole = files(out)
+    with (out / "log.jsonl").open("ab") as file:
+        file.write(behind)
+    assert run(script, store, out, steps=8).exit_code == 0
+    aside = out / "log-behind-step-8.jsonl"
+    assert aside.exists() == kept
+    if kept:
+        assert aside.read_bytes() == behind
+        aside.unlink()
+    assert files(out) == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["log.jsonl", "config.yaml", "evaluation.json", "W_enc_0.safetensors", ".notes.tmp", "a/b", "checkpoint.pt"]
+)
+def test_nothing_of_others_is_written_over(script, store, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text('{"step": 1}\n')
+    before = small.identities(tmp_path / "out")
+    said = refusal(script, store, tmp_path / "out", steps=1)
+    assert name.split("/")[0] in said
+    assert "take another --out" in said
+    after = small.identities(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) <= {"log.jsonl"}
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_a_log_that_is_a_link_is_not_followed(script, store, tmp_path, make):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").touch()
+    make(tmp_path / "mine", tmp_path / "out" / "log.jsonl")
+    assert "log.jsonl" in refusal(script, store, tmp_path / "out", steps=1)
+    assert (tmp_path / "mine").read_bytes() == b""
 
 
 def test_one_run_a_folder(script, store, tmp_path):

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from pathlib import Path
+import stat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+# A step's line in the log is far shorter.
+_LINE = 4096
 
 
 class Run:
@@ -102,7 +104,7 @@ class Run:
         return file.getvalue()
 
     def load(self) -> None:
-        """Go on from the checkpoint, if there is one; the log loses what came after it.
+        """Go on from the checkpoint, if there is one; the log loses the steps after it, which are taken again.
 
         Raises:
             PlanMismatchError: as `restore`.
@@ -110,15 +112,31 @@ class Run:
         """
         path = self.out / CHECKPOINT
         if not path.exists():
-            self.log.truncate(0)
             return
         data = path.read_bytes()
         if len(data) <= 4 or crc32c(data[:-4]) != int.from_bytes(data[-4:], "big"):
-            raise mmcache.CorruptError(f"{path} is damaged: remove it to begin anew")
+            raise mmcache.CorruptError(f"{path} is damaged, or not of this script: take another --out")
         there = self.restore(data[:-4])
-        if os.fstat(self.log.fileno()).st_size < there["log"]:
-            raise mmcache.CorruptError(f"{self.log.name} is shorter than at {path}: remove that to begin anew")
-        self.log.truncate(there["log"])
+        self._shorten_log(there["log"], there["step"])
+
+    def _shorten_log(self, size: int, step: int) -> None:
+        """Cut the log back to its size at a step. What no step of this run wrote behind that is kept aside.
+
+        Raises:
+            CorruptError: it is not this run's: at that size does not end the line of that step.
+        """
+        path = self.out / LOG
+        with path.open("rb") as file:
+            file.seek(max(0, size - _LINE))
+            before = file.read(size - file.tell())
+            after = file.read()
+        if os.fstat(self.log.fileno()).st_size < size or (size and _steps(before[-_LINE:])[-1:] != [step]):
+            raise mmcache.CorruptError(f"{path} is not the log that {CHECKPOINT} was made with: take another --out")
+        whole, _, torn = after.rpartition(b"\n")
+        steps = _steps(whole)
+        if steps != list(range(step + 1, step + 1 + len(steps))) or not b'{"step": '.startswith(torn[:9]):
+            publish(self.out / f"log-behind-step-{step}.jsonl", after)
+        self.log.truncate(size)
 
     def restore(self, data: bytes) -> dict[str, Any]:
         """Go on from a state, and give it.
@@ -189,6 +207,42 @@ class Run:
             return rows.mean(dim=0)
         return self.ranks.sum(rows.sum(dim=0)) / self.ranks.sum(torch.tensor(float(len(rows)), device=rows.device))
 
+    def _check_out(self) -> None:
+        """Refuse a folder with anything in it but a run: nothing that is not its own is written over.
+
+        A run that was killed before its first checkpoint leaves an empty log, and a draft of the checkpoint.
+
+        Raises:
+            StoreExistsError: what there is.
+        """
+        if (self.out / CHECKPOINT).exists():
+            return
+        for path in sorted(self.out.iterdir()):
+            empty_log = path.name == LOG and path.is_file() and not path.stat().st_size
+            if not empty_log and not (path.name.startswith(f".{CHECKPOINT}.") and path.suffix == ".tmp"):
+                raise mmcache.StoreExistsError(
+                    f"{self.out} holds {path.name}, and no {CHECKPOINT} of a run: take another --out, or move that away"
+                )
+
+    def _open_log(self) -> FileIO:
+        """The log, to append to: a file of this folder, never one that a link leads to; of later ranks, nowhere.
+
+        Raises:
+            StoreExistsError: something else is there.
+        """
+        if self.ranks.rank:
+            fd = os.open(os.devnull, os.O_WRONLY)
+        else:
+            make_folder(self.out)
+            self._check_out()
+            fd = os.open(self.out / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        log = open(fd, "ab", buffering=0)  # noqa: PTH123, SIM115 -- a descriptor, which `train` closes
+        status = os.fstat(fd)
+        if not self.ranks.rank and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):
+            log.close()
+            raise mmcache.StoreExistsError(f"{self.out / LOG} is no file, or has other names too: take another --out")
+        return log
+
     def _begin(self) -> None:
         """Go on from the checkpoint, and make one, so that the settings are there before any step.
 
@@ -200,6 +254,8 @@ class Run:
                 fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise mmcache.LockedError(f"another run is writing to {self.out}: take another --out") from error
+            # Again, since another run may have made something of it meanwhile.
+            self._check_out()
             remove_drafts(self.out)
             self.load()
         state = self.save()
@@ -214,12 +270,9 @@ class Run:
 
         Raises:
             LockedError: another run has the folder.
+            StoreExistsError: something else is in it.
         """
-        log = Path(os.devnull)
-        if not self.ranks.rank:
-            make_folder(self.out)
-            log = self.out / "log.jsonl"
-        with log.open("ab", buffering=0) as self.log, Progress(console=console) as bar:
+        with self._open_log() as self.log, Progress(console=console) as bar:
             self._begin()
             task = bar.add_task("", total=self.steps, completed=self.step)
             while self.step < self.steps:
@@ -231,3 +284,15 @@ class Run:
                         bar.print("  ".join(f"{name} {value:.6g}" for name, value in taken.items()))
                     if self.step % self.options.checkpoint_every == 0 or self.step == self.steps:
                         self.save()
+
+
+def _steps(lines: bytes) -> list[Any]:
+    """The numbers of the steps whose lines these are; None for what is no such line."""
+    return [_step(line) for line in lines.splitlines()]
+
+
+def _step(line: bytes) -> Any:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
