@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from mmcache.extract import extract
     from mmcache.fill import NonFiniteWarning
     from mmcache.findings import Finding, Report
+    from mmcache.fingerprint import ProvenanceWarning
     from mmcache.frame import BosWarning
     from mmcache.job import Progress
     from mmcache.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
@@ -104,6 +105,7 @@ _PLACES = {
     "Progress": "job",
     "extract": "extract",
     "NonFiniteWarning": "fill",
+    "ProvenanceWarning": "fingerprint",
     "Finding": "findings",
     "Report": "findings",
     "BosWarning": "frame",
@@ -150,6 +152,7 @@ __all__ = [
     "OutOfRangeError",
     "PlanMismatchError",
     "Progress",
+    "ProvenanceWarning",
     "ReadOnlyError",
     "RemoteError",
     "Repaired",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Captured", "capture", "probe"]
+__all__ = ["Captured", "capture", "probe", "site_width"]
 
 
 class _StopForwardError(MmcacheError):
@@ -247,7 +247,7 @@ def probe(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None =
     accepted = inspect.signature(inner.forward).parameters
     with torch.inference_mode(), capture(model, sites, layers) as captured, running(inner, tokens):
         inner(tokens, **{name: value for name, value in options.items() if name in accepted})
-    return {site.name: _width(site, captured[site.name]) for site in captured.sites}
+    return {site.name: site_width(site, captured[site.name], 2) for site in captured.sites}
 
 
 def _before(take: Callable[[object], None]) -> Callable[..., None]:
@@ -276,13 +276,18 @@ def _check_equal(held: Tensor, value: Tensor, module: str) -> None:
         )
 
 
-def _width(site: ResolvedSite, tensors: list[Tensor]) -> int:
+def site_width(site: ResolvedSite, tensors: list[Tensor], tokens: int) -> int:
+    """The width of a site, from its tensors, one a layer, for one sequence of some tokens.
+
+    Raises:
+        ShapeError: a tensor that is not [1, tokens, width], or widths that differ between layers.
+    """
     widths = []
     for tensor, module in zip(tensors, site.modules, strict=True):
-        if tensor.ndim != 3 or tensor.shape[:2] != (1, 2):
+        if tensor.ndim != 3 or tensor.shape[:2] != (1, tokens):
             raise ShapeError(
-                f"site {site.name!r}: module {module!r} has shape {list(tensor.shape)} for 1 sequence of 2 "
-                "tokens, expected [1, 2, width]: choose a module that works on [batch, seq, width]"
+                f"site {site.name!r}: module {module!r} has shape {list(tensor.shape)} for 1 sequence of {tokens} "
+                f"tokens, expected [1, {tokens}, width]: choose a module that works on [batch, seq, width]"
             )
         widths.append(tensor.shape[2])
     if len(set(widths)) > 1:

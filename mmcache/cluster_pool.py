@@ -142,7 +142,8 @@ class Pool:
             self._ray.kill(worker, no_restart=True)
         # A killed worker leaves its drafts; they cannot be removed before it is gone.
         until = time.monotonic() + _GRACE
-        while kind is not None and self._drafts() and time.monotonic() < until:
+        # Of a store that was refused nothing is touched.
+        while kind is not None and self._proven and self._drafts() and time.monotonic() < until:
             time.sleep(_AGAIN)
 
     def _drafts(self) -> bool:

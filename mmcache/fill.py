@@ -55,8 +55,8 @@ class NonFiniteWarning(UserWarning):
     """NaN or infinity among the activations: counted and located, and left out of the statistics."""
 
 
-def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndarray, device: torch.device) -> None:
-    """Run one batch as far as the last wanted site; what was captured is in `captured`."""
+def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndarray, device: torch.device) -> Any:
+    """Run one batch, as far as the last wanted site if `captured` stops there: what the model returned, if it did."""
     accepted = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     options: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndar
         options["attention_mask"] = torch.from_numpy(mask).to(device)
     given = torch.from_numpy(ids).to(device)
     with torch.inference_mode(), running(model, given):
-        captured.run(model, given, **options)
+        return captured.run(model, given, **options)
 
 
 def _slot_bytes(total: int, row: int) -> int:

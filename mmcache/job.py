@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mmcache.capture import capture, probe
+from mmcache.capture import capture
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, LockedError
 from mmcache.fill import Fill, forward
+from mmcache.fingerprint import probe_model
 from mmcache.frame import BOS_CHOICES, special_ids
 from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
+from mmcache.model_identity import hooked_modules, model_identity
 from mmcache.model_use import bos_token_id, device_of, evaluating, vocabulary
 from mmcache.model_use import context_length as usable_length
 from mmcache.opening import open_store
 from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
-from mmcache.provenance import model_identity, model_record, numerics, site_modules, tokenizer_identity
+from mmcache.plan_compare import check_plan, is_recorded, known_plan
+from mmcache.provenance import model_record, numerics, site_modules, tokenizer_identity
 from mmcache.ranks import find_rank
 from mmcache.settings import Settings
 from mmcache.sites import resolve, unwrap
@@ -100,26 +103,24 @@ class Extraction:
         self._device = device_of(self._model if device is None else self._model.to(device))
         length = usable_length(self._model, context_length)
         with evaluating(self._model):
-            widths = probe(self._model, sites, layers)
+            hooked = tuple(hooked_modules(self._model))
+            probe = probe_model(self._model, sites, layers, self._device, batch_size)
             self._batch_size = self._resolved_batch(batch_size, length)
         special = special_ids(tokenizer, bos, bos_token_id(self._model))
-        identity = {
-            **model_identity(self._model), "tokenizer": tokenizer_identity(tokenizer, special),
-            "layers": list(resolved[0].layers), "context_length": length, "pack": pack, "bos": bos,
-            "dtype": activation_dtype(dtype).name, "layout": layout, "shard_tokens": shard_tokens,
-        }  # fmt: skip
         self._settings = Settings(
-            identity=identity,
+            identity={
+                **model_identity(self._model), "tokenizer": tokenizer_identity(tokenizer, special),
+                "layers": list(resolved[0].layers), "context_length": length, "pack": pack, "bos": bos,
+                "dtype": activation_dtype(dtype).name, "layout": layout, "shard_tokens": shard_tokens,
+            },
             modules=site_modules(resolved),
-            numerics=numerics(self._model, self._device, self._batch_size),
+            numerics=numerics(self._model, self._device, self._batch_size, probe.digest),
             record={**model_record(self._model), **(record or {})},
-            widths=widths,
-            max_tokens=max_tokens,
-            special_tokens=special,
-            vocabulary=vocabulary(self._model),
-            model_bos=bos_token_id(self._model),
+            widths=probe.widths, max_tokens=max_tokens,
+            special_tokens=special, vocabulary=vocabulary(self._model), model_bos=bos_token_id(self._model),
+            fingerprint=probe.fingerprint, hooked=hooked, equal_lengths=probe.padding_shows,
             any_batch=batch_size == "auto",
-        )
+        )  # fmt: skip
         self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens, or no BOS to add
 
     def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
@@ -244,17 +245,21 @@ class Extraction:
         )
         if self._outgoing is None:
             return plan()
+        if (there := self._outgoing.planned()) is not None:
+            # Before the staging folder is made, and before what waits in it is sent.
+            check_plan(self._outgoing.url, there, self._settings, accept=accept_numerics)
         join = partial(join_plan, self._path, self._settings, accept_numerics=accept_numerics)
         return self._outgoing.plan(tuple(self._settings.widths), plan, join, waiting)
 
     def join(self, *, accept_numerics: bool = False) -> Manifest:
         """Compare with the plan that is there; the corpus was compared by whoever planned."""
-        if not accept_numerics:
-            return join_plan(self._path, self._settings, accept_numerics=False)
+        manifest = known_plan(self._path, self._settings, accept=accept_numerics)
+        if is_recorded(manifest, self._settings):
+            return manifest
         # What is accepted is written down; several workers may come at once.
         lock = FolderLock.wait(self._path, lambda: None)
         try:
-            return join_plan(self._path, self._settings, accept_numerics=True)
+            return join_plan(self._path, self._settings, accept_numerics=accept_numerics)
         finally:
             lock.release()
 

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.claims import claimed
 from mmcache.draft import publish, remove_drafts
-from mmcache.errors import LockedError, PlanMismatchError, ReadOnlyError, StoreExistsError
+from mmcache.errors import LockedError, PlanMismatchError, StoreExistsError
 from mmcache.features import NEW_STORES
 from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
+from mmcache.fingerprint import with_sites
 from mmcache.format import ids_digest
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
 from mmcache.listing import in_order
 from mmcache.lock import FolderLock
-from mmcache.manifest import Manifest, array_json, is_store, read_manifest
+from mmcache.manifest import Manifest, array_json, is_store
 from mmcache.names import RESERVED
-from mmcache.provenance import compare
-from mmcache.room import check_room, missing_of, shards_from
+from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
+from mmcache.room import check_room, shards_from
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
 from mmcache.small_files import publish_all
@@ -41,12 +42,6 @@ if TYPE_CHECKING:
     from mmcache.settings import Settings
 
 __all__ = ["join_plan", "open_plan"]
-
-_REMEDY = "Give the settings of the store, or choose another path."
-_ACCEPT = (
-    "These may change the last bits of an activation. Set them as they were, or go on all the same with "
-    "--accept-numerics (accept_numerics=True), which is recorded."
-)
 
 
 def open_plan(
@@ -78,33 +73,42 @@ def open_plan(
         LockedError: it is to grow while others fill it.
         CorpusError: the corpus cannot be read, or has no tokens.
     """
-    for folder in (path, *(path / array for array in (*settings.widths, *RESERVED))):
-        remove_drafts(folder)
     manifest = None
     if is_store(path) or not _claimed(path, settings):
-        manifest = _known(path, settings)
+        manifest = known_plan(path, settings, accept=accept_numerics)
+    for folder in (path, *(path / array for array in (*settings.widths, *RESERVED))):
+        remove_drafts(folder)
+    if manifest is not None:
         restore_tokenizer(path, manifest, tokenizer)
-    if manifest is None or _changes(manifest, settings):
+    if manifest is None or changes(manifest, settings):
         make_folder(path)
         # Of workers that begin together, one plans; the others wait, and find the plan.
         lock = FolderLock.wait(path, waiting)
         try:
-            manifest = _known(path, settings) if is_store(path) else _begun(path, settings)
-            if _changes(manifest, settings):
-                manifest = _with_numerics(path, manifest, settings, accept=accept_numerics)
-                if manifest.n_tokens is None or _grows(manifest, settings):
+            there = is_store(path)
+            manifest = known_plan(path, settings, accept=accept_numerics) if there else _begun(path, settings)
+            if changes(manifest, settings):
+                manifest = with_recorded(path, manifest, settings)
+                if manifest.n_tokens is None or grows(manifest, settings):
                     return _tokenised(path, manifest, settings, tokenizer, documents, tokenised)
                 check_corpus(path, Tokenised.of(manifest), documents)
                 return _with_sites(path, manifest, settings)
         finally:
             lock.release()
     check_corpus(path, Tokenised.of(manifest), documents)
-    return _with_numerics(path, manifest, settings, accept=accept_numerics)
+    if is_recorded(manifest, settings):
+        return manifest
+    # Another worker may be planning its growth at this moment.
+    lock = FolderLock.wait(path, waiting)
+    try:
+        return with_recorded(path, known_plan(path, settings, accept=accept_numerics), settings)
+    finally:
+        lock.release()
 
 
 def join_plan(path: Path, settings: Settings, *, accept_numerics: bool) -> Manifest:
-    """Give the plan that is there, compared as `open_plan` does, but for the corpus: that is the planner's."""
-    return _with_numerics(path, _known(path, settings), settings, accept=accept_numerics)
+    """The plan that is there, compared as `open_plan` does, but for the corpus: that is the planner's."""
+    return with_recorded(path, known_plan(path, settings, accept=accept_numerics), settings)
 
 
 def _claimed(path: Path, settings: Settings) -> bool:
@@ -121,68 +125,6 @@ def _claimed(path: Path, settings: Settings) -> bool:
         raise
     shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, None)
     return True
-
-
-def _known(path: Path, settings: Settings) -> Manifest:
-    """Read the plan that is there, and compare all but the corpus and the numerics."""
-    manifest = read_manifest(path)
-    if manifest.kind != "planned":
-        raise ReadOnlyError(f"{path} holds a store that was not made by extract: choose another path")
-    # What older stores do not say is what they did.
-    compare(path, "identity", {"bos": "auto", **manifest.source["identity"]}, settings.identity, _REMEDY)
-    stored, asked = manifest.source["modules"], settings.modules
-    shared = {name: stored[name] for name in stored if name in asked}
-    compare(path, "modules", shared, {name: asked[name] for name in shared}, _REMEDY)
-    most = manifest.source["max_tokens"]
-    if most is not None and (settings.max_tokens or most) < most:
-        remedy = "It may grow, not shrink. " + _REMEDY
-        compare(path, "identity", {"max_tokens": most}, {"max_tokens": settings.max_tokens}, remedy)
-    if most is None and settings.max_tokens is not None:
-        compare(path, "identity", {"max_tokens": None}, {"max_tokens": settings.max_tokens}, _REMEDY)
-    if set(stored) != set(asked):
-        _compare_sites(path, manifest, settings)
-    return manifest
-
-
-def _compare_sites(path: Path, manifest: Manifest, settings: Settings) -> None:
-    """Refuse sites that cannot be added yet, and to leave out sites that are not complete."""
-    stored, asked = set(manifest.source["modules"]), set(settings.modules)
-    incomplete = stored
-    if manifest.n_tokens is not None:
-        incomplete = {site for site, missing in missing_of(path, manifest).items() if missing.any()}
-    if _grows(manifest, settings):
-        why = "It can grow with the sites that it has, and be given others after that. "
-    elif incomplete - asked or (incomplete and asked - stored):
-        why = "More sites can be added once it is complete. "
-    else:
-        return
-    compare(path, "identity", {"sites": sorted(stored)}, {"sites": sorted(asked)}, why + _REMEDY)
-
-
-def _grows(manifest: Manifest, settings: Settings) -> bool:
-    state = Tokenised.of(manifest)
-    # Tokens that are stored and do not count yet are those of a growth that was interrupted.
-    more = not state.whole or state.tokens != manifest.n_tokens
-    return more and manifest.source["max_tokens"] != settings.max_tokens
-
-
-def _changes(manifest: Manifest, settings: Settings) -> bool:
-    """Tell whether there is something to be planned, not only to be filled."""
-    return manifest.n_tokens is None or _grows(manifest, settings) or bool(set(settings.modules) - set(manifest.sites))
-
-
-def _with_numerics(path: Path, manifest: Manifest, settings: Settings, *, accept: bool) -> Manifest:
-    source, numerics = manifest.source, settings.numerics
-    if settings.any_batch:
-        # Whoever planned it may have found another size to be the quickest.
-        numerics = {**numerics, "batch_size": source["numerics"]["batch_size"]}
-    if numerics in [source["numerics"], *source["accepted"]]:
-        return manifest
-    if not accept:
-        compare(path, "numerics", source["numerics"], numerics, _ACCEPT)
-    manifest = replace(manifest, source={**source, "accepted": [*source["accepted"], numerics]})
-    publish(path / ROOT, manifest.to_json())
-    return manifest
 
 
 def _begun(path: Path, settings: Settings) -> Manifest:
@@ -202,6 +144,8 @@ def _begun(path: Path, settings: Settings) -> Manifest:
             "max_tokens": settings.max_tokens,
             "numerics": settings.numerics,
             "accepted": [],
+            "fingerprint": settings.fingerprint,
+            "equal_lengths": settings.equal_lengths,
             "record": settings.record,
         },
         uses=NEW_STORES,
@@ -298,11 +242,9 @@ def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
     fresh = {site: width for site, width in settings.widths.items() if site not in manifest.sites}
     total, shard = manifest.n_tokens or 0, manifest.shard_tokens or 1
     shard_rows(settings.row_bytes(fresh), shard, total)
-    grown = replace(
-        manifest,
-        sites={**manifest.sites, **fresh},
-        source={**manifest.source, "modules": {**manifest.source["modules"], **settings.modules}},
-    ).with_geometry(shard, total)
+    source = {**manifest.source, "modules": {**manifest.source["modules"], **settings.modules}}
+    source["fingerprint"] = with_sites(source["fingerprint"], settings.fingerprint)
+    grown = replace(manifest, sites={**manifest.sites, **fresh}, source=source).with_geometry(shard, total)
     grown = replace(grown, inner_tokens={**grown.inner_tokens, **manifest.inner_tokens})
     taken = [site for site in set(list_names(path)).intersection(fresh) if not _interrupted(path, grown, site)]
     if taken:

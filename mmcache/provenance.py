@@ -1,8 +1,9 @@
 """Where activations come from: what must be the same for a resume, what may differ if told so, what is only kept.
 
-*Identity* (weights, tokenizer, corpus, sites, geometry): any difference is refused. *Numerics* (what may change
-the last bits: batch size, attention, device, threads, versions): refused unless accepted, and then recorded.
-*Record* (command, paths, times): never compared.
+*Identity* (weights, configuration, adapters, tokenizer, corpus, sites, geometry): any difference is refused. *Numerics*
+(what may change the last bits: batch size, attention, device, threads, TF32, autocast, versions, and the digest of what
+a fixed context gave): refused unless accepted, and then recorded. *Record* (command, paths, times): never compared.
+Between the two is the fingerprint (`fingerprint.py`), which is compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,6 @@ import torch
 
 from mmcache.errors import PlanMismatchError
 from mmcache.tokenizer_file import tokenizer_digest, tokenizer_text
-from mmcache.weights import weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "compare",
-    "model_identity",
     "model_record",
     "numerics",
+    "recorded",
     "site_modules",
     "tokenizer_identity",
 ]
@@ -42,16 +43,6 @@ def tokenizer_identity(tokenizer: Any, special: Sequence[int]) -> str:
     """Hash of what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and the special ids."""
     text = tokenizer_text(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
     return tokenizer_digest(text, special)
-
-
-def model_identity(model: nn.Module) -> dict[str, Any]:
-    """Say which model this is: its class and the hash of its weights, and the dtype that it computes in."""
-    dtype = next((weight.dtype for weight in model.parameters()), None)
-    return {
-        "model": type(model).__name__,
-        "weights": weights_digest(model),
-        "compute_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def site_modules(sites: tuple[ResolvedSite, ...]) -> dict[str, list[str]]:
@@ -71,8 +62,15 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def numerics(model: nn.Module, device: torch.device, batch_size: int) -> dict[str, Any]:
-    """Say what may change the last bits of an activation."""
+def numerics(model: nn.Module, device: torch.device, batch_size: int, activations: str | None) -> dict[str, Any]:
+    """What may change the last bits of an activation.
+
+    Args:
+        model: the model.
+        device: where it runs.
+        batch_size: contexts a forward pass.
+        activations: the exact digest of what a fixed context gave; None where the model gives something else each time.
+    """
     config = getattr(model, "config", None)
     transformers = sys.modules.get("transformers")
     on_cpu = device.type == "cpu"
@@ -85,7 +83,46 @@ def numerics(model: nn.Module, device: torch.device, batch_size: int) -> dict[st
         "torch": torch.__version__,
         "transformers": getattr(transformers, "__version__", None),
         "machine": platform.machine(),
+        **_switches(device),
+        "activations": activations,
     }
+
+
+def _switches(device: torch.device) -> dict[str, Any]:
+    """What is set for the whole process: autocast, how products of float32 are rounded, deterministic algorithms."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    cuda = device.type == "cuda"
+    return {
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "float32_matmul_precision": _precision(),
+        "tf32": _tf32() if cuda else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
+    }
+
+
+def _precision() -> str:
+    """How products of float32 are rounded, by torch's older setting, or by the newer ones once those were used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:
+            # torch refuses to say it by the older setting where the newer ones differ by device.
+            backends = {"cuda": torch.backends.cuda, "mkldnn": torch.backends.mkldnn}
+            return ", ".join(f"{name} {backend.matmul.fp32_precision}" for name, backend in backends.items())
+
+
+def _tf32() -> list[Any]:
+    """Whether products and convolutions on CUDA round float32 to TF32."""
+    backends = torch.backends
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32]
+        except RuntimeError:
+            return [kind.fp32_precision == "tf32" for kind in (backends.cuda.matmul, backends.cudnn.conv)]  # type: ignore[attr-defined]
 
 
 def _processor(device: torch.device) -> str | None:
@@ -94,12 +131,13 @@ def _processor(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def compare(where: Path, kind: str, stored: dict[str, Any], asked: dict[str, Any], remedy: str) -> None:
-    """Compare the settings of a store with those of a resume.
+def compare(where: Path | str, kind: str, stored: dict[str, Any], asked: dict[str, Any], remedy: str) -> None:
+    """Compare the settings of a store with those of a resume; tables in them are compared field by field.
 
     Raises:
         PlanMismatchError: a table of the fields that differ.
     """
+    stored, asked = _flat(stored), _flat(asked)
     fields = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name)]
     if fields:
         width = max(map(len, fields))
@@ -110,6 +148,19 @@ def compare(where: Path, kind: str, stored: dict[str, Any], asked: dict[str, Any
         raise PlanMismatchError(
             f"{where} was planned with another {kind}, and holds what that made:\n" + "\n".join(lines) + f"\n{remedy}"
         )
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The fields of nested tables side by side, as `config.rope_parameters.factor`."""
+    fields: dict[str, Any] = {}
+    for name, value in settings.items():
+        fields |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return fields
+
+
+def recorded(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Of some settings, those that a store has: older ones recorded fewer, which says nothing about what they were."""
+    return {name: value for name, value in asked.items() if name in stored}
 
 
 def _short(value: object) -> str:

@@ -16,9 +16,10 @@ class Settings:
     """What an extraction was asked for, its model and tokenizer already looked at.
 
     `identity`, `numerics` and `record` are as `provenance` says; the sites (`modules`: the modules of each) and the
-    corpus belong to the identity too, and are compared apart. `vocabulary` is how many ids the model knows;
-    `any_batch` says that the batch size was not asked for, but found; `model_bos` is the BOS of the model's
-    configuration.
+    corpus belong to the identity too, and are compared apart. `fingerprint` is what the model did on a fixed context,
+    None where that is never the same; `hooked` are its modules with hooks, for messages; `equal_lengths` says that
+    sequences of different lengths must not share a batch. `vocabulary` is how many ids the model knows; `any_batch`
+    says that the batch size was not asked for, but found; `model_bos` is the BOS of the model's configuration.
     """
 
     identity: dict[str, Any]
@@ -29,6 +30,9 @@ class Settings:
     max_tokens: int | None
     special_tokens: tuple[int, ...]
     vocabulary: int | None
+    fingerprint: dict[str, Any] | None = None
+    hooked: tuple[str, ...] = ()
+    equal_lengths: bool = False
     any_batch: bool = False
     model_bos: int | None = None
 

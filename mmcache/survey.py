@@ -136,7 +136,10 @@ def survey_contexts(
         n_sequences=sequences,
         uses=NEW_STORES,
     ).with_geometry(shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, tokens), tokens)
-    rate = _rate([first[at : at + batch_size] for at in range(0, len(first), batch_size)], run)
+    groups = [first[at : at + batch_size] for at in range(0, len(first), batch_size)]
+    if settings.equal_lengths:
+        groups = [list(run) for group in groups for _, run in itertools.groupby(group, len)]
+    rate = _rate(groups, run)
     seconds = tokens / rate if rate else None
     return replace(_survey(path, plan, batch_size), tokens_a_second=rate, seconds=seconds, framed=framed)
 

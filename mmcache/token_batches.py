@@ -1,7 +1,8 @@
 """The batches of a plan, read from the store.
 
 Each is a function of the plan alone: batch number `b` is sequences `b * batch_size` to `(b + 1) * batch_size`, padded
-on the right to the longest, whoever runs it and whenever.
+on the right to the longest, whoever runs it and whenever. Where the plan says `equal_lengths`, because padding would
+show in what others get, such a group is run in parts: each is what follows each other in it with one length.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ class _Window:
         return np.concatenate(parts)
 
 
+def parts_of_one_length(group: np.ndarray) -> list[np.ndarray]:
+    """A batch `[sequences, 3]` cut wherever the length of a sequence is not that of the one before."""
+    lengths = group[:, 1] - group[:, 0]
+    return np.split(group, np.flatnonzero(np.diff(lengths)) + 1)
+
+
 class Batches:
     """The batches of a plan, as token ids, in memory that does not grow with the corpus."""
 
     def __init__(self, path: Path, manifest: Manifest, batch_size: int) -> None:
         self.size, self._sequences = batch_size, manifest.n_sequences
         total = manifest.n_tokens or 0
+        self._equal_lengths = bool(manifest.source.get("equal_lengths"))
         self._spans = _Window(path, manifest, "sequences", manifest.n_sequences)
         self._tokens = _Window(path, manifest, "tokens", total)
         self._flags = _Window(path, manifest, "flags", total)
@@ -63,7 +71,8 @@ class Batches:
         # Most of a store may be there already: what comes before is not read.
         before = bisect.bisect_right(batches, start, key=lambda first: int(self._spans.read(first, first + 1)[0, 0]))
         for first in batches[max(0, before - 1) :]:
-            yield self._spans.read(first, min(first + self.size, self._sequences))
+            group = self._spans.read(first, min(first + self.size, self._sequences))
+            yield from parts_of_one_length(group) if self._equal_lengths else [group]
 
     def ids(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give ids and attention mask of a batch: `[sequences, longest]` int64, padded on the right with 0."""

@@ -142,3 +142,9 @@ def assert_same_store(one, two, *, but=()):
         for name in but:
             root["source"].pop(name)
     assert roots[0] == roots[1], roots
+
+
+def layers_path(family):
+    """The outputs of the layers of a transformers model, as a site."""
+    found = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    return f"{(found | {'bert': 'encoder.layer'}).get(family, 'model.layers')}.*:out"

@@ -35,10 +35,10 @@ ORDER = [
     "uploads", "verify", "repair", "part", "places", "carrier", "sender", "receiver", "transfer", "pipeline",
     "shard_writer", "staging", "block", "columns", "grown", "batch", "writer", "layer_writer", "cache", "wrappers",
     "families", "sites", "panics", "model_use", "capture", "file_kinds", "corpus", "contexts", "loading", "weights",
-    "provenance",
-    "tokenise", "room", "outgoing", "settings", "plan", "ranks", "turns", "token_batches", "threads", "fill", "survey",
-    "job", "extract", "cluster_worker", "cluster_pool", "ray_session", "cluster", "plain", "overview", "view",
-    "visible", "tables", "heat", "terminal", "passages", "charts", "progress", "signals", "commands", "cli", "__main__",
+    "model_identity", "provenance", "tokenise", "room", "outgoing", "settings", "ranks", "turns", "token_batches",
+    "threads", "fill", "fingerprint", "plan_compare", "plan", "survey", "job", "extract", "cluster_worker",
+    "cluster_pool", "ray_session", "cluster", "plain", "overview", "view", "visible", "tables", "heat", "terminal",
+    "passages", "charts", "progress", "signals", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 # What is imported only when it is used.

@@ -208,7 +208,10 @@ def other_numerics(monkeypatch, field):
     return {}
 
 
-NUMERICS = ("batch_size", "attention", "device", "processor", "threads", "torch", "transformers", "machine")
+NUMERICS = (
+    "batch_size", "attention", "device", "processor", "threads", "torch", "transformers", "machine", "autocast",
+    "float32_matmul_precision", "tf32", "deterministic", "cuda", "cudnn", "activations",
+)  # fmt: skip
 
 
 def test_every_numeric_is_tested(complete):
