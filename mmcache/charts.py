@@ -60,8 +60,10 @@ def draw_health(console: Console, view: View) -> None:
     """Draw `view.health`: what is wrong in sentences, and where."""
     draw_head(console, view)
     problems, places = view["problems"], view["places"]
-    for problem in problems or ["nothing is wrong: no NaN, infinities, rows of zeros or dead dimensions"]:
+    for problem in problems or ["nothing is wrong: no NaN, infinities, rows of zeros, dead dimensions or rows far off"]:
         draw_text(console, f"  {problem}")
+    for name, tokens in view["left_out"].items():
+        draw_text(console, f"  flagged {name}: {tokens:,} tokens, left out of the statistics")
     for place in places[:_PLACES]:
         said = [f"{place['non_finite']:,} rows with NaN or infinity"] if place["non_finite"] else []
         if place["first_non_finite"] >= 0:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-__all__ = ["BOS", "FIRST", "SPECIAL", "counted", "flagged", "known_flags"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["BOS", "FIRST", "SPECIAL", "counted", "flagged", "known_flags", "named_flags"]
 
 # The others are the user's own; FIRST is too in stores of format version 1, which do not flag first tokens.
 BOS, SPECIAL, FIRST = 1, 2, 4
@@ -17,6 +22,11 @@ def known_flags(*, first: bool) -> dict[str, int]:
         first: whether the store flags the first token of each sequence.
     """
     return {"bos": BOS, "special": SPECIAL, **({"first": FIRST} if first else {})}
+
+
+def named_flags(flags: int, bits: Mapping[str, int]) -> list[str]:
+    """Names of the flags of a token, by the bits that its store names; those of the user are left out."""
+    return [name for name, bit in bits.items() if flags & bit]
 
 
 def flagged(tokens: np.ndarray, special_tokens: np.ndarray, *, begins: bool, first: bool) -> np.ndarray:

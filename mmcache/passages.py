@@ -9,7 +9,6 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from mmcache.flags import BOS, SPECIAL
 from mmcache.heat import Heat, coloured
 from mmcache.tables import cell, draw_pairs, draw_rows, draw_text, shown
 from mmcache.visible import visible
@@ -102,8 +101,10 @@ def _draw_passage(console: Console, label: str, said: dict[str, Any]) -> None:
 
 def draw_show(console: Console, view: dict[str, Any]) -> None:
     """Draw `view.layer_view` or `view.row_view`, all but the values themselves; the latter with its text if known."""
-    left_out = ("site", "layer", "values", "largest", "before", "text", "after")
+    left_out = ("site", "layer", "values", "largest", "flagged", "before", "text", "after")
     pairs = {name.replace("_", " "): cell(value) for name, value in view.items() if name not in left_out}
+    if view.get("flagged"):
+        pairs["flagged"] = ", ".join(view["flagged"])
     if "largest" in view:
         pairs["largest"] = ", ".join(f"[{entry['dimension']}] {cell(entry['value'])}" for entry in view["largest"])
     draw_pairs(console, f"{view['site']}, layer {view['layer']}", pairs)
@@ -114,32 +115,34 @@ def draw_show(console: Console, view: dict[str, Any]) -> None:
 def draw_sequence(console: Console, view: View) -> None:
     """Draw `view.sequence`: the text on colours that say the number of each token; without colours a token a line."""
     draw_head(console, view)
-    values = view["values"]
+    values, named = view["values"], view["flag_bits"]
+    left_out = view["flags"] & sum(named.values()) != 0
+    legend = f"{' or '.join(named)}, left out of the statistics"
     signed = view["by"] == "value"
     heat = Heat.of(values, log=not signed, signed=signed)
     draw_pairs(console, "", _sequence_about(view))
     console.print(Text.assemble(f"{view['by']} ", heat.legend(colours=coloured(console))), overflow="fold")
     if coloured(console):
         drawn = Text(overflow="fold")
-        for text, value, flags in zip(view["texts"], values, view["flags"], strict=True):
+        for text, value, apart in zip(view["texts"], values, left_out, strict=True):
             token = shown(text)
             token.stylize(heat.style(float(value)))
-            if flags & (BOS | SPECIAL):
+            if apart:
                 token.stylize("underline")
             # A line ends where the text's does, too.
             drawn.append_text(token).append("\n" if text.endswith("\n") else "")
         console.print(drawn)
-        if (view["flags"] & (BOS | SPECIAL)).any():
-            draw_text(console, "underlined: BOS or special")
+        if left_out.any():
+            draw_text(console, f"underlined: {legend}")
         return
     wide = len(f"{view['positions'][-1]:,}")
-    for position, text, value, flags in zip(view["positions"], view["texts"], values, view["flags"], strict=True):
-        mark = "*" if flags & (BOS | SPECIAL) else " "
+    for position, text, value, apart in zip(view["positions"], view["texts"], values, left_out, strict=True):
+        mark = "*" if apart else " "
         label = f"{position:>{wide},} {value:>10.4g} {heat.character(float(value))}{mark}"
         shortened = _begin(visible(text), console.width - cell_len(label) - 1)
         console.print(Text(f"{label} {shortened}".rstrip()), overflow="fold")
-    if (view["flags"] & (BOS | SPECIAL)).any():
-        draw_text(console, "*: BOS or special")
+    if left_out.any():
+        draw_text(console, f"*: {legend}")
 
 
 def _sequence_about(view: View) -> dict[str, str]:
@@ -160,7 +163,8 @@ def draw_token(console: Console, view: View, layer: int | None = None) -> None:
     draw_head(console, view)
     draw_pairs(console, "", {
         "sequence": f"{view['sequence']:,}, {view['offset']:,} tokens in",
-        "token": f"{view['token']}" + ("" if view["counts"] else ", BOS or special: left out of the statistics"),
+        "token": f"{view['token']}"
+        + (f", {' and '.join(view['flagged'])}: left out of the statistics" if view["flagged"] else ""),
     })  # fmt: skip
     _draw_passage(console, "text", view.data)
     rows = []

@@ -38,8 +38,8 @@ def hostile_tokens(path):
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")  # noqa: S106
     return mmcache.extract(
-        small.llama(), tokenizer, [" ".join(WORDS * 12)] * 3, path, sites=("mlp_in",), context_length=24,
-        batch_size=3, shard_tokens=64,
+        small.llama(bos_token_id=None), tokenizer, [" ".join(WORDS * 12)] * 3, path, sites=("mlp_in",),
+        context_length=24, batch_size=3, shard_tokens=64,
     )  # fmt: skip
 
 

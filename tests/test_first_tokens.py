@@ -125,3 +125,111 @@ def test_with_the_sinks_in_them_they_would_be_far_off(tmp_path):
     # What the flag is for: a store of version 1 has first tokens in its statistics.
     store, norms = make(tmp_path / "acts", 1), rows()[:, others()].double().norm(dim=-1).mean(dim=1)
     assert (store["mlp_out"].statistics.mean_norm > 4 * norms).all()
+
+
+# What the views say of them, and of rows like them that no flag marks.
+
+
+MIDDLE = (60, 400, 401)
+
+
+def strange(path, version=2, *, layout="token", middle=MIDDLE, flags=None):
+    """The store with three more rows as long as those of first tokens, in the middle of sequences, at layer 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = rows()
+        made[1, list(middle)] *= SINK
+        patch.setattr("test_first_tokens.rows", lambda: made)
+        return make(path, version, layout=layout, flags=flags), made
+
+
+@pytest.mark.parametrize("layout", ["token", "layer"])
+def test_health_names_rows_that_are_far_from_the_rest(tmp_path, layout):
+    store, made = strange(tmp_path / "acts", layout=layout)
+    view = mmcache.view.health(store, "mlp_out")
+    norms = made[1].double().norm(dim=-1)
+    (far,) = view["far"]
+    assert (far["layer"], far["rows"], far["exact"], far["first"], far["starts"]) == (1, 3, True, 60, 0)
+    assert far["positions"] == list(MIDDLE)
+    assert far["max_norm"] == pytest.approx(norms[list(MIDDLE)].max().item(), rel=1e-6)
+    assert far["median"] == pytest.approx(norms[others()].median().item(), rel=0.02)
+    assert [one["n_far"] for one in view["layers"]] == [0, 3]
+    assert view["left_out"] == {"first": len(LENGTHS)}
+    (problem,) = view["problems"]
+    assert problem.startswith("layer 1: 3 rows that count have norms over 20 times the median (8")
+    assert problem.endswith(", the first at position 60")
+    assert view.sampled is None
+    assert view.bytes_read < 8 << 20
+
+
+def test_of_a_store_without_flags_it_says_that_first_tokens_are_such(tmp_path):
+    store, _ = strange(tmp_path / "acts", 1)
+    view = mmcache.view.health(store, "mlp_out")
+    assert view["left_out"] == {}
+    assert [(one["rows"], one["first"], one["starts"]) for one in view["far"]] == [(6, 0, 6), (9, 0, 6)]
+    assert all(
+        "; 6 of them are the first tokens of their sequences, which this store does not flag" in problem
+        for problem in view["problems"]
+    )
+
+
+def test_without_them_nothing_is_said(tmp_path):
+    store, _ = strange(tmp_path / "acts", middle=())
+    view = mmcache.view.health(store, "mlp_out")
+    assert (view["far"], view["problems"]) == ([], [])
+    # No more is read than the rows that the median is of.
+    assert view.bytes_read <= TOTAL * 2 * WIDTH * 4 + (1 << 16)
+
+
+def test_what_is_read_of_them_is_bounded_and_said(tmp_path, monkeypatch):
+    store, _ = strange(tmp_path / "acts")
+    chunk = store.shards("mlp_out").spec.chunk_rows
+    # Room for one inner chunk of rows: where the first is stays exact, how many there are does not.
+    monkeypatch.setattr("mmcache.view.far._BYTES", 1)
+    (far,) = mmcache.view.health(store, "mlp_out")["far"]
+    inside = [at for at in MIDDLE if at // chunk == MIDDLE[0] // chunk]
+    assert (far["rows"], far["exact"], far["first"]) == (len(inside), False, 60)
+    assert far["chunks"] == len({at // chunk for at in MIDDLE}) == 2
+    assert f"at least {len(inside)} rows that count" in mmcache.view.health(store, "mlp_out")["problems"][0]
+    monkeypatch.setattr("mmcache.view.far._MOST_SHARDS", 1)
+    view = mmcache.view.health(store, "mlp_out")
+    assert view.sampled == "the norms of 1 of 4 blocks, evenly spread"
+    assert not view["far"][0]["exact"]
+
+
+def test_a_shard_that_is_ahead_of_the_commit_has_none_that_do_not_count(tmp_path):
+    path = tmp_path / "acts"
+    with mmcache.create(path, sites={"a": 8}, n_layers=1, dtype=torch.float32) as writer:
+        writer.append(range(100), {"a": torch.ones(1, 100, 8)})
+        writer.commit()
+        root = (path / "zarr.json").read_bytes()
+        writer.append(range(100), {"a": torch.full((1, 100, 8), 1e4)})
+    (path / "zarr.json").unlink()
+    (path / "zarr.json").write_bytes(root)
+    view = mmcache.view.health(mmcache.open(path), "a")
+    assert (view["far"], [one["n_far"] for one in view["layers"]]) == ([], [0])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_views_tell_first_from_special(tmp_path, version):
+    ids = torch.arange(TOTAL) % 50
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NEW_STORES", ("first",) if version == 2 else ())
+        with mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1, special_tokens=[7]) as writer:
+            for start, length in zip(STARTS, LENGTHS, strict=True):
+                flags = torch.full((length,), 4 if version == 1 else 8)
+                writer.append(ids[start : start + length], {"a": torch.ones(1, length, 4)}, flags=flags)
+    store = mmcache.open(tmp_path / "acts")
+    first, special = STARTS, np.flatnonzero(ids == 7)
+    assert not set(first) & set(special)
+    view = mmcache.view.norms(store, "a", stop=100)
+    marks = 2 * np.isin(np.arange(100), first) + np.isin(np.arange(100), special)
+    assert view["apart"].tolist() == marks.tolist()
+    apart = mmcache.view.apart(store, "a")
+    assert (apart["first"]["of"], apart["special"]["of"]) == (len(first), len(special))
+    assert mmcache.view.token(store, "a", 0)["flagged"] == (["first"] if version == 2 else [])
+    assert mmcache.view.token(store, "a", 7)["flagged"] == ["special"]
+    assert mmcache.view.row_view(store, "a", 0, -TOTAL)["flagged"] == (["first"] if version == 2 else [])
+    # A bit of the user's own marks nothing.
+    assert mmcache.view.token(store, "a", 1)["flagged"] == []
+    looked = mmcache.view.top(store, "a", 0, 0)["looked"]
+    assert looked == TOTAL - len(special) - (len(first) if version == 2 else 0)

@@ -54,8 +54,8 @@ def hostile(tmp_path_factory):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")  # noqa: S106
     path = tmp_path_factory.mktemp("hostile") / "acts"
     mmcache.extract(
-        small.llama(), tokenizer, [" ".join(WORDS * 3)] * 3, path, sites=("mlp_in",), context_length=24, batch_size=3,
-        shard_tokens=64,
+        small.llama(bos_token_id=None), tokenizer, [" ".join(WORDS * 3)] * 3, path, sites=("mlp_in",),
+        context_length=24, batch_size=3, shard_tokens=64,
     ).close()  # fmt: skip
     return path
 

@@ -86,7 +86,7 @@ def test_a_sequence_without_colours_is_a_token_a_line_with_its_number(store):
     said = told(draw_sequence, view)
     assert re.search(r"not finite +2 tokens", said)
     assert f"median      {np.median(view['values'][np.isfinite(view['values'])]):.4g}" in said
-    assert "*: BOS or special" in said
+    assert "*: bos or special or first, left out of the statistics" in said
 
 
 def test_a_sequence_in_colours_is_its_text_and_each_token_has_its_shade(store):
@@ -94,7 +94,7 @@ def test_a_sequence_in_colours_is_its_text_and_each_token_has_its_shade(store):
     texts = ["a[red]b", "line\n", "\x1b[2J", "z"]
     values = np.array([-2.0, 0.0, 1.0, np.nan])
     data = view.data | {
-        "texts": texts, "values": values, "positions": np.arange(4), "flags": np.array([3, 0, 0, 0]), "tokens": range(4)
+        "texts": texts, "values": values, "positions": np.arange(4), "flags": np.array([7, 0, 0, 8]), "tokens": range(4)
     }  # fmt: skip
     found = told(draw_sequence, View("sequence", "A sequence", "", data), colours=True)
     shown = unstyled(found).split("\n")
@@ -133,7 +133,8 @@ def test_a_token_has_a_line_for_every_layer(store):
 
 
 def test_a_token_that_is_left_out_of_the_statistics_says_so(store):
-    assert "BOS or special: left out of the statistics" in told(draw_token, views.token(store, SITE, 0))
+    told_of = told(draw_token, views.token(store, SITE, 0))
+    assert "bos and special and first: left out of the statistics" in " ".join(told_of.split())
     assert "left out" not in told(draw_token, views.token(store, SITE, 1))
 
 
@@ -177,7 +178,7 @@ WIDE = [
     (draw_find, {"count": FAR, "matches": [ONE], "sequences": 1}),
     (draw_sequence, {
         "by": "value", "document": FAR, "positions": np.array([FAR]), "texts": ["東\x1b[2J" * 20],
-        "flags": np.array([0]), "values": np.array([SMALL]),
+        "flags": np.array([0]), "flag_bits": {"bos": 1}, "values": np.array([SMALL]),
     }),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, OutOfRangeError
+from mmcache.flags import named_flags
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import Look
@@ -47,8 +48,8 @@ def sequence(
         start: from which of its tokens on; 1,024 are shown at most.
         words: the store's tokens as text, if it was read already.
 
-    `data`: `sequence`, `document`, `length`, `start`; and of each token shown `positions`, `tokens`, `texts`, `flags`
-    and `values` `[n]`.
+    `data`: `sequence`, `document`, `length`, `start`; of each token shown `positions`, `tokens`, `texts`, `flags` and
+    `values` `[n]`; and `flag_bits`, the bits of the flags that the store names.
 
     Raises:
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
@@ -86,7 +87,10 @@ def sequence(
 def _texts(look: Look, positions: np.ndarray, words: Words | None) -> dict[str, Any]:
     tokens = look.tokens(positions)
     flags = look.store.read_flags(int(positions[0]), int(positions[-1]) + 1).numpy()
-    return {"tokens": tokens, "texts": (words or Words(look.store)).texts(tokens.tolist()), "flags": flags}
+    return {
+        "tokens": tokens, "texts": (words or Words(look.store)).texts(tokens.tolist()), "flags": flags,
+        "flag_bits": look.store.flag_bits,
+    }  # fmt: skip
 
 
 def _values(look: Look, positions: np.ndarray, by: str, direction: Direction | None) -> np.ndarray:
@@ -115,9 +119,9 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
         context: tokens before and behind it whose text is shown.
         words: the store's tokens as text, if it was read already.
 
-    `data`: `position`, `sequence`, `offset`, `token`, `text`, `before`, `after`, `counts` (in the statistics);
-    `layers`; `norm`, `mean`, `std` `[L]`; `cosine` `[L]`, with the layer before (NaN for the first); and `largest`, for
-    each layer its 10 largest dimensions by magnitude, `dimension` and `value`.
+    `data`: `position`, `sequence`, `offset`, `token`, `text`, `before`, `after`, `flagged` (names), `counts` (in the
+    statistics); `layers`; `norm`, `mean`, `std` `[L]`; `cosine` `[L]`, with the layer before (NaN for the first); and
+    `largest`, for each layer its 10 largest dimensions by magnitude, `dimension` and `value`.
 
     Raises:
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
@@ -135,6 +139,7 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
     largest = np.argsort(-np.nan_to_num(np.abs(rows), nan=np.inf), axis=-1, kind="stable")[:, :_LARGEST]
     data = {
         "site": site, "position": position, "sequence": place.sequence, "offset": place.offset,
+        "flagged": named_flags(int(store.read_flags(position, position + 1)[0]), store.flag_bits),
         "counts": bool(store.counted(position, position + 1)[0]),
         "token": place.token_id, **surroundings(store, position, context, words or Words(store)),
         "layers": look.layers, "norm": norm, "mean": mean, "std": std, "cosine": cosine,

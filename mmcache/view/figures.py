@@ -55,13 +55,16 @@ def _rows_height(rows: int) -> int:
 
 def _health(view: View, style: Style) -> _Parts:
     names = [str(one["layer"]) for one in view["layers"]]
-    kinds = {"non_finite": "rows with NaN or infinity", "zero_rows": "rows of zeros", "n_dead": "dead dimensions"}
+    kinds = {
+        "non_finite": "rows with NaN or infinity", "zero_rows": "rows of zeros", "n_dead": "dead dimensions",
+        "n_far": "rows far from the rest",
+    }  # fmt: skip
     bars = [
         {
             "type": "bar", "name": told, "x": names, "y": np.array([one[kind] for one in view["layers"]]),
             "marker": {"color": colour},
         }
-        for (kind, told), colour in zip(kinds.items(), (style.series[3], style.series[1], style.series[0]), strict=True)
+        for (kind, told), colour in zip(kinds.items(), (style.series[at] for at in (3, 1, 0, 2)), strict=True)
     ]  # fmt: skip
     return bars, {
         "xaxis": _LAYER, "yaxis": {"title": {"text": "how many"}, "rangemode": "tozero"}, "barmode": "group",

@@ -1,4 +1,4 @@
-"""What is wrong with the activations themselves: NaN, infinities, rows of zeros, dimensions that never change."""
+"""What is wrong with the activations: NaN, infinities, rows of zeros, dimensions that never change, rows far off."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from mmcache.shard_statistics import brief_statistics
 from mmcache.view.base import View, written
+from mmcache.view.far import FAR, far_rows
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
@@ -23,13 +24,19 @@ _MOST_SHARDS = 1 << 14
 
 
 def health(store: Store, site: str) -> View:
-    """Say what is wrong with a site's values, and where: from the shards' statistics, no row is read.
+    """Say what is wrong with a site's values, and where: from the shards' statistics.
+
+    Rows are read, within bounds, for the median norm, and where the statistics know of norms over 20 times that.
 
     `data`: `layers`, one record each: `layer`, `rows` (that count), `non_finite` (rows with NaN or infinity),
     `first_non_finite` (a position, or -1), `zero_rows`, `overflow` (values that became infinite in the cast), `dead`
-    (dimensions that are the same in every row, 100 at most, each with its `value`) and `n_dead`; `places`, where rows
-    that are not finite or are all zeros lie: `layer`, `tokens` (from, to before), `non_finite`, `first_non_finite`,
-    `zero_rows`; and `problems`, sentences for people, none if all is well.
+    (dimensions that are the same in every row, 100 at most, each with its `value`), `n_dead` and `n_far` (rows);
+    `places`, where rows that are not finite or are all zeros lie: `layer`, `tokens` (from, to before), `non_finite`,
+    `first_non_finite`, `zero_rows`; `far`, layers of which some rows that count are far from the rest: `layer`,
+    `median`, `max_norm`, `rows` (how many norms are over 20 times the median; at least so many unless `exact`), `first`
+    (position of the first one, or -1), `starts` (how many begin a sequence), `positions` (100 at most), `chunks` (how
+    many inner chunks have such rows) and `tokens` (the first of these, from, to before); `left_out`, how many tokens
+    are flagged `first`, where the store flags them; and `problems`, sentences for people, none if all is well.
 
     Raises:
         UnknownSiteError: there is no such site.
@@ -47,12 +54,18 @@ def health(store: Store, site: str) -> View:
             for one in layers:
                 _recount(one, [place for place in places if place["layer"] == one["layer"]])
         sampled = ", ".join(part for part in (sampled, asked) if part) or None
+    far, asked = far_rows(look, found)
+    sampled = ", ".join(part for part in (sampled, asked) if part) or None
+    for one in layers:
+        one["n_far"] = sum(its["rows"] for its in far if its["layer"] == one["layer"])
+    left_out = {"first": store.n_sequences} if store.manifest.flags_first else {}
+    problems = _problems(layers, places) + [_far(one, flagged=bool(left_out)) for one in far]
     places = [place for one in layers for place in [at for at in places if at["layer"] == one["layer"]][:_MOST]]
     return View(
         "health",
         f"Health of {site}",
         written(health, site),
-        {"site": site, "layers": layers, "places": places, "problems": _problems(layers, places)},
+        {"site": site, "layers": layers, "places": places, "far": far, "left_out": left_out, "problems": problems},
         sampled,
         look.bytes_read,
     )
@@ -137,3 +150,16 @@ def _problems(layers: list[dict[str, Any]], places: list[dict[str, Any]]) -> lis
             more = " …" if one["n_dead"] > 8 else ""
             problems.append(f"{where}: {one['n_dead']:,} dimensions are the same in every row: {listed}{more}")
     return problems
+
+
+def _far(one: dict[str, Any], *, flagged: bool) -> str:
+    """Say in a sentence which rows of a layer are far from the rest."""
+    where, usual = f"layer {one['layer']}", f"{FAR} times the median ({one['median']:.4g})"
+    if not one["rows"]:
+        start, stop = one["tokens"] or (0, 0)
+        return f"{where}: norms up to {one['max_norm']:.4g}, over {usual}, the first at positions {start} to {stop - 1}"
+    said = f"{'' if one['exact'] else 'at least '}{one['rows']:,} rows that count have norms over {usual}"
+    said = f"{where}: {said}, up to {one['max_norm']:.4g}, the first at position {one['first']}"
+    if one["starts"] and not flagged:
+        said += f"; {one['starts']:,} of them are the first tokens of their sequences, which this store does not flag"
+    return said

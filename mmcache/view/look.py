@@ -102,8 +102,8 @@ class Look:
             raise OutOfRangeError(f"positions {start} to {stop} are not in {self.site} (n_tokens={total})")
         return start, stop
 
-    def sample(self) -> Sample:
-        """Choose tokens that count in the statistics, as many as the budget has room for, evenly spread.
+    def sample(self, run: int = _RUN) -> Sample:
+        """Choose tokens that count in the statistics, as many as the budget has room for, in runs evenly spread.
 
         Raises:
             IncompleteError: no shard is there.
@@ -111,17 +111,17 @@ class Look:
         shard, total = self.folder.spec.shard_rows, self.store.n_tokens
         if not len(self.blocks):
             raise IncompleteError(f"{self.site} of {self.store.where}: no shard of the layers asked for is there yet")
-        room = max(_RUN, self.budget // self.record_bytes)
+        room = max(run, self.budget // self.record_bytes)
         runs = [range(int(block) * shard, min((int(block) + 1) * shard, total)) for block in self.blocks]
         there = sum(map(len, runs))
         if there > room:
             # Runs at even distances of what is there, from the first to the last.
             edges = np.concatenate([[0], np.cumsum([len(run) for run in runs])])
-            starts = np.linspace(0, there - _RUN, max(1, room // _RUN)).astype(np.int64)
+            starts = np.linspace(0, there - run, max(1, room // run)).astype(np.int64)
             within = np.searchsorted(edges, starts, side="right") - 1
-            first = [runs[run].start + int(at - edges[run]) for run, at in zip(within, starts, strict=True)]
-            runs = [range(at, min(at + _RUN, runs[run].stop)) for run, at in zip(within, first, strict=True)]
-        positions = np.unique(np.concatenate([np.arange(run.start, run.stop) for run in runs]))
+            first = [runs[one].start + int(at - edges[one]) for one, at in zip(within, starts, strict=True)]
+            runs = [range(at, min(at + run, runs[one].stop)) for one, at in zip(within, first, strict=True)]
+        positions = np.unique(np.concatenate([np.arange(one.start, one.stop) for one in runs]))
         return Sample(positions[self.counted(positions)], len(positions), total)
 
     def counted(self, positions: np.ndarray) -> np.ndarray:

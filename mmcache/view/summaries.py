@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmcache.flags import named_flags
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
@@ -56,15 +57,17 @@ def row_view(store: Store, site: str, layer: int, position: int) -> dict[str, An
     """Show one row: where it lies, what it sums up to, its largest dimensions, and all of its values."""
     row = store[site].get_position(layer, position)
     place = store.locate(position)
+    position %= store.n_tokens
     wide = row.double()
     largest = wide.abs().nan_to_num(nan=torch.inf).topk(min(8, len(row))).indices.tolist()
     return {
         "site": site,
         "layer": layer,
-        "position": position % store.n_tokens,
+        "position": position,
         "sequence": place.sequence,
         "offset": place.offset,
         "token": place.token_id,
+        "flagged": named_flags(int(store.read_flags(position, position + 1)[0]), store.flag_bits),
         **_summary(row[None]),
         "largest": [{"dimension": index, "value": float(wide[index])} for index in largest],
         "values": wide.tolist(),

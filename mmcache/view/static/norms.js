@@ -6,10 +6,11 @@ import { button, controls, field, NO_FIGURE, show, siteSelect } from "./frames.j
 export async function health(context, host) {
   host.append(controls(siteSelect(context)));
   await show(context, host, "health", { site: context.site }, (view, body, figure) => {
-    const { layers, places, problems } = view.data;
+    const { layers, places, far, left_out, problems } = view.data;
     body.append(problems.length
       ? h("ul", { class: "problems", id: "problems" }, problems.map((problem) => h("li", {}, problem)))
-      : h("p", { id: "no-problems" }, "No NaN, no infinities, no rows of zeros, no dead dimensions."));
+      : h("p", { id: "no-problems" }, "No NaN, no infinities, no rows of zeros, no dead dimensions, no rows far from the rest."));
+    if (left_out.first) body.append(h("p", { id: "left-out" }, `${number(left_out.first)} tokens are flagged as the first of their sequence, and left out of the statistics.`));
     const some = (told) => layers.some((row) => told(row) > 0);
     body.append(problems.length ? figure : "", h("h3", {}, "Layers"), table([
       { name: "Layer", kind: "number", of: (row) => row.layer },
@@ -29,6 +30,13 @@ export async function health(context, host) {
       { name: "First at", kind: "number", of: (row) => (row.first_non_finite < 0 ? "" : place(context, row.first_non_finite)) },
       { name: "Rows of zeros", kind: "number", of: (row) => row.zero_rows },
     ], places, { label: "Where rows are not finite, or all zeros" }));
+    if (far.length) body.append(h("h3", {}, "Far from the rest"), table([
+      { name: "Layer", kind: "number", of: (row) => row.layer },
+      { name: "Rows", of: (row) => (row.exact ? "" : "at least ") + number(row.rows) },
+      { name: "Median norm", kind: "number", of: (row) => row.median },
+      { name: "Largest norm", kind: "number", of: (row) => row.max_norm },
+      { name: "First at", kind: "number", of: (row) => (row.first < 0 ? "" : place(context, row.first)) },
+    ], far, { label: "Rows whose norms are over 20 times the median" }));
     return problems.length ? view : NO_FIGURE;
   }, { figure: true });
 }

@@ -54,9 +54,10 @@ function bar(context, by) {
 }
 
 function fillText(context, data, body, choose) {
-  const { positions, texts, values, flags, start, length } = data;
+  const { positions, texts, values, flags, flag_bits, start, length } = data;
+  const left_out = Object.values(flag_bits).reduce((all, bit) => all | bit, 0);
   // First and special tokens have norms that would leave no colours for the others.
-  const apart = positions.map((_, at) => (flags[at] & 3) !== 0 || start + at === 0);
+  const apart = positions.map((_, at) => (flags[at] & left_out) !== 0 || start + at === 0);
   const colours = scale(values.filter((value, at) => !apart[at] && typeof value === "number"), data.by);
   const running = h("p", { class: "text", id: "text" });
   const chosen = Number(context.state.position ?? -1);
@@ -112,7 +113,7 @@ function tokenView(context, host, position) {
       h("p", { class: "context" }, visible(data.before), h("mark", { id: "token-text" }, visible(data.text) || "·"), visible(data.after)),
       facts([
         ["Position", number(data.position)], ["Sequence", `${number(data.sequence)}, token ${number(data.offset)} of it`], ["Token id", String(data.token)],
-        ...(data.counts ? [] : [["Apart", "BOS or special: left out of statistics"]]),
+        ...(data.flagged.length ? [["Flagged", `${data.flagged.join(", ")}: left out of statistics`]] : []),
       ]),
       figure,
       h("h3", {}, "Layers, and their largest dimensions"),
