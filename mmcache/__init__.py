@@ -10,11 +10,20 @@ model and text, `capture` takes activations from one forward pass. README.md sho
 """
 
 import importlib
+import signal
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mmcache.dtypes import register_bfloat16
+# Ctrl-C during the command's imports, which take most of a second, ends it without a traceback: `cli`, the last of
+# them, sets Python's handler again. A program that uses the library keeps its own.
+_named = Path(sys.argv[0]).name == "mmcache" if sys.argv else False
+_run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "mmcache"
+if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from mmcache.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
     from mmcache import cluster, view

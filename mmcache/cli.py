@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from mmcache.signals import Stopped
 from mmcache.visible import visible_lines
 
 __all__ = ["main"]
+
+# From here on commands say how they end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where each command is: only the one that is run is imported, since `info` should not wait for torch.
 _COMMANDS = {

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
 import sys
 
 import click
@@ -129,3 +130,36 @@ def test_a_signal_at_the_very_begin_or_end_of_a_job_is_heeded_or_comes_too_late(
     assert set(ends) == {"outside", 143, "done"}
     assert ends.count(143) > 5
     assert ends[0] == ends[-1] == "outside"
+
+
+@pytest.mark.parametrize(("name", "interrupted"), [("mmcache", True), ("other", False)])
+def test_ctrl_c_ends_the_commands_imports_without_a_traceback_and_leaves_programs_their_own(name, interrupted):
+    script = f"""
+import os, signal, sys
+sys.argv[0] = "/bin/{name}"
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "zarr":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+try:
+    import mmcache
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    expected = (-signal.SIGINT, "") if interrupted else (0, "heard\n")
+    assert (done.returncode, done.stdout) == expected
+    assert done.stderr == ""
+
+
+def test_the_command_has_pythons_handler_again():
+    script = """
+import signal, sys
+sys.argv[0] = "mmcache"
+import mmcache
+assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+import mmcache.cli
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
