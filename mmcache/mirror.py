@@ -19,6 +19,7 @@ import numpy as np
 
 from mmcache.arriving import Arriving, check_copy
 from mmcache.bucket import Bucket
+from mmcache.cache_place import cache_folder, private_folder
 from mmcache.crew import Crew, let_end
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.files import free_bytes, read_file
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from mmcache.draft import Draft
     from mmcache.format import Layout
 
-__all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror", "cache_folder"]
+__all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -53,14 +54,6 @@ _LOCK = ".mirror.lock"
 CHECKSUM_BYTES = 4
 
 
-def cache_folder() -> Path:
-    """Give the folder for what can be fetched again: `$MMCACHE_CACHE`, or `mmcache` where caches go on this system."""
-    chosen = os.environ.get("MMCACHE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcache"
-
-
 class Mirror(ShardObjects):
     """What is here of one store in a bucket. Safe to use from several threads and, one made in each, processes.
 
@@ -75,6 +68,7 @@ class Mirror(ShardObjects):
         StoreNotFoundError: there is no store, or no bucket.
         AccessError, RemoteError: the server refuses, or gives no answer.
         CorruptError: the root is damaged.
+        ArgumentError: the cache is not this user's own.
     """
 
     def __init__(
@@ -88,8 +82,8 @@ class Mirror(ShardObjects):
             cache_bytes = min(_MOST_CACHE, free_bytes(above) // _SHARE)
         if cache_bytes < 1:
             raise ArgumentError(f"cache_bytes is {cache_bytes}: expected what the shards in {above} may take")
-        self.cache = ShardCache(above / "shards", cache_bytes)
-        self.folder = above / "stores" / _digest(self.url)[:16]
+        self.cache = ShardCache(private_folder(above, "shards"), cache_bytes)
+        self.folder = private_folder(above, "stores", _digest(self.url)[:16])
         # Who brings a shard waits for its other parts, and must not take the place of one.
         self._crew, self._streams = Crew(_THREADS, "request"), Crew(STREAMS, "stream")
         self._bringers, self._lock = Crew(STREAMS, "bring"), threading.Lock()

@@ -36,8 +36,8 @@ def open_store(
             they lie in. Far slower where rows are scattered. Without it, a file that is cut short in the course of a
             read ends the process (SIGBUS), and checksums of rows are for `verify` to compare.
         cache_dir: for a store in a bucket, the folder that what comes from there is kept in, which any number of
-            stores and processes may share; None for `$MMCACHE_CACHE`, or the user's cache folder. Shards come no faster
-            than its disk takes them.
+            stores and of the user's processes may share; None for `$MMCACHE_CACHE`, or the user's cache folder. Shards
+            come no faster than its disk takes them.
         cache_bytes: what its shards may take there: those least used go first. None for a quarter of the room that is
             free, up to 64 GiB.
 
@@ -47,7 +47,8 @@ def open_store(
         CorruptError: the metadata is damaged, or shards that were committed are gone and `partial` is false.
         VersionError: a format version that this library does not read.
         AccessError, RemoteError: object storage refuses, or gives no answer.
-        ArgumentError: a cache for a store that is no address, or obstore is not installed.
+        ArgumentError: a cache for a store that is no address, or that is another user's or for everybody to write to;
+            obstore is not installed.
     """
     place = placed(path)
     if isinstance(place, str):

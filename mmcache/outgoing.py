@@ -13,6 +13,7 @@ from mmcache.addresses import is_url
 from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
 from mmcache.bucket_listing import read_planned
+from mmcache.cache_place import cache_folder, private_folder
 from mmcache.claims import STAGING, Claims
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
@@ -20,7 +21,6 @@ from mmcache.files import free_bytes
 from mmcache.format import Layout
 from mmcache.lock import FolderLock
 from mmcache.manifest import read_manifest
-from mmcache.mirror import cache_folder
 from mmcache.opening import open_store
 from mmcache.room import bytes_to_write
 from mmcache.summary import load_summary, save_summary
@@ -90,7 +90,7 @@ class Outgoing:
         self._bucket = Bucket(url)
         self.url, self.folder = self._bucket.url, staging_folder(self._bucket.url, staging)
         self._here = BucketFolder(self._bucket, self.folder)
-        self._asked, self._block = staging_bytes, 0
+        self._asked, self._block, self._staging = staging_bytes, 0, staging
         self._claims: Claims | None = None
         self._made: Uploads | None = None
         self._planned: Manifest | None = None
@@ -130,6 +130,8 @@ class Outgoing:
             StoreExistsError: folder or prefix hold something else.
             MmcacheError: what `open_plan` raises, and `BucketFolder.fetch`.
         """
+        if self._staging is None:
+            private_folder(cache_folder(), "staging")
         self._here.mark()
         self._claims = self._claims or Claims(self.folder)
         self._made = self._made or Uploads(self._bucket, self.folder, self._claims)

@@ -22,7 +22,7 @@ ORDER = [
     "addresses", "errors", "connection", "retries", "bucket", "units", "html", "dtypes", "geometry", "format", "memory",
     "buffers",
     "page_cache", "dlpack", "syscalls", "descriptor", "held", "crew", "aio", "runs", "scatter", "direct", "window",
-    "files", "draft", "lock", "claims", "copy_records",
+    "files", "draft", "lock", "claims", "cache_place", "copy_records",
     "shard_cache", "kernel", "sums", "statistics", "signed", "names", "features",
     "flags", "frame", "user_metadata", "manifest",
     "listing", "landing", "shard_objects", "shard_bytes", "arriving", "metadata_copies", "mirror", "tokenizer_file",

@@ -22,7 +22,7 @@ from mmcache.arriving import Arriving
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNotFoundError
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.manifest import read_manifest
-from mmcache.mirror import CHECKSUM_BYTES, Mirror, cache_folder
+from mmcache.mirror import CHECKSUM_BYTES, Mirror
 from mmcache.shard_bytes import FileBytes, ObjectBytes
 from mmcache.shard_objects import ShardObjects
 from mmcache.shards import ShardFolder
@@ -207,14 +207,6 @@ print(sum(1 for _ in mirror.folder.rglob("c.*")), len(mirror.fetch_later(len, "a
     again = pickle.loads(pickle.dumps(mirrors[0]))  # noqa: S301 -- ours
     assert (again.folder, again.cache.folder) == (mirrors[0].folder, mirrors[0].cache.folder)
     assert remote.tidy(tmp_path / "cache")
-
-
-def test_the_cache_is_where_it_is_said(monkeypatch, tmp_path):
-    monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "ours"))
-    assert cache_folder() == tmp_path / "ours"
-    monkeypatch.delenv("MMCACHE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "mmcache"
 
 
 def test_a_shard_comes_once_for_all_who_want_it(url, made, s3_proxy, tmp_path):
