@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import secrets
+import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmcache.addresses import SCHEMES, address, is_url
 from mmcache.connection import client_library, connect
-from mmcache.errors import ArgumentError, CorruptError, MmcacheError, RemoteError, StoreNotFoundError
-from mmcache.retries import short_answer, try_again
+from mmcache.errors import ArgumentError, MmcacheError, RemoteError, StoreNotFoundError
+from mmcache.local_objects import LocalObjects
+from mmcache.object_names import UPLOADS, ObjectNames
+from mmcache.object_reads import ObjectReads
+from mmcache.retries import try_again
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["Bucket"]
@@ -31,15 +34,11 @@ T = TypeVar("T")
 PATIENCE = 120.0
 # What is sent in one request, and in how many parts at a time.
 PART_BYTES, _PARTS = 8 << 20, 4
-# What is handed on at a time of what comes: memory that is used again is far quicker than fresh memory.
-_PIECE_BYTES = 2 << 20
-# Objects that are listed at a time.
-_LISTED = 5000
-# Where objects lie until they are whole: a name that nothing reads.
-_UPLOADS = ".uploads"
+# Keys that are named in a warning.
+_SHOWN = 5
 
 
-class Bucket:
+class Bucket(ObjectReads):
     """The objects below one prefix. Safe to use from several threads, but not in a process that was forked.
 
     Credentials and endpoints are found as each ecosystem does: for S3 the AWS_… variables, and through boto3 profiles,
@@ -58,15 +57,23 @@ class Bucket:
             raise ArgumentError(f"{url!r}: expected an address, such as s3://bucket/acts ({', '.join(SCHEMES)})")
         self.url = address(url).rstrip("/")
         self._obstore = client_library()
-        self._store = connect(self.url, self._obstore, PATIENCE)
+        self._local = LocalObjects(self.url) if self.url.startswith("file:") else None
+        self._client: Any = None
+        if self._local is None or self._local.is_there:
+            self._client = connect(self.url, self._obstore, PATIENCE)
+        self._names = ObjectNames(self.url, self._obstore, lambda: self._store, self._again)
         self._process = os.getpid()
+
+    @property
+    def _store(self) -> Any:
+        if self._client is None:
+            if self._local is not None and not self._local.is_there:
+                raise StoreNotFoundError(2, "there is no such folder", self.url)
+            self._client = connect(self.url, self._obstore, PATIENCE)
+        return self._client
 
     def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
         return Bucket, (self.url,)
-
-    def where(self, key: str) -> str:
-        """Give the address of an object."""
-        return f"{self.url}/{key}"
 
     def names(self, under: str = "") -> Iterator[list[tuple[str, int, str | None]]]:
         """List the objects whose keys begin with the folder `under`: (key, bytes, tag), some thousands at a time.
@@ -76,132 +83,35 @@ class Bucket:
         Raises:
             StoreNotFoundError, AccessError, RemoteError: there is no such bucket; no right to list it; no answer.
         """
-        listing: Any = None
-        given, more = 0, True
-
-        def some() -> list[tuple[str, int, str | None]]:
-            nonlocal listing, given, more
-            # One that fails is not gone on with; the new one has to come further than it, or patience never ends.
-            going, listing, skipped = listing, None, 0
-            if going is None:
-                going, skipped = self._obstore.list(self._store, under or None, chunk_size=_LISTED), given
-            batches = list(itertools.islice(going, skipped + 1))
-            listing, given, more = going, given + 1, len(batches) > skipped
-            return [(entry["path"], entry["size"], entry["e_tag"]) for batch in batches for entry in batch]
-
-        while more:
-            found = self._again(f"{self.url}/{under}", some)
-            if batch := [entry for entry in found if not entry[0].startswith(_UPLOADS)]:
+        if self._local is not None and not self._local.is_there:
+            return
+        for found in self._names.batches(under):
+            if batch := [entry for entry in found if not entry[0].startswith(UPLOADS)]:
                 yield batch
 
-    def size(self, key: str, alive: Callable[[], None] = lambda: None) -> int:
-        """Give the bytes of an object; `alive` as in `upload`. Raises StoreNotFoundError and the others of `read`."""
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Keys that no client addresses, as far as objects were listed: nothing reads them, and they hide no others."""
+        return tuple(sorted(self._names.refused))
 
-        def look() -> int:
-            alive()
-            return int(self._obstore.head(self._store, key)["size"])
-
-        return self._again(self.where(key), look)
-
-    def read(self, key: str, start: int, stop: int) -> memoryview:
-        """Read the bytes from `start` to before `stop` of an object: exactly so many; blocks until they are there.
-
-        Raises:
-            StoreNotFoundError: there is no such object, or no such bucket.
-            CorruptError: it ends before `stop`.
-            AccessError: no right to it.
-            RemoteError: the server gave no whole answer in all the time that there was.
-        """
-        if start == stop:
-            return memoryview(b"")
-
-        def get() -> memoryview:
-            found = memoryview(self._obstore.get_range(self._store, key, start=start, end=stop))
-            if len(found) != stop - start:
-                raise short_answer(len(found), stop - start)
-            return found
-
-        return self._again(self.where(key), get, lambda: self._check_size(key, stop))
-
-    def stream(self, key: str, start: int, stop: int) -> Iterator[memoryview]:
-        """Read the bytes from `start` to before `stop` of an object, some megabytes at a time as they come.
-
-        What breaks off goes on from there. Blocks until the next are there; errors as `read`.
-        """
-        return self._stream(key, start, stop, None)
-
-    def whole(self, key: str) -> tuple[int, Generator[memoryview]]:
-        """Read a whole object as `stream` does, in one request, and give its size; blocks until that is known."""
-
-        def begin() -> tuple[int, Iterator[Any]]:
-            # An answer to a range says how long the object is, whatever of it comes.
-            answer = self._obstore.get(self._store, key, options={"range": {"offset": 0}})
-            return answer.meta["size"], iter(answer.stream(min_chunk_size=_PIECE_BYTES))
-
-        size, coming = self._again(self.where(key), begin, lambda: self._check_size(key, 1))
-        return size, self._stream(key, 0, size, coming)
-
-    def _stream(self, key: str, start: int, stop: int, coming: Iterator[Any] | None) -> Generator[memoryview]:
-        """As `stream`; `coming` has begun already."""
-        at = start
-
-        def more() -> memoryview:
-            nonlocal coming
-            # One that fails is not gone on with.
-            stream, coming = coming, None
-            if stream is None:
-                answer = self._obstore.get(self._store, key, options={"range": (at, stop)})
-                stream = iter(answer.stream(min_chunk_size=_PIECE_BYTES))
-            data = next(stream, None)
-            if data is None or len(data) > stop - at:
-                raise short_answer(at - start + len(data or b""), stop - start)
-            coming = stream
-            return memoryview(data)
-
-        while at < stop:
-            data = self._again(self.where(key), more, lambda: self._check_size(key, stop))
-            at += len(data)
-            yield data
-
-    def read_head(self, key: str, count: int) -> tuple[bytes, int]:
-        """Read the first `count` bytes of an object, or all where it has fewer, and give its size. Errors as `read`."""
-
-        def empty() -> None:
-            self._check_size(key, 1)
-
-        def get() -> tuple[bytes, int]:
-            result = self._obstore.get(self._store, key, options={"range": (0, count)})
-            size, data = result.meta["size"], bytes(result.bytes())
-            if len(data) != min(count, size):
-                raise short_answer(len(data), min(count, size))
-            return data, size
-
-        return self._again(self.where(key), get, empty)
-
-    def read_whole(self, key: str, limit: int) -> bytes:
-        """Read a whole object of at most `limit` bytes. Errors as `read`; CorruptError if it is larger."""
-        return self.read_tagged(key, limit)[0]
-
-    def read_tagged(self, key: str, limit: int) -> tuple[bytes, str | None]:
-        """Read a whole object as `read_whole`, and give its tag too, as `names` does."""
-
-        def get() -> tuple[bytes, str | None]:
-            result = self._obstore.get(self._store, key)
-            size = result.meta["size"]
-            if size > limit:
-                raise CorruptError(f"{self.where(key)} is larger than the {limit} bytes such an object can have")
-            data = bytes(result.bytes())
-            if len(data) != self._obstore.head(self._store, key)["size"]:
-                raise short_answer(len(data), size)
-            return data, result.meta["e_tag"]
-
-        return self._again(self.where(key), get)
+    def warn_of(self, keys: Sequence[str]) -> None:
+        """Warn the caller's caller of keys that no store has."""
+        if keys:
+            more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            warnings.warn(
+                f"{self.url} has keys that no store has: {', '.join(map(repr, keys[:_SHOWN]))}{more}. Nothing reads "
+                f"them; remove these objects",
+                stacklevel=3,
+            )
 
     def put(self, key: str, data: bytes, alive: Callable[[], None] = lambda: None, *, replace: bool = True) -> bool:
         """Make a small object, whole or not at all; False if it is there already and may not be replaced.
 
         `alive` as in `upload`. Errors as `read`.
         """
+        if self._local is not None:
+            # As what is large: a file that has its name is durable.
+            return self._upload(key, lambda whole: self._put_whole(whole, key, data), alive, replace=replace)
         mode = "overwrite" if replace else "create"
 
         def put() -> bool:
@@ -213,7 +123,7 @@ class Bucket:
                 return False
             # It is ours from here on: what arrived damaged is replaced, not taken for somebody else's.
             mode = "overwrite"
-            self._compare(key, key, [data], made["e_tag"], len(data))
+            self._compare(key, key, data, made["e_tag"])
             return True
 
         return self._again(self.where(key), put)
@@ -230,15 +140,23 @@ class Bucket:
         """
         if file.stat().st_size <= PART_BYTES:
             return self.put(key, file.read_bytes(), alive, replace=replace)
+        return self._upload(key, lambda whole: self._send(whole, key, file, alive), alive, replace=replace)
+
+    def _upload(self, key: str, send: Callable[[str], None], alive: Callable[[], None], *, replace: bool) -> bool:
+        """Make an object of one that `send` makes under a name that nothing reads."""
         # In a fork, what tidies up would wait for ever.
         self.check_process(self.where(key))
-        whole = f"{_UPLOADS}/{secrets.token_hex(8)}"
+        whole = f"{UPLOADS}/{secrets.token_hex(8)}"
+        if self._local is not None:
+            self._local.make()
+            for name in (whole, key):
+                self._local.prepare(name)
 
         def upload() -> bool:
             alive()
             try:
-                self._send(whole, key, file, alive)
-                self._obstore.copy(self._store, whole, key, overwrite=replace)
+                send(whole)
+                self._place(whole, key, replace=replace)
             except self._obstore.exceptions.AlreadyExistsError:
                 return False
             return True
@@ -249,6 +167,19 @@ class Bucket:
             # Litter at worst, which nothing reads.
             with contextlib.suppress(MmcacheError, OSError, self._obstore.exceptions.BaseError):
                 self._obstore.delete(self._store, whole)
+
+    def _place(self, whole: str, key: str, *, replace: bool) -> None:
+        """Give a whole object its name."""
+        if self._local is None:
+            self._obstore.copy(self._store, whole, key, overwrite=replace)
+            return
+        self._local.sync(whole)
+        self._obstore.rename(self._store, whole, key, overwrite=replace)
+        self._local.sync_name(key)
+
+    def _put_whole(self, whole: str, key: str, data: bytes) -> None:
+        made = self._obstore.put(self._store, whole, data, use_multipart=False)
+        self._compare(whole, key, data, made["e_tag"])
 
     def _send(self, whole: str, key: str, file: Path, alive: Callable[[], None]) -> None:
         digests: list[bytes] = []
@@ -275,10 +206,10 @@ class Bucket:
             if hashlib.md5(found, usedforsecurity=False).digest() != digest:
                 raise RemoteError(f"{self.where(key)}: from byte {start} on, what arrived is not what {file} has")
 
-    def _compare(self, whole: str, key: str, parts: Sequence[bytes], tag: str | None, size: int) -> None:
+    def _compare(self, whole: str, key: str, data: bytes, tag: str | None) -> None:
         """Compare what the server has with what it was sent: by its tag, where that is an MD5, or by reading it."""
-        digest = hashlib.md5(parts[0], usedforsecurity=False).hexdigest()
-        if (tag or "").strip('"') == digest or bytes(self.read(whole, 0, size)) == parts[0]:
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if (tag or "").strip('"') == digest or bytes(self.read(whole, 0, len(data))) == data:
             return
         raise RemoteError(f"{self.where(key)}: what arrived is not what was sent")
 
@@ -293,13 +224,10 @@ class Bucket:
                 for key in some if len(some) > 1 else ():
                     delete([key])
 
+        if self._local is not None:
+            self._local.check(keys)
         for start in range(0, len(keys), 1000):
             delete(list(keys[start : start + 1000]))
-
-    def _check_size(self, key: str, stop: int) -> None:
-        size = self.size(key)
-        if size < stop:
-            raise CorruptError(f"{self.where(key)} has {size} bytes, at least {stop} belong there: make it again")
 
     def check_process(self, where: str = "") -> None:
         """Raise RemoteError in a process that was forked: neither connections nor threads have come along."""

@@ -7,7 +7,6 @@ truth: what it does not have is missing, whatever is here.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import time
 from contextlib import suppress
@@ -21,6 +20,7 @@ from mmcache.crew import Crew
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreExistsError
 from mmcache.files import list_names, make_folder, read_file, remove_file, remove_tree
+from mmcache.listed import Listed
 from mmcache.listing import in_order, present_shards
 from mmcache.manifest import is_store, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
@@ -265,7 +265,7 @@ class BucketFolder:
 
     def fetch_statistics(self) -> None:
         """Bring the merged statistics that the bucket has. Errors as `fetch`."""
-        for key, _, _ in itertools.chain.from_iterable(self.bucket.names(STATISTICS_FOLDER)):
+        for key in Listed(self.bucket, STATISTICS_FOLDER).metadata:
             make_folder((self.folder / key).parent)
             publish(self.folder / key, self.bucket.read_whole(key, METADATA_LIMIT), durable=False)
 

@@ -73,7 +73,7 @@ def connect(url: str, obstore: ModuleType, patience: float) -> Any:
         AccessError: there are no credentials.
     """
     if url.startswith("file://"):
-        return _made(url, obstore, {"mkdir": True})
+        return _made(url, obstore, {})
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=_CONNECT),
         "read_timeout": timedelta(seconds=_SILENCE),

@@ -19,7 +19,8 @@ class Finding:
         kind: `"missing"`: it is not there. `"unreadable"`: the system refuses to read it. `"foreign"`: it is not the
             shard that belongs there: cut short or extended, with a damaged header, moved, another store's, or no plain
             file. `"damaged"`: bytes that do not match their checksum. `"metadata"`: a `zarr.json` or the merged
-            statistics. `"sequences"`: they do not follow each other. `"unexpected"`: a shard that no plan knows.
+            statistics. `"sequences"`: they do not follow each other. `"unexpected"`: a shard that no plan
+            knows, or a key of a bucket that no store has.
         file: which, from the store's folder.
         what: what was found, and what was expected.
         array: the site, or `tokens`, `flags` or `sequences`; None for the store's own files.

@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 from pathlib import Path
@@ -19,8 +18,9 @@ import crc32c
 from mmcache.draft import publish
 from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
 from mmcache.files import list_names, make_folder, read_file, remove_file
+from mmcache.listed import FOLDERS, Listed, is_metadata
 from mmcache.manifest import read_manifest
-from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
+from mmcache.names import RESERVED
 from mmcache.signed import ROOT
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ __all__ = ["MetadataCopies"]
 _LIMIT = 256 << 20
 # Of each copy: the object's tag, and the size and checksum of what came.
 _NOTES = ".tags.json"
-_FOLDERS, _DEEPEST = (STATISTICS_FOLDER, TOKENIZER_FOLDER), 8
 
 
 class MetadataCopies:
@@ -49,6 +48,9 @@ class MetadataCopies:
 
     def __init__(self, bucket: Bucket, folder: Path, submit: Callable[..., Future[bytes]]) -> None:
         self._bucket, self._folder, self._submit = bucket, folder, submit
+        # Keys that no store has, and the root's tags by a listing and by reading it, where they were not the same.
+        self.strange: tuple[str, ...] = ()
+        self._disagreed: tuple[str | None, str | None] | None = None
         make_folder(folder)
 
     def refresh(self, *, again: bool = False) -> str:
@@ -70,31 +72,37 @@ class MetadataCopies:
 
     def _refreshed(self) -> str | None:
         """As `refresh`; None where another root came meanwhile, which may name shards that were not listed."""
-        listed = self._listed()
-        metadata = listed.pop("")
+        found = Listed(self._bucket)
+        metadata = found.metadata
         if ROOT not in metadata:
             raise StoreNotFoundError(
                 2, "no mmcache store there (a store is a prefix with a zarr.json)", self._bucket.url
             )
         known = self._notes()
         wanted = [key for key, tag in metadata.items() if not self._is_whole(key, tag, known.get(key))]
-        for key in {*filter(_is_metadata, known), *self._below()} - metadata.keys():
+        for key in {*filter(is_metadata, known), *self._below()} - metadata.keys():
             remove_file(self._inside(key))
         notes = {key: known[key] for key in metadata.keys() - set(wanted)}
         # The root comes last: what it names is here then.
         others = [key for key in wanted if key != ROOT]
         for key, coming in [(key, self._submit(self._bucket.read_whole, key, _LIMIT)) for key in others]:
-            notes[key] = self._keep(key, metadata[key], coming.result())
+            try:
+                notes[key] = self._keep(key, metadata[key], coming.result())
+            except StoreNotFoundError:
+                # It has just gone, or there is a slash behind its key, which the client does not say.
+                found.strange.append(key)
         if ROOT in wanted:
             root, tag = self._bucket.read_tagged(ROOT, _LIMIT)
-            if tag != metadata[ROOT]:
+            if tag != metadata[ROOT] and self._disagreed != (metadata[ROOT], tag):
+                self._disagreed = metadata[ROOT], tag
                 return None
             notes[ROOT] = self._keep(ROOT, tag, root)
         with self.naming():
             manifest = read_manifest(self._folder)
         publish(self._folder / _NOTES, json.dumps(notes).encode())
         for array in (*manifest.sites, *RESERVED):
-            self._name_shards(array, set(listed.get(array, ())))
+            self._name_shards(array, found.shards.get(array, set()))
+        self.strange = (*self._bucket.refused, *found.strange)
         return manifest.store
 
     def _notes(self) -> dict[str, list[Any]]:
@@ -119,11 +127,11 @@ class MetadataCopies:
 
     def _below(self) -> Iterator[str]:
         """Name the copies in folders of which not every name is known."""
-        for name in _FOLDERS:
+        for name in FOLDERS:
             for folder, _, files in os.walk(self._inside(f"{name}/").parent / name):
                 for file in files:
                     key = Path(folder, file).relative_to(self._folder).as_posix()
-                    if _is_metadata(key):
+                    if is_metadata(key):
                         yield key
 
     def _inside(self, key: str) -> Path:
@@ -142,20 +150,6 @@ class MetadataCopies:
         except CorruptError as error:
             raise type(error)(str(error).replace(str(self._folder), self._bucket.url)) from error
 
-    def _listed(self) -> dict[str, dict[str, str | None]]:
-        """List the bucket: of each array the names of its shards, and under "" the tags of the metadata."""
-        found: dict[str, dict[str, str | None]] = {"": {}}
-        for key, _, tag in itertools.chain.from_iterable(self._bucket.names()):
-            parts = key.split("/")
-            if len(parts) == 2 and parts[1].startswith("c.") and all(map(_is_name, parts)):
-                found.setdefault(parts[0], {})[parts[1]] = None
-            elif _is_metadata(key):
-                found[""][key] = tag
-        # What is a folder here, too, is an object that stands for a folder, as some tools make.
-        above = {"/".join(key.split("/")[:depth]) for key in found[""] for depth in range(1, key.count("/") + 1)}
-        found[""] = {key: tag for key, tag in found[""].items() if key not in above}
-        return found
-
     def _name_shards(self, array: str, there: set[str]) -> None:
         """Make an empty file for each shard that the bucket has, and for no other."""
         folder = self._inside(f"{array}/").parent / array
@@ -170,15 +164,3 @@ class MetadataCopies:
 
 def _note(tag: str | None, data: bytes) -> list[Any]:
     return [tag, len(data), crc32c.crc32c(data)]
-
-
-def _is_name(part: str) -> bool:
-    """Whether a part of a key can be the name of a file of a store."""
-    return part.isprintable() and part[:1] not in ("", ".") and len(part.encode()) < 256
-
-
-def _is_metadata(key: str) -> bool:
-    """Whether an object with such a key is metadata of a store."""
-    parts = key.split("/")
-    known = (parts[-1] == ROOT and len(parts) <= 2) or (parts[0] in _FOLDERS and 1 < len(parts) <= _DEEPEST)
-    return known and all(map(_is_name, parts))

@@ -117,6 +117,11 @@ class Mirror(ShardObjects):
         with self._lock:
             self._coming -= 1
 
+    @property
+    def strange(self) -> tuple[str, ...]:
+        """Keys in the bucket that no store has, in order; nothing reads them."""
+        return self._metadata.strange
+
     def reread(self, read: Callable[[], T]) -> T:
         """What is read of the metadata here; where it is damaged, read once more from copies that were just fetched."""
         with contextlib.suppress(CorruptError):

@@ -53,6 +53,7 @@ def open_store(
     place = placed(path)
     if isinstance(place, str):
         mirror = Mirror(place, cache_dir, cache_bytes)
+        mirror.bucket.warn_of(mirror.strange)
         return _opened(mirror.folder, mirror, partial=partial, check=check)
     if cache_dir is not None or cache_bytes is not None:
         raise ArgumentError(f"{path} is a folder, and needs no cache: cache_dir and cache_bytes are for addresses")

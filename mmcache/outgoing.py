@@ -150,6 +150,7 @@ class Outgoing:
         finally:
             lock.release()
         self._planned = manifest
+        self._bucket.warn_of(self._bucket.refused)
         return manifest
 
     def _compare(self, ours: Manifest, theirs: Manifest) -> None:

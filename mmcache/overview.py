@@ -38,7 +38,7 @@ def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
         AccessError, RemoteError: object storage refuses, or gives no answer.
     """
     place = placed(path)
-    folder = Mirror(place).folder if isinstance(place, str) else place
+    folder = _folder(place) if isinstance(place, str) else place
     where = str(place)
     manifest = read_manifest(folder)
     if manifest.kind == "planned" and manifest.n_tokens is None:
@@ -60,6 +60,12 @@ def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
         "metadata": manifest.metadata,
         "source": manifest.source,
     }
+
+
+def _folder(url: str) -> Path:
+    mirror = Mirror(url)
+    mirror.bucket.warn_of(mirror.strange)
+    return mirror.folder
 
 
 def _site(folder: Path, manifest: Manifest, site: str) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def push(
     carrier.plan(arrays, blocks)
     carrier.copy(arrays)
     written = sum(len(data) for key, data in metadata(folder, manifest, names) if place.write(key, data))
+    bucket.warn_of(bucket.refused)
     # Others may have pushed other sites meanwhile.
     written += _commit(place, root(), manifest, text)
     return Transferred(str(folder), bucket.url, carrier.copied, carrier.there, carrier.bytes + written, carrier.missing)
@@ -192,6 +193,7 @@ def pull(
         target = FolderPlace(folder)
         written = sum(len(data) for key, data in metadata(scratch, manifest, names) if target.write(key, data))
         written += _commit(target, root, manifest, text)
+    bucket.warn_of(bucket.refused)
     return Transferred(bucket.url, str(folder), carrier.copied, carrier.there, carrier.bytes + written, carrier.missing)
 
 

@@ -131,6 +131,8 @@ class _Verification:
             crew.close()
         if self._manifest.has_tokens and not any(finding.array == "sequences" for finding in self._findings):
             self._check_sequences()
+        for key in () if self._remote is None else self._remote.strange:
+            self._find("unexpected", key, "no store has such a key, and nothing reads it: remove the object")
         self._check_summaries()
         self._check_tokenizer()
         return Report(self._where, self._level, tuple(self._findings), self._shards, self._bytes)

@@ -112,9 +112,14 @@ class S3Server:
             self.client().abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
         for page in list(pages):
-            keys = [{"Key": entry["Key"]} for entry in page.get("Contents", ())]
-            if keys:
-                self.client().delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
+            keys = [entry["Key"] for entry in page.get("Contents", ())]
+            # Of several at a time, moto reads the names as XML.
+            plain = [{"Key": key} for key in keys if key.isprintable()]
+            if plain:
+                self.client().delete_objects(Bucket=self.bucket, Delete={"Objects": plain, "Quiet": True})
+            for key in keys:
+                if not key.isprintable():
+                    self.client().delete_object(Bucket=self.bucket, Key=key)
 
     def log(self):
         """Give what the server wrote on stderr."""

@@ -11,7 +11,7 @@ import pytest
 import s3
 from support import FORKS, forked
 
-from mmcache import bucket
+from mmcache import bucket, object_names, object_reads
 from mmcache.bucket import Bucket
 from mmcache.errors import AccessError, CorruptError, RemoteError, StoreNotFoundError
 
@@ -186,7 +186,7 @@ def test_what_arrives_damaged_is_sent_again_or_told(place, large, monkeypatch, r
 
 def test_a_listing_comes_in_pages(monkeypatch):
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
-    monkeypatch.setattr(bucket, "_LISTED", 10)
+    monkeypatch.setattr(object_names, "_LISTED", 10)
     monkeypatch.setattr(bucket, "PATIENCE", 0.5)
     with s3.serve_s3() as server, s3.FaultProxy(server.host, server.port) as proxy:
         for name, value in server.env(proxy.endpoint).items():
@@ -293,7 +293,7 @@ def test_a_stream_that_is_cut_goes_on_from_where_it_was(s3_proxy, s3_server):
         assert starts == sorted(set(starts))
         assert len(starts) == cut + 1
         # What came, less than a piece before each cut, did not come again.
-        assert len(LARGE) <= s3_proxy.bytes_sent() <= len(LARGE) + cut * bucket._PIECE_BYTES
+        assert len(LARGE) <= s3_proxy.bytes_sent() <= len(LARGE) + cut * object_reads._PIECE_BYTES
 
 
 def test_a_server_that_is_gone_for_a_second_holds_up_but_breaks_nothing(s3_proxy, s3_server, large, monkeypatch):
