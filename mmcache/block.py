@@ -68,13 +68,14 @@ class Block:
         self._shards: dict[tuple[str, int], ShardWriter] = {}
         try:
             for site in manifest.sites:
-                make_folder(path / site)
+                make_folder(path, site)
                 spec = manifest.spec(site)
                 for slot in manifest.slots(site):
                     if only is not None and (site, slot) not in only:
                         continue
                     self._shards[site, slot] = ShardWriter(
-                        path / site / manifest.shard_key(site, number, slot),
+                        path,
+                        f"{site}/{manifest.shard_key(site, number, slot)}",
                         spec,
                         manifest.shard_metadata(site, number, slot, ids),
                         self.first,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmcache.beneath import make_empty
 from mmcache.bucket_listing import METADATA_LIMIT, Listing, is_column, manifest_of, read_root, shard_numbers
 from mmcache.claims import MARKER, STAGING, is_staging
 from mmcache.crew import Crew
@@ -23,7 +24,7 @@ from mmcache.files import list_names, make_folder, read_file, remove_file, remov
 from mmcache.listed import Listed
 from mmcache.listing import in_order, present_shards
 from mmcache.manifest import is_store, read_manifest
-from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
+from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.signed import ROOT
 from mmcache.tokenizer_file import TOKENIZER
 
@@ -43,7 +44,7 @@ _LIST_AGAIN, _SHARE = 10.0, 50
 # Seconds by which clocks of files and of processes may differ.
 _CLOCKS = 0.1
 # What the bucket's root was when it was last seen: a bucket that had one, and has none, was emptied.
-_SEEN = "seen"
+_SEEN = f"{STAGING}/seen"
 
 
 class BucketFolder:
@@ -56,7 +57,6 @@ class BucketFolder:
 
     def __init__(self, bucket: Bucket, folder: Path) -> None:
         self.bucket, self.folder = bucket, folder
-        self._seen = folder / STAGING / _SEEN
         self._root: bytes | None = None
         self._manifest: Manifest | None = None
         # Shards that the bucket had when it was fetched, and the plan's files that are equal to its objects.
@@ -64,26 +64,27 @@ class BucketFolder:
         self._equal: dict[str, tuple[int, ...]] = {}
         self._next = 0.0
 
-    def mark(self) -> None:
-        """Make the folder, and say in it whose it is.
+    def mark(self, sites: Collection[str]) -> None:
+        """Make the folder, and say in it whose it is; `sites` are those that the job makes.
 
         Raises:
             StoreExistsError: it is another store's, or holds something else.
-            WriteError: it cannot be made.
+            LinkError: a file or folder of it is a symbolic link.
+        WriteError: it cannot be made.
         """
-        marker = self.folder / STAGING / MARKER
+        check_no_links(self.folder, sites)
         # Before the marker is looked for: another process may be making the folder at this moment, the marker first.
         names = set(list_names(self.folder))
         if is_staging(self.folder):
-            said = read_file(marker, METADATA_LIMIT).decode(errors="replace").strip()
+            said = read_file(self.folder / STAGING / MARKER, METADATA_LIMIT).decode(errors="replace").strip()
             if said == self.bucket.url:
                 return
             why = f"this is the staging folder of {said}, not of {self.bucket.url}"
         elif names - {STAGING} or (self.folder.exists() and not self.folder.is_dir()):
             why = f"this holds something else: what is made for {self.bucket.url} needs a folder of its own"
         else:
-            make_folder(marker.parent)
-            publish(marker, f"{self.bucket.url}\n".encode())
+            make_folder(self.folder, STAGING)
+            publish(self.folder, f"{STAGING}/{MARKER}", f"{self.bucket.url}\n".encode())
             return
         raise StoreExistsError(errno.EEXIST, f"{why}: choose another with --staging (staging=…)", str(self.folder))
 
@@ -101,9 +102,10 @@ class BucketFolder:
         """
         listed = self._listed(sites)
         self._root, self._manifest, self._there = listed.root, listed.manifest, listed.there
+        check_no_links(self.folder, () if self._manifest is None else self._manifest.sites)
         listed.refuse(self.bucket, sites)
         if self._root is None or self._manifest is None:
-            if self._seen.exists():
+            if (self.folder / _SEEN).exists():
                 self.forget()
             if is_store(self.folder) and (manifest := read_manifest(self.folder)).n_tokens is not None:
                 self._name_shards(manifest, {}, ours=True)
@@ -112,8 +114,8 @@ class BucketFolder:
         ours = here == self._root or self._is_this_plan(here)
         _together(lambda key: self._fetch_file(key, listed.plan[key], trusted=here == self._root), listed.plan)
         if here != self._root:
-            publish(self.folder / ROOT, self._root)
-        publish(self._seen, self._root)
+            publish(self.folder, ROOT, self._root)
+        publish(self.folder, _SEEN, self._root)
         if self._manifest.n_tokens is None:
             return []
         return self._name_shards(self._manifest, listed.there, ours=ours)
@@ -139,9 +141,10 @@ class BucketFolder:
         file = self.folder / key
         if not trusted or not file.exists() or file.stat().st_size != size:
             data = self.bucket.read_whole(key, METADATA_LIMIT)
-            make_folder(file.parent)
-            remove_drafts(file.parent)
-            publish(file, data)
+            above = key.rpartition("/")[0]
+            make_folder(self.folder, above)
+            remove_drafts(self.folder, above)
+            publish(self.folder, key, data)
         self._equal[key] = _identity(file)
 
     def _name_shards(self, manifest: Manifest, there: dict[str, np.ndarray], *, ours: bool) -> list[str]:
@@ -159,7 +162,7 @@ class BucketFolder:
                 if inside and size and ours and not wanted[slot, block]:
                     unsent.append(f"{site}/{name}")
                 elif not inside or size or not wanted[slot, block]:
-                    remove_file(self.folder / site / name)
+                    remove_file(self.folder, f"{site}/{name}")
                     continue
                 here[slot, block] = True
             self._stubs(manifest, site, wanted & ~here)
@@ -167,9 +170,9 @@ class BucketFolder:
 
     def _stubs(self, manifest: Manifest, site: str, which: np.ndarray) -> None:
         if which.any():
-            make_folder(self.folder / site)
-        for slot, block in in_order(which):
-            (self.folder / site / manifest.shard_key(site, block, slot)).touch()
+            make_folder(self.folder, site)
+            keys = (manifest.shard_key(site, block, slot) for slot, block in in_order(which))
+            make_empty(self.folder, site, keys)
 
     def refresh(self, manifest: Manifest) -> None:
         """See what the bucket has now, if that is long enough ago; blocks for one listing.
@@ -197,12 +200,12 @@ class BucketFolder:
             there = listed.there.get(site, np.zeros_like(here))
             self._stubs(manifest, site, there & ~here)
             for slot, block in in_order(here & ~there):
-                file = self.folder / site / manifest.shard_key(site, block, slot)
+                key = f"{site}/{manifest.shard_key(site, block, slot)}"
                 # One that has been sent since the listing began is in none.
                 with suppress(FileNotFoundError):
-                    status = file.stat()
+                    status = (self.folder / key).lstat()
                     if not status.st_size and status.st_mtime < clock - _CLOCKS:
-                        file.unlink()
+                        remove_file(self.folder, key)
 
     def unsent(self, manifest: Manifest) -> dict[str, int]:
         """Give keys and bytes of the shards that are here themselves."""
@@ -228,7 +231,7 @@ class BucketFolder:
                 return False
         elif root != self._root:
             self.bucket.put(ROOT, root)
-        publish(self._seen, root)
+        publish(self.folder, _SEEN, root)
         self._root, self._manifest = root, manifest
         return True
 
@@ -266,8 +269,8 @@ class BucketFolder:
     def fetch_statistics(self) -> None:
         """Bring the merged statistics that the bucket has. Errors as `fetch`."""
         for key in Listed(self.bucket, STATISTICS_FOLDER).metadata:
-            make_folder((self.folder / key).parent)
-            publish(self.folder / key, self.bucket.read_whole(key, METADATA_LIMIT), durable=False)
+            make_folder(self.folder, key.rpartition("/")[0])
+            publish(self.folder, key, self.bucket.read_whole(key, METADATA_LIMIT), durable=False)
 
     def send_statistics(self, site: str) -> None:
         """Send the merged statistics of a site, what says that they are there last. Errors as `send`."""
@@ -281,8 +284,11 @@ class BucketFolder:
         """Remove the plan and the shards, all but what says whose folder this is."""
         for name in list_names(self.folder):
             if name != STAGING:
-                (remove_tree if (self.folder / name).is_dir() else remove_file)(self.folder / name)
-        remove_file(self._seen)
+                if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
+                    remove_tree(self.folder / name)
+                else:
+                    remove_file(self.folder, name)
+        remove_file(self.folder, _SEEN)
         self._equal.clear()
 
 

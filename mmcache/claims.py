@@ -11,7 +11,8 @@ import os
 import secrets
 from typing import TYPE_CHECKING
 
-from mmcache.files import explained, list_names, make_folder
+from mmcache.beneath import open_in, opened_folder
+from mmcache.files import explained, list_names, make_folder, remove_file
 from mmcache.lock import locked
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["MARKER", "STAGING", "Claims", "claimed", "is_staging"]
 
 # In a staging folder, and no part of a store: what is said of it, and the locks.
 STAGING, MARKER = ".staging", "url"
-_CLAIMS = ".claims"
+_CLAIMS, _LOCK = ".claims", f"{STAGING}/.claims.lock"
 
 
 def is_staging(folder: Path) -> bool:
@@ -34,8 +35,8 @@ def claimed(folder: Path) -> list[str]:
     """Name the shards of a folder that a living process is making or sending; none where it is no staging folder."""
     if not is_staging(folder):
         return []
-    with locked(folder / STAGING / ".claims.lock"):
-        return [key for theirs in _living(folder / STAGING) for key in theirs]
+    with locked(folder, _LOCK):
+        return [key for theirs in _living(folder) for key in theirs]
 
 
 class Claims:
@@ -46,18 +47,21 @@ class Claims:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / STAGING
-        make_folder(self._folder)
-        self._lock = self._folder / ".claims.lock"
-        self._own = self._folder / f"{secrets.token_hex(8)}{_CLAIMS}"
+        self._folder = folder
+        make_folder(folder, STAGING)
+        self._own = f"{secrets.token_hex(8)}{_CLAIMS}"
         self._sizes: dict[str, int] = {}
-        with self._alone(), explained(self._own, "making the file"):
-            self._fd = os.open(self._own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        with self._alone(), explained(self._where, "making the file"), opened_folder(folder, STAGING) as opened:
+            self._fd = os.open(self._own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=opened)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @property
+    def _where(self) -> Path:
+        return self._folder / STAGING / self._own
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with locked(self._lock):
+        with locked(self._folder, _LOCK):
             yield
 
     def claim(self, sizes: Mapping[str, int], most: Callable[[int], int]) -> bool:
@@ -97,7 +101,7 @@ class Claims:
         if self._fd < 0:
             return
         with self._alone():
-            self._own.unlink(missing_ok=True)
+            remove_file(self._folder, f"{STAGING}/{self._own}")
             os.close(self._fd)
             self._fd = -1
             if not any(True for _ in _living(self._folder)):
@@ -105,23 +109,26 @@ class Claims:
 
     def _write(self) -> None:
         text = "".join(f"{size} {key}\n" for key, size in self._sizes.items()).encode()
-        with explained(self._own, "saying what is made", len(text)):
+        with explained(self._where, "saying what is made", len(text)):
             if self._fd >= 0:
                 os.pwrite(self._fd, text, 0)
                 os.ftruncate(self._fd, len(text))
 
 
-def _living(folder: Path, own: Path | None = None) -> Iterator[dict[str, int]]:
+def _living(folder: Path, own: str | None = None) -> Iterator[dict[str, int]]:
     """Give what each other living process has claimed, and remove what dead ones left; with the lock held."""
-    for name in list_names(folder):
-        if not name.endswith(_CLAIMS) or (own is not None and name == own.name):
+    for name in list_names(folder / STAGING):
+        if not name.endswith(_CLAIMS) or name == own:
             continue
-        fd = os.open(folder / name, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            (folder / name).unlink()
-        except BlockingIOError:
-            lines = os.pread(fd, os.fstat(fd).st_size, 0).decode().splitlines()
-            yield {key: int(size) for size, _, key in (line.partition(" ") for line in lines)}
-        finally:
-            os.close(fd)
+        where = folder / STAGING / name
+        with explained(where, "reading what is made"), opened_folder(folder, STAGING) as opened:
+            fd = open_in(opened, name, os.O_RDONLY | os.O_NONBLOCK, where)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                os.unlink(name, dir_fd=opened)
+                continue
+            except BlockingIOError:
+                lines = os.pread(fd, os.fstat(fd).st_size, 0).decode().splitlines()
+            finally:
+                os.close(fd)
+        yield {key: int(size) for size, _, key in (line.partition(" ") for line in lines)}

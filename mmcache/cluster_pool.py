@@ -150,7 +150,7 @@ class Pool:
         """Remove what dead workers left half-made; tell whether there is more, of live ones."""
         path = self._job.path
         sites = read_manifest(path).sites if is_store(path) else ()
-        return bool([name for site in sites for name in remove_drafts(path / site)])
+        return bool([name for site in sites for name in remove_drafts(path, site)])
 
     def plan(self, texts: Callable[[], Iterable[Document]]) -> Planned:
         """Let one worker plan, while the others load their models."""

@@ -41,7 +41,7 @@ class Column:
             rows = folder.checked(0, since // self._spec.shard_rows).numpy().copy()
         # The first row in memory, and the rows: together, so that an interrupt cannot come in between.
         self._held = (since, [rows])
-        remove_drafts(path / array)
+        remove_drafts(path, array)
 
     def __len__(self) -> int:
         since, parts = self._held
@@ -80,8 +80,8 @@ class Column:
             self._held = since, parts
         return since, parts[0]
 
-    def _changed(self) -> dict[Path, bytes]:
-        """Give the shards that changed, by where they go."""
+    def _changed(self) -> dict[str, bytes]:
+        """The shards that changed, by their names in the store."""
         if not self._dirty:
             return {}
         spec, files = self._spec, {}
@@ -89,8 +89,9 @@ class Column:
         for start in range(0, len(rows), spec.shard_rows):
             block = (since + start) // spec.shard_rows
             metadata = self._manifest.shard_metadata(self._array, block)
-            file = self._path / self._array / self._manifest.shard_key(self._array, block)
-            files[file] = encode(spec, rows[start : start + spec.shard_rows], metadata)
+            files[f"{self._array}/{self._manifest.shard_key(self._array, block)}"] = encode(
+                spec, rows[start : start + spec.shard_rows], metadata
+            )
         return files
 
     def _settle(self) -> None:
@@ -102,9 +103,9 @@ class Column:
             self._dirty = False
 
 
-def publish_columns(columns: Collection[Column]) -> None:
-    """Put the shards of some columns that changed in place; blocks until they and their names are durable."""
+def publish_columns(path: Path, columns: Collection[Column]) -> None:
+    """Put those shards of some columns in place that changed; blocks until they and their names are durable."""
     files = [column._changed() for column in columns]  # noqa: SLF001 -- of the module's own class
-    publish_all({file: data for changed in files for file, data in changed.items()})
+    publish_all(path, {file: data for changed in files for file, data in changed.items()})
     for column in columns:
         column._settle()  # noqa: SLF001

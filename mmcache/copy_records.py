@@ -12,19 +12,21 @@ import stat
 import time
 from typing import TYPE_CHECKING, TypeAlias
 
+from mmcache.beneath import open_in_place
 from mmcache.draft import publish, remove_drafts
-from mmcache.errors import MmcacheError
-from mmcache.files import make_folder, read_file
+from mmcache.errors import CorruptError, MmcacheError
+from mmcache.files import make_folder, read_file, remove_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-__all__ = ["CopyRecords", "Identity", "identity"]
+__all__ = ["RECORDS", "CopyRecords", "Identity", "identity"]
 
 # Inode, size, and the times of the last write and of the last change of any kind, in nanoseconds.
 Identity: TypeAlias = tuple[int, int, int, int]
 
+RECORDS = ".checked"
 # Machines that share a cache by a network, and whose records are kept; what a record has at most.
 _MACHINES, _LIMIT = 8, 4096
 
@@ -42,13 +44,13 @@ class CopyRecords:
     """The records of one cache, shared by all its processes.
 
     Args:
-        folder: where they are; made if it is not there.
+        cache: the cache's folder; they are in one below it.
         boot: names the time since the machine was started; empty where that is not known, and nothing is recorded.
     """
 
-    def __init__(self, folder: Path, boot: str) -> None:
-        self._folder, self._boot = folder, boot
-        make_folder(folder)
+    def __init__(self, cache: Path, boot: str) -> None:
+        self._cache, self._boot = cache, boot
+        make_folder(cache, RECORDS)
 
     def has(self, name: str, copy: Identity) -> bool:
         """Whether a file was compared, as it is now, since the machine was started, by whichever process."""
@@ -59,22 +61,26 @@ class CopyRecords:
         others = [line for line in self._lines(name) if line.partition(" ")[0] != self._boot]
         lines = [*others[1 - _MACHINES :], self._line(copy)] if self._boot else []
         with contextlib.suppress(MmcacheError):
-            publish(self._folder / name, "".join(f"{line}\n" for line in lines).encode(), durable=False)
+            publish(self._cache, f"{RECORDS}/{name}", "".join(f"{line}\n" for line in lines).encode(), durable=False)
             self.touch(name)
 
     def touch(self, name: str) -> bool:
         """Note that a file was used just now; False where there is no record of it."""
         now = time.time_ns()
-        try:
-            os.utime(self._folder / name, ns=(now, now), follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
+        # What somebody put in its place is no record, and is replaced by one.
+        with contextlib.suppress(FileNotFoundError, CorruptError):
+            fd = open_in_place(self._cache, f"{RECORDS}/{name}", os.O_RDONLY)
+            try:
+                os.utime(fd, ns=(now, now))
+            finally:
+                os.close(fd)
+            return True
+        return False
 
     def used(self) -> dict[str, int]:
         """When each file was used last, in nanoseconds."""
         found = {}
-        with os.scandir(self._folder) as entries:
+        with os.scandir(self._cache / RECORDS) as entries:
             for entry in entries:
                 # Others remove records at any moment.
                 with contextlib.suppress(FileNotFoundError):
@@ -84,14 +90,14 @@ class CopyRecords:
     def drop(self, names: Collection[str]) -> None:
         """Remove the records of files that are gone, and what processes that died left half-written."""
         for name in names:
-            (self._folder / name).unlink(missing_ok=True)
+            remove_file(self._cache, f"{RECORDS}/{name}")
         if names:
-            remove_drafts(self._folder)
+            remove_drafts(self._cache, RECORDS)
 
     def _line(self, copy: Identity) -> str:
         return " ".join([self._boot, *map(str, copy)])
 
     def _lines(self, name: str) -> list[str]:
         with contextlib.suppress(MmcacheError, OSError):
-            return read_file(self._folder / name, _LIMIT).decode(errors="replace").splitlines()
+            return read_file(self._cache / RECORDS / name, _LIMIT).decode(errors="replace").splitlines()
         return []

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmcache.beneath import NO_FOLLOW, opened_folder, opened_parent, status_in
+from mmcache.errors import CorruptError
 from mmcache.files import O_DIRECT, explained, name_batches, sync_folder
 from mmcache.geometry import PAGE
 from mmcache.syscalls import LINUX, PORTABLE
@@ -35,23 +37,28 @@ _SEALED = 0o444
 _DONT_CACHE = 0x80
 
 
-def remove_drafts(folder: Path) -> list[str]:
-    """Remove what writers that died left half-written, and give the names of the files that live ones are writing."""
+def remove_drafts(root: Path, folder: str = "") -> list[str]:
+    """Remove what writers that died left half-written in a folder; the names of the files that live ones are writing.
+
+    Raises:
+        LinkError: The folder, or one that it is in, is a symbolic link; the root may be.
+    """
     alive = []
     # What is removed while the folder is read may or may not be met, and the others are met once.
-    names = itertools.chain.from_iterable(name_batches(folder))
-    for name in (name for name in names if name.startswith(".") and name.endswith(_DRAFT)):
-        # Whatever cannot be locked or removed is only litter, and no reason to stop.
-        with contextlib.suppress(OSError):
-            fd = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                # Shared: NFS gives an exclusive lock only to those who may write, and a draft may be sealed.
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                (folder / name).unlink()
-            except BlockingIOError:
-                alive.append(name[1:].removesuffix(_DRAFT).rpartition(".")[0])
-            finally:
-                os.close(fd)
+    names = itertools.chain.from_iterable(name_batches(root / folder))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened_folder(root, folder) as opened:
+        for name in (name for name in names if name.startswith(".") and name.endswith(_DRAFT)):
+            # Whatever cannot be locked or removed is only litter, and no reason to stop.
+            with contextlib.suppress(OSError):
+                fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | NO_FOLLOW, dir_fd=opened)
+                try:
+                    # Shared: NFS gives an exclusive lock only to those who may write, and a draft may be sealed.
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    os.unlink(name, dir_fd=opened)
+                except BlockingIOError:
+                    alive.append(name[1:].removesuffix(_DRAFT).rpartition(".")[0])
+                finally:
+                    os.close(fd)
     return alive
 
 
@@ -62,19 +69,23 @@ class Draft:
     its temporary file, by which `remove_drafts` tells live writers from dead ones.
 
     Args:
-        path: the final name.
+        root: the folder from which on no link is followed.
+        name: the final name from there, parts with slashes between them.
         reserve: bytes to allocate at once, so that a full disk is met now; 0 to allocate as it grows.
+
+    Raises:
+        LinkError: The file's folder, or one between it and the root, is a symbolic link.
     """
 
-    _temporary: Path
+    _temporary: str
     _maker = 0  # the process that may have made the temporary file, which is still there
 
-    def __init__(self, path: Path, *, reserve: int = 0) -> None:
-        self.path = path
+    def __init__(self, root: Path, name: str, *, reserve: int = 0) -> None:
+        self._root, self._name, self.path = root, name, root / name
         self._direct_fd = self._fd = -1
         # Whether to try writes past the page cache; else, whether to try such as do not stay in it.
         self._direct, self._uncached, self._opening = bool(O_DIRECT), LINUX, threading.Lock()
-        with explained(path, "starting the file", reserve):
+        with explained(self.path, "starting the file", reserve):
             try:
                 while not self._create():
                     pass
@@ -85,14 +96,15 @@ class Draft:
 
     def _create(self) -> bool:
         """Make the temporary file, and lock it; False if `remove_drafts` took it for a dead one's in between."""
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}{_DRAFT}")
-        # Before it is there: an interrupt may come between the system's making it and our knowing so.
-        self._maker = os.getpid()
-        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._temporary.exists():
-                return True
+        with opened_parent(self._root, self._name) as (folder, last):
+            self._temporary = f".{last}.{secrets.token_hex(8)}{_DRAFT}"
+            # Before it is there: an interrupt may come between the system's making it and our knowing so.
+            self._maker = os.getpid()
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if status_in(folder, self._temporary) is not None:
+                    return True
         self.discard()
         return False
 
@@ -132,8 +144,8 @@ class Draft:
         with self._opening:
             if self._direct and self._direct_fd < 0:
                 try:
-                    self._direct_fd = os.open(self._temporary, os.O_WRONLY | O_DIRECT)
-                except OSError:
+                    self._direct_fd = self._open_again(os.O_WRONLY | O_DIRECT)
+                except (OSError, CorruptError):
                     self._direct = False
         if not self._direct:
             return False
@@ -146,6 +158,15 @@ class Draft:
             self._direct = False
             return False
         return True
+
+    def _open_again(self, flags: int) -> int:
+        """Open the temporary file a second time: the very file, and not what somebody put in its place."""
+        with opened_parent(self._root, self._name) as (folder, _):
+            fd = os.open(self._temporary, flags | NO_FOLLOW, dir_fd=folder)
+        if os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
+            return fd
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._temporary)
 
     def _write_uncached(self, view: memoryview, offset: int) -> int:
         """Write as much as the system takes without keeping it in the page cache; give how many bytes that was."""
@@ -182,7 +203,8 @@ class Draft:
             os.fchmod(self._fd, _SEALED & os.fstat(self._fd).st_mode)
             if durable:
                 os.fsync(self._fd)
-            self._temporary.rename(self.path)
+            with opened_parent(self._root, self._name) as (folder, last):
+                os.rename(self._temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
         self._maker = 0
         self._close()
 
@@ -190,8 +212,8 @@ class Draft:
         """Remove the draft; what is under the final name stays as it is. Safe to call twice."""
         if self._maker:
             # What cannot be removed is litter; saying so would hide why the draft is given up.
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
+            with contextlib.suppress(OSError, CorruptError), opened_parent(self._root, self._name) as (folder, _):
+                os.unlink(self._temporary, dir_fd=folder)
             self._maker = 0
         self._close()
 
@@ -207,9 +229,12 @@ class Draft:
                 os.close(fd)
 
 
-def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Put a small file in place, whole or not at all, and make it and its name durable; blocks until then."""
-    draft = Draft(path)
+def publish(root: Path, name: str, data: bytes, *, durable: bool = True) -> None:
+    """Put a small file in place, whole or not at all, and make it and its name durable; blocks until then.
+
+    Arguments and errors as `Draft`.
+    """
+    draft = Draft(root, name)
     try:
         draft.write(np.frombuffer(data, np.uint8), 0)
         draft.publish(len(data), durable=durable)
@@ -217,4 +242,4 @@ def publish(path: Path, data: bytes, *, durable: bool = True) -> None:
         draft.discard()
         raise
     if durable:
-        sync_folder(path.parent)
+        sync_folder(draft.path.parent)

@@ -15,6 +15,7 @@ MmcacheError
 ├── LockedError (BlockingIOError)          another writer has the store
 ├── IncompleteError (LookupError)          rows that have not been written yet
 ├── CorruptError (ValueError)              bytes that break the format
+│   ├── LinkError                          a link below a store's folder, which may lead out of it
 │   └── VersionError                       a format version that this library does not read
 ├── PlanMismatchError (ValueError)         a resume with other settings than the store's
 ├── ClusterError (ConnectionError)          a Ray cluster that is not there, or whose machines cannot do the job
@@ -43,6 +44,7 @@ __all__ = [
     "DtypeError",
     "EmptyCacheError",
     "IncompleteError",
+    "LinkError",
     "LockedError",
     "MmcacheError",
     "NonFiniteError",
@@ -125,6 +127,10 @@ class IncompleteError(MmcacheError, LookupError):
 
 class CorruptError(MmcacheError, ValueError):
     """Bytes on disk that break the format."""
+
+
+class LinkError(CorruptError):
+    """A link below the folder of a store or a cache, which may lead out of it: none is followed or written through."""
 
 
 class VersionError(CorruptError):

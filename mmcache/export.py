@@ -106,7 +106,7 @@ def export(
         job = kinds[to](selection, box, progress)
         job.check_room()
         job.run()
-        publish(box.path / _INDEX, (json.dumps(job.index(), ensure_ascii=False) + "\n").encode())
+        publish(box.path, _INDEX, (json.dumps(job.index(), ensure_ascii=False) + "\n").encode())
         box.publish()
         return Exported(folder, box.files + 1, box.linked_bytes, box.written_bytes)
 
@@ -187,7 +187,7 @@ class _Safetensors(_Export):
         chosen = self.selection
         for site, view in chosen.views.items():
             spec = chosen.manifest.spec(site)
-            make_folder(self.box.path / site)
+            make_folder(self.box.path, site)
             for slot, layers in chosen.groups():
                 for block in range(spec.blocks(chosen.n_tokens)):
                     start = block * spec.shard_rows

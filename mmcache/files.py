@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmcache.beneath import NO_FOLLOW, make_below, move_below, opened_parent, refuse_link, status_in
 from mmcache.descriptor import FileStatus, close_read, file_status, open_known
 from mmcache.errors import CorruptError, DiskFullError, IncompleteError, StoreNotFoundError, WriteError
 from mmcache.geometry import PAGE
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "O_DIRECT",
     "advise_random",
-    "check_folder",
     "count_names",
     "explained",
     "free_bytes",
@@ -49,7 +49,7 @@ __all__ = [
 O_DIRECT: int = 0 if PORTABLE else getattr(os, "O_DIRECT", 0)
 # Non-blocking, so that a pipe put there by a stranger cannot hang the reader; and a store's files are no links, which
 # might lead out of it.
-_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_NONBLOCK | NO_FOLLOW
 _PIECE = 8 << 20
 # So far apart are the pages that are looked at, and how one is: without waiting for it.
 _SAMPLE, _NO_WAIT = 256 << 10, 0 if PORTABLE else getattr(os, "RWF_NOWAIT", 0)
@@ -81,24 +81,34 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, durably. One that is there already is fine."""
-    for changed in make_folders([path]):
+def make_folder(root: Path, name: str = "") -> None:
+    """Make a folder below a root, or the root, and those above it, durably. Arguments and errors as `make_folders`."""
+    for changed in make_folders(root, [name]):
         sync_folder(changed)
 
 
-def make_folders(paths: Iterable[Path]) -> list[Path]:
-    """Make folders, and those above them, and give the folders that they are in: durable with `sync_folder` of these.
+def make_folders(root: Path, names: Iterable[str]) -> list[Path]:
+    """Make folders and those above them. Those that are there already are fine.
 
-    Those that are there already are fine.
+    Args:
+        root: the folder from which on no link is followed; it is made too.
+        names: the folders, by their names from there.
+
+    Returns:
+        The folders that those which were made are in: durable with `sync_folder` of these.
+
+    Raises:
+        LinkError: a folder below the root is a symbolic link. WriteError: one cannot be made.
     """
     changed: dict[Path, None] = {}
-    for path in paths:
-        missing = itertools.takewhile(lambda folder: not folder.is_dir(), (path, *path.parents))
-        for folder in reversed(list(missing)):
-            with explained(folder, "making the folder"):
-                folder.mkdir(exist_ok=True)
-            changed[folder.parent] = None
+    missing = itertools.takewhile(lambda folder: not folder.is_dir(), (root, *root.parents))
+    for folder in reversed(list(missing)):
+        with explained(folder, "making the folder"):
+            folder.mkdir(exist_ok=True)
+        changed[folder.parent] = None
+    for name in filter(None, names):
+        with explained(root / name, "making the folder"):
+            changed |= dict.fromkeys(make_below(root, name))
     return list(changed)
 
 
@@ -137,10 +147,18 @@ def count_names(path: Path) -> int:
     return sum(map(len, name_batches(path)))
 
 
-def remove_file(path: Path) -> None:
-    """Remove a file that can be made again; one that is not there is fine. Durable with `sync_folder`."""
-    with explained(path, "removing the file"):
-        path.unlink(missing_ok=True)
+def remove_file(root: Path, name: str) -> None:
+    """Remove a file that can be made again; one that is not there is fine. Durable with `sync_folder`.
+
+    Raises:
+        LinkError: a folder on the way is a symbolic link. WriteError: the system refuses.
+    """
+    with (
+        explained(root / name, "removing the file"),
+        contextlib.suppress(FileNotFoundError),
+        opened_parent(root, name) as (folder, last),
+    ):
+        os.unlink(last, dir_fd=folder)
 
 
 def remove_tree(path: Path) -> None:
@@ -149,22 +167,14 @@ def remove_tree(path: Path) -> None:
 
 
 def _refuse_link(error: OSError, path: Path) -> None:
-    if error.errno in (errno.ELOOP, errno.EMLINK):
-        raise CorruptError(
-            f"{path} is a symbolic link, and a store's files are plain files: move the file itself there"
-        ) from error
-
-
-def check_folder(path: Path) -> None:
-    """Refuse a folder of a store that is a symbolic link, and may lead out of it; one that is not there is fine.
-
-    Raises:
-        CorruptError: it is one.
-    """
-    if path.is_symlink():
-        raise CorruptError(
-            f"{path} is a symbolic link, and a store's folders are its own: link the whole store, or mount a disk there"
-        )
+    """Say of a file that could not be opened that it is a link, or that the way to it goes round in circles."""
+    if error.errno not in (errno.ELOOP, errno.EMLINK):
+        return
+    with contextlib.suppress(OSError):
+        found = status_in(None, path)
+        if found is not None:
+            refuse_link(found.st_mode, path)
+    raise StoreNotFoundError(errno.ELOOP, "a part of the path is a link that leads to itself", str(path)) from error
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -172,7 +182,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
     Raises:
         StoreNotFoundError: there is no such file.
-        CorruptError: it is larger, or no plain file.
+        CorruptError: it is larger, or no plain file; LinkError: it is a symbolic link.
     """
     try:
         fd = os.open(path, _READ)
@@ -241,21 +251,19 @@ def advise_random(fd: int) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
-def set_aside(path: Path, into: Path) -> Path:
-    """Move a file or folder into a folder, under a name that is free there, durably; give where it is now.
+def set_aside(root: Path, name: str, into: str) -> str:
+    """Move something into a folder, made where there is none, as `move_below` does, durably; blocks until then.
 
     Raises:
+        LinkError: A folder on the way is a symbolic link.
         WriteError: the system refuses.
     """
-    make_folder(into)
-    number = 1
-    while os.path.lexists(there := into / f"{path.name}.{number}"):
-        number += 1
-    with explained(path, "setting it aside"):
-        path.rename(there)
+    make_folder(root, into)
+    with explained(root / name, "setting it aside"):
+        there = move_below(root, name, into)
     # Where it is before where it is no longer: a crash may leave both names, never none.
-    sync_folder(into)
-    sync_folder(path.parent)
+    sync_folder(root / into)
+    sync_folder((root / name).parent)
     return there
 
 

@@ -17,7 +17,7 @@ from mmcache.files import list_names, make_folder, remove_file
 from mmcache.geometry import PAGE
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, is_store
-from mmcache.names import RESERVED, TOKENIZER_FOLDER
+from mmcache.names import RESERVED, TOKENIZER_FOLDER, check_no_links
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.signed import ROOT
 from mmcache.staging import Stager
@@ -35,6 +35,7 @@ def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
 
     Raises:
         StoreExistsError: a store is there, or a file, or something under a name that the store would use.
+        LinkError: under a name that a store uses there is a symbolic link.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -51,6 +52,7 @@ def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
         raise StoreExistsError(
             errno.EEXIST, f"the folder already holds {', '.join(taken)}: choose another path", str(folder)
         )
+    check_no_links(folder, sites)
     return folder
 
 
@@ -136,19 +138,18 @@ class GrownStore:
             # What cannot be removed would only hide why.
             with contextlib.suppress(OSError):
                 for array in arrays:
-                    remove_file(self._path / array / ROOT)
+                    remove_file(self._path, f"{array}/{ROOT}")
                     if (self._path / array).is_dir():
                         (self._path / array).rmdir()
-                remove_file(self._path / ROOT)
+                remove_file(self._path, ROOT)
             raise
 
     def _commit_root(self, manifest: Manifest, arrays: dict[str, int]) -> None:
         """Move the commit point: the metadata of `arrays` (name to rows) first, the root last."""
         for array, rows in arrays.items():
-            folder = self._path / array
-            make_folder(folder)
-            publish(folder / ROOT, array_json(manifest, array, rows), durable=self._durable)
-        publish(self._path / ROOT, manifest.to_json(), durable=self._durable)
+            make_folder(self._path, array)
+            publish(self._path, f"{array}/{ROOT}", array_json(manifest, array, rows), durable=self._durable)
+        publish(self._path, ROOT, manifest.to_json(), durable=self._durable)
         self._manifest = manifest
 
     def _commit(self) -> None:

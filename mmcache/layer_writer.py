@@ -59,7 +59,7 @@ class LayerWriter(GrownStore):
         slot = len(manifest.layers)
         if manifest.shard_tokens is None:
             manifest = self._first(tensor)
-            make_folder(self._path / self._site)
+            make_folder(self._path, self._site)
         manifest = replace(manifest, layers=(*manifest.layers, slot))
         spec = manifest.spec(self._site)
         pipeline, stager = self._start(spec.row_bytes)
@@ -68,7 +68,8 @@ class LayerWriter(GrownStore):
         for block in range(spec.blocks(len(tensor))):
             first, rows = block * spec.shard_rows, spec.rows_in_block(block, len(tensor))
             shard = self._open = ShardWriter(
-                self._path / self._site / manifest.shard_key(self._site, block, slot),
+                self._path,
+                f"{self._site}/{manifest.shard_key(self._site, block, slot)}",
                 spec,
                 manifest.shard_metadata(self._site, block, slot),
                 first,

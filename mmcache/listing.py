@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmcache.beneath import check_path
 from mmcache.files import name_batches
 from mmcache.names import RESERVED
 
@@ -37,9 +39,13 @@ def listed_shards(
 
     Only those that an array of `rows` rows should have, or else only those that it should not; in the order of the
     folder. Nothing is kept: memory grows neither with the folder nor with what a root claims.
+
+    Raises:
+        LinkError: the array's folder is a symbolic link.
     """
     slots, blocks = len(manifest.slots(array)), manifest.spec(array).blocks(rows)
     pattern = _SEQUENCES if array == "sequences" else _COLUMN if array in RESERVED else _SITE
+    check_path(path, array)
     for names in name_batches(path / array):
         keys = pattern.findall("/".join(names))
         if not keys:
@@ -70,7 +76,7 @@ def count_shards(path: Path, manifest: Manifest, array: str, rows: int) -> int:
 
 def is_there(path: Path, manifest: Manifest, array: str, slot: int, block: int) -> bool:
     """Tell whether one shard is there now."""
-    return (path / array / manifest.shard_key(array, block, slot)).exists()
+    return os.path.lexists(path / array / manifest.shard_key(array, block, slot))
 
 
 def in_order(which: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,8 @@ import socket
 import time
 from typing import TYPE_CHECKING, Self
 
-from mmcache.errors import LockedError, WriteError
+from mmcache.beneath import open_in_place, opened_parent, status_in
+from mmcache.errors import CorruptError, LockedError, WriteError
 from mmcache.files import explained
 
 if TYPE_CHECKING:
@@ -19,42 +20,49 @@ if TYPE_CHECKING:
 
 __all__ = ["FolderLock", "locked"]
 
+_LOCK = ".lock"
 # Seconds between two tries.
 _AGAIN = 0.2
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(root: Path, name: str) -> Iterator[None]:
     """Hold a lock on a file that is made for it, and removed behind it; blocks while another thread or process has it.
+
+    Args:
+        root: the folder from which on no link is followed.
+        name: the file's name from there.
 
     Raises:
         WriteError: the file cannot be made, or its file system has no locks.
+        LinkError, CorruptError: as `open_in_place`.
     """
     while True:
-        with explained(path, "locking"):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with explained(root / name, "locking"):
+            fd = open_in_place(root, name, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
             except BaseException:
                 os.close(fd)
                 raise
         try:
-            if _is_at(fd, path):
+            if _is_at(fd, root, name):
                 try:
                     yield
                 finally:
                     # While it is still ours: who waits on the old file notices that it is gone.
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(FileNotFoundError), opened_parent(root, name) as (folder, last):
+                        os.unlink(last, dir_fd=folder)
                 return
         finally:
             os.close(fd)
 
 
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
+def _is_at(fd: int, root: Path, name: str) -> bool:
+    with contextlib.suppress(FileNotFoundError), opened_parent(root, name) as (folder, last):
+        found = status_in(folder, last)
+        return found is not None and os.path.samestat(os.fstat(fd), found)
+    return False
 
 
 class FolderLock:
@@ -65,14 +73,15 @@ class FolderLock:
     Raises:
         LockedError: another writer has it; the error names its process and host.
         WriteError: the folder cannot be written to, or its file system has no locks.
+        LinkError, CorruptError: `.lock` is a symbolic link, has other names, or is no plain file.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+        self._folder = folder
         self._fd = -1
         while self._fd < 0:
-            with explained(self._path, "locking the store"):
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            with explained(folder / _LOCK, "locking the store"):
+                fd = open_in_place(folder, _LOCK, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -89,7 +98,7 @@ class FolderLock:
                     f"way: mount it with locks, or put the store on another",
                     str(folder),
                 ) from error
-            if _is_at(fd, self._path):
+            if _is_at(fd, folder, _LOCK):
                 self._fd = fd
             else:
                 # The holder before removed the file between our open and our lock.
@@ -120,10 +129,11 @@ class FolderLock:
     def release(self) -> None:
         """Let others write. Safe to call twice."""
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, CorruptError):
                 # Removed while it is still ours: whoever locks the old file notices that it is no longer there.
-                if _is_at(self._fd, self._path):
-                    self._path.unlink()
+                if _is_at(self._fd, self._folder, _LOCK):
+                    with opened_parent(self._folder, _LOCK) as (folder, last):
+                        os.unlink(last, dir_fd=folder)
                 # Closing is not enough where a forked process, such as a data loader's, has the descriptor too.
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)

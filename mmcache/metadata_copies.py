@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import crc32c
 
+from mmcache.beneath import make_empty
 from mmcache.draft import publish
 from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
 from mmcache.files import list_names, make_folder, read_file, remove_file
@@ -42,7 +43,7 @@ class MetadataCopies:
 
     Args:
         bucket: the store's.
-        folder: where the copies are; made if it is not there.
+        folder: where the copies are.
         submit: does something in another thread.
     """
 
@@ -51,7 +52,6 @@ class MetadataCopies:
         # Keys that no store has, and the root's tags by a listing and by reading it, where they were not the same.
         self.strange: tuple[str, ...] = ()
         self._disagreed: tuple[str | None, str | None] | None = None
-        make_folder(folder)
 
     def refresh(self, *, again: bool = False) -> str:
         """Make the folder what the bucket has now, and give the store's own name; blocks until then.
@@ -65,7 +65,7 @@ class MetadataCopies:
             CorruptError: the root is damaged.
         """
         if again:
-            remove_file(self._folder / _NOTES)
+            remove_file(self._folder, _NOTES)
         while (store := self._refreshed()) is None:
             pass
         return store
@@ -81,7 +81,8 @@ class MetadataCopies:
         known = self._notes()
         wanted = [key for key, tag in metadata.items() if not self._is_whole(key, tag, known.get(key))]
         for key in {*filter(is_metadata, known), *self._below()} - metadata.keys():
-            remove_file(self._inside(key))
+            self._clear_way(key)
+            remove_file(self._folder, key)
         notes = {key: known[key] for key in metadata.keys() - set(wanted)}
         # The root comes last: what it names is here then.
         others = [key for key in wanted if key != ROOT]
@@ -99,7 +100,7 @@ class MetadataCopies:
             notes[ROOT] = self._keep(ROOT, tag, root)
         with self.naming():
             manifest = read_manifest(self._folder)
-        publish(self._folder / _NOTES, json.dumps(notes).encode())
+        publish(self._folder, _NOTES, json.dumps(notes).encode())
         for array in (*manifest.sites, *RESERVED):
             self._name_shards(array, found.shards.get(array, set()))
         self.strange = (*self._bucket.refused, *found.strange)
@@ -116,31 +117,32 @@ class MetadataCopies:
         if tag is None or not isinstance(noted, list) or noted[:1] != [tag]:
             return False
         with contextlib.suppress(MmcacheError, OSError):
-            return noted == _note(tag, read_file(self._inside(key), _LIMIT))
+            self._clear_way(key)
+            return noted == _note(tag, read_file(self._folder / key, _LIMIT))
         return False
 
     def _keep(self, key: str, tag: str | None, data: bytes) -> list[Any]:
-        file = self._inside(key)
-        make_folder(file.parent)
-        publish(file, data)
+        self._clear_way(key)
+        make_folder(self._folder, key.rpartition("/")[0])
+        publish(self._folder, key, data)
         return _note(tag, data)
 
     def _below(self) -> Iterator[str]:
         """Name the copies in folders of which not every name is known."""
         for name in FOLDERS:
-            for folder, _, files in os.walk(self._inside(f"{name}/").parent / name):
+            self._clear_way(f"{name}/")
+            for folder, _, files in os.walk(self._folder / name):
                 for file in files:
                     key = Path(folder, file).relative_to(self._folder).as_posix()
                     if is_metadata(key):
                         yield key
 
-    def _inside(self, key: str) -> Path:
-        """The path of a copy; a link in its way goes, since nothing is written through one."""
-        file = self._folder / key
-        for folder in file.parents[: key.count("/")]:
-            if folder.is_symlink():
-                remove_file(folder)
-        return file
+    def _clear_way(self, key: str) -> None:
+        """Remove links in the place of folders on the way to a copy: what is here can be fetched again."""
+        parts = key.split("/")
+        for depth in range(1, len(parts)):
+            if self._folder.joinpath(*parts[:depth]).is_symlink():
+                remove_file(self._folder, "/".join(parts[:depth]))
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
@@ -152,14 +154,13 @@ class MetadataCopies:
 
     def _name_shards(self, array: str, there: set[str]) -> None:
         """Make an empty file for each shard that the bucket has, and for no other."""
-        folder = self._inside(f"{array}/").parent / array
-        here = {name for name in list_names(folder) if name.startswith("c.")}
+        self._clear_way(f"{array}/")
+        here = {name for name in list_names(self._folder / array) if name.startswith("c.")}
         if there - here:
-            make_folder(folder)
-        for name in there - here:
-            (folder / name).touch()
+            make_folder(self._folder, array)
+            make_empty(self._folder, array, there - here)
         for name in here - there:
-            remove_file(folder / name)
+            remove_file(self._folder, f"{array}/{name}")
 
 
 def _note(tag: str | None, data: bytes) -> list[Any]:

@@ -22,7 +22,7 @@ from mmcache.bucket import Bucket
 from mmcache.cache_place import cache_folder, private_folder
 from mmcache.crew import Crew, let_end
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
-from mmcache.files import free_bytes, read_file
+from mmcache.files import free_bytes, make_folder, read_file
 from mmcache.landing import Landing
 from mmcache.lock import locked
 from mmcache.metadata_copies import MetadataCopies
@@ -67,7 +67,7 @@ class Mirror(ShardObjects):
     Raises:
         StoreNotFoundError: there is no store, or no bucket.
         AccessError, RemoteError: the server refuses, or gives no answer.
-        CorruptError: the root is damaged.
+        CorruptError: the root is damaged. LinkError: a folder of the cache is a symbolic link.
         ArgumentError: the cache is not this user's own.
     """
 
@@ -89,7 +89,7 @@ class Mirror(ShardObjects):
         self._bringers, self._lock = Crew(STREAMS, "bring"), threading.Lock()
         self._landing, self._coming = Landing(STREAMS), 0
         self._metadata = MetadataCopies(self.bucket, self.folder, self.submit)
-        with locked(self.folder / _LOCK):
+        with locked(self.folder, _LOCK):
             self._store = self._metadata.refresh()
 
     def __reduce__(self) -> tuple[type[Mirror], tuple[object, ...]]:
@@ -126,7 +126,7 @@ class Mirror(ShardObjects):
         """What is read of the metadata here; where it is damaged, read once more from copies that were just fetched."""
         with contextlib.suppress(CorruptError):
             return read()
-        with locked(self.folder / _LOCK):
+        with locked(self.folder, _LOCK):
             self._metadata.refresh(again=True)
         with self._metadata.naming():
             return read()

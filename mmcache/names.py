@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from mmcache.beneath import check_links
 from mmcache.errors import ArgumentError
 from mmcache.signed import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 __all__ = [
     "DOCUMENTS_FOLDER",
     "RESERVED",
     "STATISTICS_FOLDER",
     "TOKENIZER_FOLDER",
+    "check_no_links",
     "check_site_name",
     "site_name_problem",
 ]
@@ -24,6 +32,18 @@ STATISTICS_FOLDER = "statistics"
 TOKENIZER_FOLDER = "tokenizer"
 # Reserved since format version 2: in a store of version 1 a site may have this name.
 DOCUMENTS_FOLDER = "documents"
+
+
+def check_no_links(path: Path, sites: Iterable[str]) -> None:
+    """Refuse symbolic links wherever the writers of a store with some sites make, replace or remove files.
+
+    Each writer begins with this. Whatever is put there later, no write follows it (`beneath`).
+
+    Raises:
+        LinkError: there is one; nothing was done yet.
+    """
+    own = (ROOT, ".lock", ".staging", *RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, DOCUMENTS_FOLDER)
+    check_links(path, (*own, *sites))
 
 
 def site_name_problem(name: object, version: int = 2) -> str | None:

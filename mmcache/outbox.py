@@ -9,6 +9,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Self
 
+from mmcache.beneath import NO_FOLLOW
 from mmcache.draft import Draft
 from mmcache.errors import StoreExistsError
 from mmcache.files import explained, list_names, make_folder, remove_tree, sync_folder
@@ -81,7 +82,7 @@ class Outbox:
             path = self.target.with_name(name)
             # What cannot be locked is somebody's, or only litter.
             with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     remove_tree(path)
@@ -127,7 +128,7 @@ class Outbox:
     @contextlib.contextmanager
     def draft(self, name: str, size: int) -> Iterator[Draft]:
         """Write a file of `size` bytes, durable and sealed when the block ends."""
-        draft = Draft(self.path / name, reserve=size)
+        draft = Draft(self.path, name, reserve=size)
         try:
             yield draft
             draft.publish(size)

@@ -128,11 +128,12 @@ class Outgoing:
 
         Raises:
             StoreExistsError: folder or prefix hold something else.
+            LinkError: in the folder there is a symbolic link.
             MmcacheError: what `open_plan` raises, and `BucketFolder.fetch`.
         """
         if self._staging is None:
             private_folder(cache_folder(), "staging")
-        self._here.mark()
+        self._here.mark(sites)
         self._claims = self._claims or Claims(self.folder)
         self._made = self._made or Uploads(self._bucket, self.folder, self._claims)
         lock = FolderLock.wait(self.folder / STAGING, waiting)

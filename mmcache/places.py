@@ -113,12 +113,11 @@ class FolderPlace:
 
     def write(self, key: str, data: bytes) -> bool:
         """As `Place.write`, durably."""
-        file = self._path / key
         with contextlib.suppress(StoreNotFoundError, CorruptError):
-            if read_file(file, len(data)) == data:
+            if read_file(self._path / key, len(data)) == data:
                 return False
-        make_folder(file.parent)
-        publish(file, data)
+        make_folder(self._path, key.rpartition("/")[0])
+        publish(self._path, key, data)
         return True
 
 

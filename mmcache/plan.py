@@ -25,7 +25,7 @@ from mmcache.grown import claim
 from mmcache.listing import in_order
 from mmcache.lock import FolderLock
 from mmcache.manifest import Manifest, array_json, is_store
-from mmcache.names import RESERVED
+from mmcache.names import RESERVED, check_no_links
 from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.room import check_room, shards_from
 from mmcache.shards import ShardFolder
@@ -70,14 +70,15 @@ def open_plan(
     Raises:
         PlanMismatchError: the store was planned with other settings, which are listed.
         StoreExistsError, ReadOnlyError: the path is taken by something that is no extraction.
-        LockedError: it is to grow while others fill it.
+        LockedError: it is to grow while others fill it. LinkError: a file or folder of it is a symbolic link.
         CorpusError: the corpus cannot be read, or has no tokens.
     """
+    check_no_links(path, settings.widths)
     manifest = None
     if is_store(path) or not _claimed(path, settings):
         manifest = known_plan(path, settings, accept=accept_numerics)
-    for folder in (path, *(path / array for array in (*settings.widths, *RESERVED))):
-        remove_drafts(folder)
+    for folder in ("", *settings.widths, *RESERVED):
+        remove_drafts(path, folder)
     if manifest is not None:
         restore_tokenizer(path, manifest, tokenizer)
     if manifest is None or changes(manifest, settings):
@@ -112,11 +113,7 @@ def join_plan(path: Path, settings: Settings, *, accept_numerics: bool) -> Manif
 
 
 def _claimed(path: Path, settings: Settings) -> bool:
-    """Check that a store may be made at a path; False where another worker has begun to meanwhile.
-
-    Raises:
-        StoreExistsError: something else is there.
-    """
+    """Check that a store may be made at a path; False where another worker began to meanwhile. Errors as `claim`."""
     try:
         claim(path, tuple(settings.widths))
     except StoreExistsError:
@@ -150,7 +147,7 @@ def _begun(path: Path, settings: Settings) -> Manifest:
         },
         uses=NEW_STORES,
     )
-    publish(path / ROOT, manifest.to_json())
+    publish(path, ROOT, manifest.to_json())
     return manifest
 
 
@@ -168,7 +165,7 @@ def _tokenised(
     def commit(state: Tokenised) -> None:
         nonlocal manifest
         manifest = replace(manifest, source={**manifest.source, "tokenised": state.to_json()})
-        publish(path / ROOT, manifest.to_json())
+        publish(path, ROOT, manifest.to_json())
         tokenised(state.tokens)
 
     # What was made before a text's own special tokens were looked for goes on as it began.
@@ -191,7 +188,7 @@ def _tokenised(
 
 def _check_idle(path: Path, manifest: Manifest) -> None:
     """Refuse to replace shards that somebody is making at this moment."""
-    held = [f"{site}/{name}" for site in manifest.sites for name in remove_drafts(path / site)] + claimed(path)
+    held = [f"{site}/{name}" for site in manifest.sites for name in remove_drafts(path, site)] + claimed(path)
     if held:
         raise LockedError(
             errno.EWOULDBLOCK,
@@ -210,8 +207,8 @@ def _first_tokens(path: Path, manifest: Manifest) -> str:
 def _published(path: Path, manifest: Manifest) -> Manifest:
     """Write the metadata of every array, then the root."""
     arrays = (*manifest.sites, *RESERVED)
-    publish_all({path / array / ROOT: array_json(manifest, array, manifest.rows(array)) for array in arrays})
-    publish(path / ROOT, manifest.to_json())
+    publish_all(path, {f"{array}/{ROOT}": array_json(manifest, array, manifest.rows(array)) for array in arrays})
+    publish(path, ROOT, manifest.to_json())
     return manifest
 
 
@@ -233,7 +230,7 @@ def _drop(path: Path, old: Manifest, first: int) -> None:
     """Remove the shards from block `first` on, before the longer plan is written: so they are missing at worst."""
     for site, there in shards_from(path, old, first).items():
         for slot, block in in_order(there):
-            remove_file(path / site / old.shard_key(site, block, slot))
+            remove_file(path, f"{site}/{old.shard_key(site, block, slot)}")
         sync_folder(path / site)
 
 

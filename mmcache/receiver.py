@@ -167,7 +167,7 @@ class Receiver(Carrier):
             part.add(data)
             self._tell(len(data))
 
-        draft = Draft(self._folder / key, reserve=size)
+        draft = Draft(self._folder, key, reserve=size)
         try:
             self._landing.land(itertools.chain([first], coming), draft, 0, seen)
             wrong = tail_problems(layout, part.crcs, bytes(part.tail))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from mmcache.connection import placed
@@ -13,7 +13,7 @@ from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.files import set_aside
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, read_manifest
-from mmcache.names import RESERVED, STATISTICS_FOLDER
+from mmcache.names import RESERVED, STATISTICS_FOLDER, check_no_links
 from mmcache.signed import ROOT
 from mmcache.store import Store
 from mmcache.tokenizer_file import TOKENIZER
@@ -87,12 +87,14 @@ def repair(
     Raises:
         StoreNotFoundError, CorruptError, VersionError: there is no store, or its root cannot be read.
         LockedError: a writer has it.
+        LinkError: a file or folder of it is a symbolic link. Nothing is moved then.
         WriteError: a file cannot be moved.
         ArgumentError: that is no folder's path.
     """
     if isinstance(folder := placed(path), str):
         raise ArgumentError(f"{folder} is an address: repair works on a folder; delete a bad object and push it again")
     manifest = read_manifest(folder)
+    check_no_links(folder, (*manifest.sites, ASIDE))
     lock = FolderLock(folder)
     try:
         report = verify(folder, level, progress=progress)
@@ -104,10 +106,9 @@ def repair(
             if finding.kind == "missing" and finding.array in manifest.sites:
                 continue  # a loss, and nothing to move
             if file not in aside and _can_be_moved(folder, finding, manifest):
-                there = set_aside(folder / file, folder / ASIDE / Path(file).parent)
-                aside[file] = str(there.relative_to(folder))
+                aside[file] = set_aside(folder, file, (PurePosixPath(ASIDE) / file).parent.as_posix())
             if _is_array_metadata(finding) and finding.array is not None:
-                publish(folder / file, array_json(manifest, finding.array, manifest.rows(finding.array)))
+                publish(folder, file, array_json(manifest, finding.array, manifest.rows(finding.array)))
                 rewritten.append(file)
             elif file not in aside:
                 left.append(finding)

@@ -18,7 +18,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
-from mmcache.copy_records import CopyRecords, Identity, identity
+from mmcache.beneath import open_in_place
+from mmcache.copy_records import RECORDS, CopyRecords, Identity, identity
 from mmcache.crew import Crew
 from mmcache.draft import Draft, remove_drafts
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
@@ -37,7 +38,7 @@ __all__ = ["ShardCache"]
 # Seconds between two looks at whether others are done, where all the room is taken by what is being fetched; and
 # between two notes that a file is in use.
 _AGAIN, _USED_AGAIN = 0.05, 1.0
-_GONE, _RECORDS = ".gone", ".checked"
+_GONE = ".gone"
 # How the system says that this file cannot be read, while others can.
 _UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
@@ -62,12 +63,13 @@ def _boot() -> str:
 
 def _tell(folder: Path) -> None:
     """Say, to all processes, that files of a folder have gone."""
-    marker, now = folder / _GONE, time.time_ns()
-    fd = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    try:
-        os.utime(fd, ns=(now, now))
-    finally:
-        os.close(fd)
+    now = time.time_ns()
+    with explained(folder / _GONE, "saying that files have gone"):
+        fd = open_in_place(folder, _GONE, os.O_WRONLY | os.O_CREAT)
+        try:
+            os.utime(fd, ns=(now, now))
+        finally:
+            os.close(fd)
     for holder in list(_HOLDERS):
         held, found = holder[0], holder[1]()
         if found is None:
@@ -80,14 +82,14 @@ def _tell(folder: Path) -> None:
 def _settle(path: Path) -> None:
     """Make a file durable. One that is gone is fine."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_in_place(path.parent, path.name, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
     except FileNotFoundError:
         pass
-    except OSError:
+    except (OSError, CorruptError):
         # The system may have dropped the bytes, and would not say so again.
         path.unlink(missing_ok=True)
         _tell(path.parent)
@@ -119,7 +121,7 @@ class ShardCache:
         self.folder, self.most_bytes = folder, most_bytes
         self._crew, self._submitting, self._boot = Crew(1, "settle"), threading.Lock(), _boot()
         make_folder(folder)
-        self._records = CopyRecords(folder / _RECORDS, self._boot)
+        self._records = CopyRecords(folder, self._boot)
         # As text, since both are asked for before each read.
         self._above, self._marker = f"{folder}/", str(folder / _GONE)
         # What was found whole by this process, as it was then, and when it was noted last that it is in use.
@@ -153,14 +155,15 @@ class ShardCache:
         if copy is None:
             return None
         if self._whole.get(name) != copy:
-            with locked(self._lock_of(name)):
+            with locked(self.folder, self._lock_of(name)):
                 if not self._is_whole(name, check):
                     return None
         self._use(name)
         return self.folder / name
 
-    def _lock_of(self, name: str) -> Path:
-        return self.folder / f".{name}.lock"
+    @staticmethod
+    def _lock_of(name: str) -> str:
+        return f".{name}.lock"
 
     def _is_whole(self, name: str, check: Check) -> bool:
         """As `find`, with the file's lock held."""
@@ -207,7 +210,7 @@ class ShardCache:
             DiskFullError: the disk has less room than the cache may take.
         """
         path = self.folder / name
-        with locked(self._lock_of(name)):
+        with locked(self.folder, self._lock_of(name)):
             if self._is_whole(name, check):
                 self._use(name)
                 return path
@@ -221,7 +224,7 @@ class ShardCache:
             try:
                 fill(draft)
                 # Who adds up what is taken while a file gets another name may meet neither of the two.
-                with locked(self.folder / ".room.lock"):
+                with locked(self.folder, ".room.lock"):
                     # Whoever waits for the rows need not wait for the disk: after a restart they are compared again.
                     draft.publish(size, durable=not self._boot)
             except BaseException:
@@ -258,9 +261,9 @@ class ShardCache:
     def _begin(self, name: str, size: int) -> Draft:
         """Take the room for a file; blocks while all of the room is taken by what others fetch."""
         while True:
-            with locked(self.folder / ".room.lock"):
+            with locked(self.folder, ".room.lock"):
                 if self._make_room(size):
-                    return Draft(self.folder / name, reserve=size)
+                    return Draft(self.folder, name, reserve=size)
             time.sleep(_AGAIN)
 
     def _make_room(self, size: int) -> bool:
@@ -274,7 +277,7 @@ class ShardCache:
                 break
             if not entry.name.startswith("."):
                 with contextlib.suppress(FileNotFoundError):
-                    remove_file(self.folder / entry.name)
+                    remove_file(self.folder, entry.name)
                 gone.add(entry.name)
                 excess, told = excess - entry.size, True
         self._forget([*gone])
@@ -285,7 +288,7 @@ class ShardCache:
     def _entries(self) -> list[_Entry]:
         found = []
         with os.scandir(self.folder) as entries:
-            for entry in (entry for entry in entries if entry.name != _RECORDS):
+            for entry in (entry for entry in entries if entry.name != RECORDS):
                 # Others remove files at any moment.
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)

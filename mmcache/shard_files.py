@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from mmcache.beneath import check_path
 from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.files import check_folder, count_names, map_file, open_file, read_page
+from mmcache.files import count_names, map_file, open_file, read_page
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.listing import count_shards, present_shards
 from mmcache.names import RESERVED
@@ -50,7 +51,7 @@ class ShardFiles:
         fresh: read from the bucket even what is here.
 
     Raises:
-        CorruptError: the array's folder is a symbolic link.
+        LinkError: the array's folder is a symbolic link.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ShardFiles:
         remote: Mirror | None = None,
         fresh: bool = False,
     ) -> None:
-        check_folder(path / array)
+        check_path(path, array)
         self.spec, self.rows = manifest.spec(array), rows
         self._path, self._manifest, self.array, self._wait = path, manifest, array, wait
         self.remote, self._fresh = remote, fresh

@@ -45,7 +45,8 @@ class ShardWriter:
     digested, written and published in the pipeline's threads, each of which touches only its own part of the state.
 
     Args:
-        path: the final name.
+        root: the folder from which on no link is followed.
+        name: the final name from there.
         spec: the array's shards.
         metadata: the header's strings.
         first_token: the position of the shard's first row in the store.
@@ -59,7 +60,8 @@ class ShardWriter:
 
     def __init__(
         self,
-        path: Path,
+        root: Path,
+        name: str,
         spec: ShardSpec,
         metadata: Mapping[str, str],
         first_token: int,
@@ -71,7 +73,7 @@ class ShardWriter:
         inspect: Callable[[Mapping[str, np.ndarray]], None] | None = None,
     ) -> None:
         self.spec = spec
-        self.folder = path.parent
+        self.folder = (root / name).parent
         self._metadata, self._first_token, self._durable = metadata, first_token, durable
         self._inspect = inspect
         # The caller's side, and the digest thread's: rows, and bytes of them whose place is given out.
@@ -82,18 +84,19 @@ class ShardWriter:
         self._crc = 0
         self._tail = b""
         self._policy, self._direct = policy, False
-        self._path, self._rows = path, rows
+        self._root, self._name, self._rows = root, name, rows
         if not later:
             _ = self._draft
 
     @property
     def path(self) -> Path:
         """The final name."""
-        return self._path
+        return self._root / self._name
 
     @cached_property
     def _draft(self) -> Draft:
-        return Draft(self._path, reserve=_layout(self.spec, self._rows).size if self._rows else 0)
+        reserve = _layout(self.spec, self._rows).size if self._rows else 0
+        return Draft(self._root, self._name, reserve=reserve)
 
     @cached_property
     def _moments(self) -> Moments | None:

@@ -18,9 +18,10 @@ import zarr.storage
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
+from mmcache.beneath import check_path
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import check_folder, list_names, read_file
+from mmcache.files import list_names, read_file
 from mmcache.names import STATISTICS_FOLDER
 from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
 from mmcache.site_statistics import SiteStatistics
@@ -54,8 +55,8 @@ def _of(manifest: Manifest) -> dict[str, object]:
 
 def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistics) -> None:
     """Keep the merged statistics of a complete site; blocks until they are durable."""
-    folder, memory = path / STATISTICS_FOLDER / site, zarr.storage.MemoryStore()
-    contents = {folder.parent / ROOT: group_json(manifest.version)}
+    folder, memory = f"{STATISTICS_FOLDER}/{site}", zarr.storage.MemoryStore()
+    contents = {f"{STATISTICS_FOLDER}/{ROOT}": group_json(manifest.version)}
     for name, rows in (("dimensions", _DIMENSIONS), ("layers", _LAYERS)):
         data = np.stack([getattr(found, row).double().numpy() for row in rows])
         zarr.create_array(
@@ -68,15 +69,15 @@ def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistic
             fill_value=float("nan"),
             attributes=attributes(manifest.version),
         )
-        contents[folder / name / ROOT] = signed(memory, f"{name}/{ROOT}")
+        contents[f"{folder}/{name}/{ROOT}"] = signed(memory, f"{name}/{ROOT}")
         chunk = data.astype("<f8").tobytes()
-        contents[folder / _ARRAYS[name]] = chunk + crc32c.crc32c(chunk).to_bytes(4, "little")
-    for parent in dict.fromkeys(file.parent for file in contents):
-        remove_drafts(parent)
-    publish_all(contents)
+        contents[f"{folder}/{_ARRAYS[name]}"] = chunk + crc32c.crc32c(chunk).to_bytes(4, "little")
+    for parent in dict.fromkeys(name.rpartition("/")[0] for name in contents):
+        remove_drafts(path, parent)
+    publish_all(path, contents)
     # Where it is, all of them are, and this is not done again.
-    remove_drafts(folder)
-    publish(folder / ROOT, group_json(manifest.version, **_of(manifest)))
+    remove_drafts(path, folder)
+    publish(path, f"{folder}/{ROOT}", group_json(manifest.version, **_of(manifest)))
 
 
 def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:
@@ -86,10 +87,10 @@ def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | 
         CorruptError: they are there, and damaged.
     """
     folder = path / STATISTICS_FOLDER / site
+    for part in ("", *(file.rpartition("/")[0] for file in _ARRAYS.values())):
+        check_path(path, f"{STATISTICS_FOLDER}/{site}/{part}".rstrip("/"))
     if ROOT not in list_names(folder):
         return None
-    for part in (folder.parent, folder):
-        check_folder(part)
     try:
         said, text = read_signed(folder / ROOT, _LIMIT)
         if said | _of(manifest) != said:

@@ -155,14 +155,14 @@ def tokenise(
         used = hashed.after(place.document if place.offset else place.document - 1)
         if tokens - committed >= _TOKENS_A_COMMIT:
             committed = tokens
-            publish_columns(columns.values())
+            publish_columns(path, columns.values())
             commit(Tokenised(tokens, len(columns["sequences"]), **_at(place, used), framed=framed))
     if not full:
         used = hashed.digest
     if not tokens:
         raise CorpusError(_nothing(hashed.digest.documents, max_tokens if full else None))
     at = {**asdict(place), "documents": state.documents, "sha256": state.sha256} if used is None else _at(place, used)
-    publish_columns(columns.values())
+    publish_columns(path, columns.values())
     if framed > state.framed:
         warn_of_framed(framed, at["documents"])
     return Tokenised(tokens, len(columns["sequences"]), **at, whole=not full, framed=framed)

@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmcache.beneath import check_path
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError
-from mmcache.files import check_folder, list_names, make_folder, read_file
+from mmcache.files import list_names, make_folder, read_file
 from mmcache.names import TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def save_tokenizer(path: Path, tokenizer: Any) -> dict[str, int]:
     text = tokenizer_text(tokenizer)
     if text is None:
         return {}
-    data, folder = text.encode(), (path / TOKENIZER).parent
-    make_folder(folder)
-    remove_drafts(folder)
-    publish(path / TOKENIZER, data)
+    data = text.encode()
+    make_folder(path, TOKENIZER_FOLDER)
+    remove_drafts(path, TOKENIZER_FOLDER)
+    publish(path, TOKENIZER, data)
     return {"tokenizer_bytes": len(data)}
 
 
@@ -69,7 +70,7 @@ def read_tokenizer(path: Path, manifest: Manifest) -> str | None:
         return None
     if type(size) is not int or not 0 < size <= _LIMIT or not isinstance(identity, dict):
         raise CorruptError(f"{path} says that its tokenizer has {size!r} bytes: expected 1 to {_LIMIT}, or none")
-    check_folder((path / TOKENIZER).parent)
+    check_path(path, TOKENIZER_FOLDER)
     data = read_file(path / TOKENIZER, size)
     try:
         text = data.decode()

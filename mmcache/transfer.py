@@ -27,7 +27,7 @@ from mmcache.errors import (
 from mmcache.files import free_bytes, make_folder, read_file, sync_folder
 from mmcache.lock import FolderLock
 from mmcache.manifest import read_manifest
-from mmcache.names import RESERVED
+from mmcache.names import RESERVED, check_no_links
 from mmcache.part import ALL, blocks_of, chosen_sites, joined
 from mmcache.places import METADATA_LIMIT, BucketPlace, FolderPlace, metadata
 from mmcache.receiver import Receiver
@@ -151,7 +151,7 @@ def pull(
         StoreNotFoundError, VersionError: there is no store, or no bucket.
         IncompleteError: the store is still being planned, or has lost tokens, flags or sequences.
         CorruptError: an object is damaged, and was when it was fetched again.
-        LockedError: a writer has the folder, or another pull.
+        LockedError: a writer has the folder, or another pull. LinkError: in the folder there is a symbolic link.
         DiskFullError: there is no room; the error says how much it takes, and how much is free.
         UnknownSiteError, OutOfRangeError, ArgumentError: there are no such sites or sequences; `url` is no address.
         AccessError, RemoteError: the server refuses, or gives no answer.
@@ -171,6 +171,7 @@ def pull(
     manifest, text = found
     _planned(manifest, bucket.url)
     names = chosen_sites(manifest, sites, bucket.url)
+    check_no_links(folder, manifest.sites)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory()))
         make_folder(folder)
@@ -185,8 +186,8 @@ def pull(
         carrier.plan(arrays, blocks)
         _check_room(folder, carrier.bytes_to_copy)
         for array in (*names, *(RESERVED if manifest.has_tokens else ())):
-            make_folder(folder / array)
-            remove_drafts(folder / array)
+            make_folder(folder, array)
+            remove_drafts(folder, array)
         carrier.copy(arrays)
         for array in arrays:
             sync_folder(folder / array)

@@ -65,7 +65,7 @@ class Turns:
         """See what is there now; removes what dead writers left half-made."""
         self._refresh()
         # Before the shards: one that is published in between is neither being made nor missing.
-        names = [name for site in self.missing for name in remove_drafts(self._path / site)]
+        names = [name for site in self.missing for name in remove_drafts(self._path, site)]
         self.missing = missing_of(self._path, self._manifest, tuple(self.missing))
         shard, total = self._manifest.shard_tokens or 1, self._manifest.n_tokens or 0
         self.wanted = np.zeros(-(-total // shard), bool)

@@ -72,7 +72,7 @@ class Uploads:
             if self._is_whole(key, manifest):
                 self._send(key)
             else:
-                remove_file(self._folder / key)
+                remove_file(self._folder, key)
                 self._claims.release([key])
                 self.damaged = True
 
@@ -108,7 +108,7 @@ class Uploads:
     def _send(self, key: str) -> None:
         if not self._is_there(key):
             self._bucket.upload(key, self._folder / key, self._alive)
-        draft = Draft(self._folder / key)
+        draft = Draft(self._folder, key)
         try:
             draft.publish(0, durable=False)
         finally:

@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.beneath import check_path
 from mmcache.connection import placed
 from mmcache.crew import Crew
-from mmcache.errors import AccessError, ArgumentError, CorruptError, IncompleteError, MmcacheError, RemoteError
+from mmcache.errors import (
+    AccessError,
+    ArgumentError,
+    CorruptError,
+    IncompleteError,
+    LinkError,
+    MmcacheError,
+    RemoteError,
+)
 from mmcache.files import count_names, list_names
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format import ids_digest
@@ -152,6 +161,10 @@ class _Verification:
         """Compare an array's `zarr.json` with what the root says; it may be ahead of a grown store's commit."""
         where = self._path / array / ROOT
         try:
+            check_path(self._path, array)
+        except LinkError:
+            return  # which `_check_array` says
+        try:
             said, text = read_signed(where, _METADATA_LIMIT)
             problem = _differs(
                 json.loads(text), json.loads(array_json(self._manifest, array, self._manifest.rows(array)))
@@ -165,6 +178,11 @@ class _Verification:
 
     def _check_array(self, array: str, crew: Crew) -> None:
         manifest, rows = self._manifest, self._manifest.rows(array)
+        try:
+            folder = self._folder(array)
+        except CorruptError as error:
+            self._find("foreign", array, str(error), array=array)
+            return
         expected = manifest.spec(array).blocks(rows) * len(manifest.slots(array))
         files = count_names(self._path / array)
         if expected > _BELIEVABLE + files * 100:
@@ -173,11 +191,6 @@ class _Verification:
             )
             return
         there = present_shards(self._path, manifest, array, rows)
-        try:
-            folder = self._folder(array)
-        except CorruptError as error:
-            self._find("foreign", array, str(error), array=array)
-            return
         asked: deque[tuple[tuple[int, int], Future[tuple[list[str], int]]]] = deque()
         for number in range(there.size):
             shard = divmod(number, there.shape[1])
@@ -270,6 +283,7 @@ class _Verification:
     def _check_summaries(self) -> None:
         above = f"{STATISTICS_FOLDER}/{ROOT}"
         try:
+            check_path(self._path, STATISTICS_FOLDER)
             if ROOT in list_names(self._path / STATISTICS_FOLDER):
                 read_signed(self._path / above, _METADATA_LIMIT)
         except (MmcacheError, OSError) as error:

@@ -24,7 +24,7 @@ from mmcache.format import Layout
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
 from mmcache.manifest import Manifest, read_manifest
-from mmcache.names import RESERVED, check_site_name
+from mmcache.names import RESERVED, check_no_links, check_site_name
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shards import ShardFolder
@@ -76,7 +76,7 @@ class Writer(GrownStore):
             # A crash may have left it continued further than what counts.
             self._columns["sequences"].last()[1] = self._n_tokens
         for site in manifest.sites:
-            remove_drafts(self._path / site)
+            remove_drafts(self._path, site)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"n_tokens={self.n_tokens}, n_sequences={self.n_sequences}"
@@ -218,7 +218,7 @@ class Writer(GrownStore):
             return
         self._send()
         self._started()[0].drain()
-        publish_columns(self._columns.values())
+        publish_columns(self._path, self._columns.values())
         manifest = replace(self._manifest, n_tokens=self._n_tokens, n_sequences=self.n_sequences)
         rows = dict.fromkeys((*manifest.sites, "tokens", "flags"), self._n_tokens)
         self._commit_root(manifest, {**rows, "sequences": self.n_sequences})
@@ -303,15 +303,15 @@ def append(path: str | os.PathLike[str]) -> Writer:
     """Go on with a store that `create` made, from its last commit.
 
     Raises:
-        StoreNotFoundError: there is no store. CorruptError: it is damaged.
-        ReadOnlyError: the store was not made by `create`.
-        LockedError: another writer has it.
+        StoreNotFoundError: there is no store. CorruptError: it is damaged. LockedError: another writer has it.
+        ReadOnlyError: the store was not made by `create`. LinkError: a file or folder of it is a symbolic link.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     if manifest.kind != "grown" or not manifest.has_tokens:
         made_by = "extract" if manifest.kind == "planned" else "a FullActivationCache"
         raise ReadOnlyError(f"{folder} was made by {made_by}: only stores made by mmcache.create can be appended to")
+    check_no_links(folder, manifest.sites)
     # Complete as of its commit, before anything is built on it.
     open_store(folder).close()
     return Writer(folder, None)

@@ -82,7 +82,7 @@ def finish(run: Run, held_out: mmcache.ActivationDataset | None) -> None:
     if held_out is None:
         return
     found = evaluate(raw, held_out)
-    publish(run.out / "evaluation.json", json.dumps(found, indent=2).encode())
+    publish(run.out, "evaluation.json", json.dumps(found, indent=2).encode())
     rows = [
         {"layer": layer} | {name: found[name][place] for name in ("explained_variance", "l0", "dead")}
         for place, layer in enumerate(store.layers)

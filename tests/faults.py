@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from support import path_at
 
 import mmcache
 
 PACKAGE = Path(mmcache.__file__).parent
 # The modules that touch the disk, and the calls by which they change it.
-MODULES = ("files.py", "draft.py", "lock.py")
+MODULES = ("beneath.py", "files.py", "draft.py", "lock.py")
 CHANGES = ("open", "pwrite", "pwritev", "ftruncate", "fchmod", "fsync", "rename", "unlink", "mkdir", "posix_fallocate")
 KILLED = 77
 _SECTOR = 512
@@ -74,8 +75,8 @@ def _function_at(module, line):
     return best.name if best else ""
 
 
-# Functions that open files to read them only.
-READERS = {"read_file", "open_file", "remove_drafts"}
+# Functions that open files, and folders, to read them only.
+READERS = {"read_file", "open_file", "remove_drafts", "opened_folder", "open_in"}
 # Locks of what can be had again from a bucket: a cache, or a staging folder, whose own tests kill and fail them.
 AGAIN = {"locked"}
 
@@ -119,15 +120,10 @@ class Disk:
         """Note that something was promised to be durable."""
         self.log.append(("ack", what))
 
-    def _path(self, of):
-        if isinstance(of, int):
-            return str(Path(f"/proc/self/fd/{of}").readlink())
-        return os.path.abspath(os.fspath(of))  # noqa: PTH100 -- links are left as they are
-
     def _do(self, name, args, options):
         real = self._real[name]
         site = _site()
-        path = self._path(args[0])
+        path = str(path_at(args[0], options.get("dir_fd", options.get("src_dir_fd"))))
         if site is None or not path.startswith(self.root):
             return real(*args, **options)
         number = len(self.calls)
@@ -145,7 +141,7 @@ class Disk:
             if done is not None:
                 return done
         result = real(*args, **options)
-        self._note(name, path, args, result)
+        self._note(name, path, args, options, result)
         if fault == "killed behind":
             self._die()
         return result
@@ -180,7 +176,7 @@ class Disk:
             self._ids[inode] = self._next
         return self._ids[inode]
 
-    def _note(self, name, path, args, result):
+    def _note(self, name, path, args, options, result):
         """Write down what happened, for `after_power_loss`."""
         if not self.contents:
             return
@@ -199,8 +195,8 @@ class Disk:
             folder = os.path.isdir(path)  # noqa: PTH112
             self.log.append(("sync folder", short) if folder else ("sync", self._id(args[0])))
         elif name == "rename":
-            target = os.path.relpath(self._path(args[1]), self.root)
-            self.log.append(("rename", short, target, self._id(args[1])))
+            there = path_at(args[1], options.get("dst_dir_fd"))
+            self.log.append(("rename", short, os.path.relpath(there, self.root), self._id(there)))
         elif name in ("unlink", "mkdir"):
             self.log.append((name, short))
 

@@ -128,6 +128,15 @@ def forked(work):
     return exit_code(start_fork(work))
 
 
+def path_at(name, folder=None):
+    """The absolute path of a name that is given as such, or from an open folder (`dir_fd`), or as a descriptor."""
+    if isinstance(name, int):
+        return Path(f"/proc/self/fd/{name}").readlink()
+    if folder is None:
+        return Path(os.path.abspath(os.fspath(name)))  # noqa: PTH100 -- links are left as they are
+    return Path(f"/proc/self/fd/{folder}").readlink() / name
+
+
 class Recorder:
     """Notes every sync and every rename, in order, and what they were of."""
 
@@ -139,10 +148,10 @@ class Recorder:
             fsync(fd)
             self.events.append(("sync", os.fstat(fd).st_ino, None))
 
-        def record_rename(source, target):
-            inode = Path(source).stat().st_ino
-            rename(source, target)
-            self.events.append(("rename", inode, str(Path(target).relative_to(root))))
+        def record_rename(source, target, *, src_dir_fd=None, dst_dir_fd=None):
+            inode, there = path_at(source, src_dir_fd).stat().st_ino, path_at(target, dst_dir_fd)
+            rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+            self.events.append(("rename", inode, str(there.relative_to(root))))
 
         monkeypatch.setattr(os, "fsync", record_fsync)
         monkeypatch.setattr(os, "rename", record_rename)

@@ -3,10 +3,10 @@
 import itertools
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from support import path_at
 
 import mmcache
 from mmcache.errors import StoreExistsError
@@ -39,11 +39,11 @@ def crashes(tmp_path, monkeypatch):
     """Copy the store as it is before every rename: what a crash may leave."""
     real, copies, numbers = os.rename, [], itertools.count()
 
-    def rename(source, target):
-        if Path(target).is_relative_to(tmp_path / "acts"):
+    def rename(source, target, **folders):
+        if path_at(target, folders["dst_dir_fd"]).is_relative_to(tmp_path / "acts"):
             copies.append(tmp_path / f"crash-{next(numbers)}")
             shutil.copytree(tmp_path / "acts", copies[-1], ignore=shutil.ignore_patterns(".*"))
-        real(source, target)
+        real(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", rename)
     return copies

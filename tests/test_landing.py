@@ -22,7 +22,7 @@ def test_the_file_has_what_came(tmp_path_factory, monkeypatch, window):
     @given(st.lists(st.integers(0, 5 * PAGE), max_size=6), st.sampled_from([0, 1, 17, PAGE, PAGE + 5, 3 * PAGE - 1]))
     def check(lengths, offset):
         pieces = [np.random.default_rng(n).integers(0, 256, length, np.uint8) for n, length in enumerate(lengths)]
-        draft, seen = Draft(folder / "file"), []
+        draft, seen = Draft(folder, "file"), []
         draft.write(np.full(offset, 7, np.uint8), 0)
         target.land((piece.data for piece in pieces), draft, offset, lambda data: seen.append(bytes(data)))
         whole = b"".join(piece.tobytes() for piece in pieces)

@@ -168,7 +168,7 @@ columns["tokens"].extend(np.arange(shards) % 50_000)
 columns["flags"].extend(np.arange(shards) % 500 == 0)
 columns["sequences"].extend(np.stack([starts, starts + 500, starts // 5000], axis=1))
 for column in columns.values():
-    publish_columns([column])
+    publish_columns(path, [column])
 (path / "x").mkdir()
 (path / "x" / "zarr.json").write_bytes(array_json(manifest, "x", shards))
 (path / "zarr.json").write_bytes(manifest.to_json())

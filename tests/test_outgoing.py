@@ -478,7 +478,7 @@ def test_what_another_machine_sends_meanwhile_is_not_made(there, url, local):
 def test_a_plan_that_another_machine_changes_ends_the_job(there, url, local):
     def progress(at):
         if at.phase == "extract":
-            publish(there / ROOT, (local / "token" / ROOT).read_bytes())
+            publish(there, ROOT, (local / "token" / ROOT).read_bytes())
             time.sleep(0.1)
 
     with pytest.raises(PlanMismatchError, match="was given another plan while it was filled"):

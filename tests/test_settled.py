@@ -79,7 +79,7 @@ folder, failed = pathlib.Path(sys.argv[1]), []
 def work():
     try:
         for _ in range(100):
-            with locked(folder / "lock"):
+            with locked(folder, "lock"):
                 with open(folder / "inside", "x"):
                     count = int((folder / "count").read_text())
                     (folder / "count").write_text(str(count + 1))
@@ -102,14 +102,14 @@ def test_one_thread_of_one_process_at_a_time_has_a_lock_and_no_file_is_left(tmp_
 
 
 def test_a_lock_goes_with_an_error_and_with_its_process(tmp_path):
-    with pytest.raises(KeyError), locked(tmp_path / "lock"):
+    with pytest.raises(KeyError), locked(tmp_path, "lock"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    code = "import sys, os, pathlib; from mmcache.lock import locked; held = locked(pathlib.Path(sys.argv[1]))"
-    assert python(code + "; held.__enter__(); os.kill(os.getpid(), 9)", tmp_path / "lock").returncode == -signal.SIGKILL
+    code = "import sys, os, pathlib; from mmcache.lock import locked; held = locked(pathlib.Path(sys.argv[1]), 'lock')"
+    assert python(code + "; held.__enter__(); os.kill(os.getpid(), 9)", tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "lock").exists()
-    with locked(tmp_path / "lock"):
+    with locked(tmp_path, "lock"):
         pass
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(WriteError, match="locking"), locked(tmp_path / "nowhere" / "lock"):
+    with pytest.raises(WriteError, match="locking"), locked(tmp_path / "nowhere", "lock"):
         pass

@@ -27,23 +27,21 @@ def synced(monkeypatch):
 
 def test_files_are_put_in_place_and_each_folder_is_made_durable_once(tmp_path, synced):
     (tmp_path / "there").mkdir()
-    contents = {
-        tmp_path / "there" / "a": b"1", tmp_path / "there" / "b": b"", tmp_path / "new" / "deep" / "c": b"x" * 5000,
-    }  # fmt: skip
-    publish_all(contents)
+    contents = {"there/a": b"1", "there/b": b"", "new/deep/c": b"x" * 5000}
+    publish_all(tmp_path, contents)
     assert tree(tmp_path) == {
         "there": None, "there/a": b"1", "there/b": b"", "new": None, "new/deep": None, "new/deep/c": b"x" * 5000,
     }  # fmt: skip
     files, folders = synced[:3], synced[3:]
-    assert [file.parent for file in files] == [file.parent for file in contents]
+    assert [file.parent for file in files] == [(tmp_path / file).parent for file in contents]
     assert sorted(folders) == sorted([tmp_path, tmp_path / "new", tmp_path / "new" / "deep", tmp_path / "there"])
 
 
 def test_what_is_there_is_replaced_and_nothing_is_nothing(tmp_path, synced):
-    publish_all({})
+    publish_all(tmp_path, {})
     assert synced == []
-    publish_all({tmp_path / "a": b"old"})
-    publish_all({tmp_path / "a": b"new"})
+    publish_all(tmp_path, {"a": b"old"})
+    publish_all(tmp_path, {"a": b"new"})
     assert tree(tmp_path) == {"a": b"new"}
 
 
@@ -58,5 +56,5 @@ def test_a_failure_leaves_no_draft_and_what_came_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Draft, "publish", failing)
     with pytest.raises(WriteError, match="it failed"):
-        publish_all({tmp_path / name: b"1" for name in "abc"})
+        publish_all(tmp_path, dict.fromkeys("abc", b"1"))
     assert tree(tmp_path) == {"a": b"1"}

@@ -51,7 +51,7 @@ def spec_of(dtype, width, *, layers=0, shard=64, chunk=16):
 
 def shard_writer(path, spec, *, first_token=0, rows=None, direct=False):
     policy = PageCachePolicy(busy=direct)
-    return ShardWriter(path, spec, METADATA, first_token, rows=rows, policy=policy, durable=True)
+    return ShardWriter(path.parent, path.name, spec, METADATA, first_token, rows=rows, policy=policy, durable=True)
 
 
 def parts_of(spec, rows):

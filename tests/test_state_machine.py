@@ -151,7 +151,7 @@ class WriterMachine(Folder):
             self.writer._block = None
             self.writer._pipeline.drain()
             for column in self.writer._columns.values():
-                publish_columns([column])
+                publish_columns(self.writer.path, [column])
         abandon(self.writer)
         self.writer = None
         self.twin = self.committed.copy()

@@ -26,7 +26,7 @@ def made(tmp_path_factory):
         without_sync(patch)
         column = Column(path, manifest, "sequences", 0)
         column.extend(spans)
-        publish_columns([column])
+        publish_columns(path, [column])
     return path, manifest, spans
 
 

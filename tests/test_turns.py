@@ -57,7 +57,7 @@ def test_a_block_of_which_one_shard_is_missing_is_wanted(tmp_path):
 
 def test_what_somebody_is_making_is_left_to_him_until_he_dies(tmp_path):
     manifest = plan(tmp_path, 4)
-    draft = Draft(tmp_path / "b" / "c.0.2.0")
+    draft = Draft(tmp_path, "b/c.0.2.0")
     found = Turns(tmp_path, manifest, Rank())
     assert found.take().tolist() == [0, 1, 3]
     for block in (0, 1, 3):
@@ -66,7 +66,7 @@ def test_what_somebody_is_making_is_left_to_him_until_he_dies(tmp_path):
     assert found.wanted.tolist() == [False, False, True, False]
     assert not len(found.take())
     # As when his process ends: the lock is gone, the file is not.
-    litter = draft._temporary
+    litter = draft.path.with_name(draft._temporary)
     draft._maker = 0
     draft._close()
     found.look()

@@ -531,7 +531,7 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_are_not(path):
     ]
     for file in litter:
         file.write_bytes(b"half")
-    alive = Draft(path / "mlp_in" / "c.9.9.9")
+    alive = Draft(path, "mlp_in/c.9.9.9")
     mmcache.append(path).close()
     assert [file for file in litter if file.exists()] == []
     assert len([file for file in (path / "mlp_in").iterdir() if file.suffix == ".tmp"]) == 1
@@ -673,7 +673,7 @@ def test_a_sequence_that_a_crash_took_back_in_part_ends_where_it_ended(path, con
     writer._block = None
     writer._pipeline.drain()
     for column in writer._columns.values():
-        publish_columns([column])
+        publish_columns(path, [column])
     abandon(writer)
     twin.check_path(path)
     with mmcache.append(path) as writer:

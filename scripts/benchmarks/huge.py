@@ -103,7 +103,7 @@ def _columns(path: Path, manifest: Manifest) -> None:
         (path / array).mkdir()
         column = Column(path, manifest, array, 0)
         column.extend(rows)
-        publish_columns([column])
+        publish_columns(path, [column])
 
 
 if __name__ == "__main__":

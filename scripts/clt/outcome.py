@@ -57,8 +57,8 @@ def save_clt(clt: CrossLayerTranscoder, out: Path, store: mmcache.Store) -> None
     for place, decoder in enumerate(clt.W_dec):
         encoder = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "b_dec": clt.b_dec, "threshold": clt.thresholds()}
         named = {f"{name}_{place}": value.detach()[place].contiguous() for name, value in encoder.items()}
-        publish(out / f"W_enc_{place}.safetensors", save(named))
-        publish(out / f"W_dec_{place}.safetensors", save({f"W_dec_{place}": decoder.detach()}))
+        publish(out, f"W_enc_{place}.safetensors", save(named))
+        publish(out, f"W_dec_{place}.safetensors", save({f"W_dec_{place}": decoder.detach()}))
     said = {
         "model_name": store.source.get("record", {}).get("name") or "unknown",
         "model_kind": "cross_layer_transcoder",
@@ -67,4 +67,4 @@ def save_clt(clt: CrossLayerTranscoder, out: Path, store: mmcache.Store) -> None
         "feature_output_hook": "hook_mlp_out",
         "layers": list(store.layers),
     }
-    publish(out / "config.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in said.items()).encode())
+    publish(out, "config.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in said.items()).encode())

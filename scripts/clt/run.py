@@ -100,7 +100,7 @@ class Run:
             "random": torch.get_rng_state(),
         }
         torch.save(state, file := io.BytesIO())
-        publish(self.out / CHECKPOINT, file.getvalue() + crc32c(file.getvalue()).to_bytes(4, "big"))
+        publish(self.out, CHECKPOINT, file.getvalue() + crc32c(file.getvalue()).to_bytes(4, "big"))
         return file.getvalue()
 
     def load(self) -> None:

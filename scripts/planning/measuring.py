@@ -86,7 +86,7 @@ def digest_rate(scratch: Path, manifest: Manifest, repeats: int = 3) -> float:
         done, taken = 0, 0.0
         while done < _DIGESTED:
             shard = ShardWriter(
-                scratch / "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(busy=True), durable=False
+                scratch, "digest", spec, {}, 0, rows=None, policy=PageCachePolicy(busy=True), durable=False
             )
             began = time.perf_counter()
             for _ in range(spec.shard_rows // rows):
