@@ -10,6 +10,7 @@ from mmcache.draft import publish
 from mmcache.errors import ReadOnlyError
 from mmcache.fingerprint import ProvenanceWarning, check_fingerprint
 from mmcache.manifest import read_manifest
+from mmcache.names import check_no_links
 from mmcache.provenance import compare, recorded
 from mmcache.room import missing_of
 from mmcache.signed import ROOT
@@ -61,8 +62,10 @@ def known_plan(path: Path, settings: Settings, *, accept: bool) -> Manifest:
     Raises:
         PlanMismatchError: what differs.
         ReadOnlyError: the store is none of `extract`'s.
+        LinkError: a file or folder of it is a symbolic link.
     """
     manifest = read_manifest(path)
+    check_no_links(path, manifest.sites)
     check_plan(path, manifest, settings, accept=accept)
     if set(manifest.source["modules"]) != set(settings.modules):
         _compare_sites(path, manifest, settings)
@@ -148,7 +151,7 @@ def with_recorded(path: Path, manifest: Manifest, settings: Settings) -> Manifes
             stacklevel=5,
         )
     manifest = replace(manifest, source=source)
-    publish(path / ROOT, manifest.to_json())
+    publish(path, ROOT, manifest.to_json())
     return manifest
 
 

@@ -147,7 +147,7 @@ def begin_as_before(path, patch, *, stop=None, **options):
     manifest = read_manifest(path)
     source = dict(manifest.source)
     source["identity"] = {name: value for name, value in source["identity"].items() if name != "bos"}
-    publish(path / "zarr.json", dataclasses.replace(manifest, source=source).to_json())
+    publish(path, "zarr.json", dataclasses.replace(manifest, source=source).to_json())
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -280,7 +280,7 @@ def test_a_store_that_recorded_less_is_gone_on_with_and_that_is_said_once(tmp_pa
         del source["identity"][name]
     for name in ("activations", "autocast", "tf32", "deterministic"):
         del source["numerics"][name]
-    publish(path / "zarr.json", manifest.to_json())
+    publish(path, "zarr.json", manifest.to_json())
     with pytest.warns(mmcache.ProvenanceWarning, match="older mmcache"):
         extract(small.llama(), path)
     with warnings.catch_warnings():

@@ -135,7 +135,7 @@ class Run:
         whole, _, torn = after.rpartition(b"\n")
         steps = _steps(whole)
         if steps != list(range(step + 1, step + 1 + len(steps))) or not b'{"step": '.startswith(torn[:9]):
-            publish(self.out / f"log-behind-step-{step}.jsonl", after)
+            publish(self.out, f"log-behind-step-{step}.jsonl", after)
         self.log.truncate(size)
 
     def restore(self, data: bytes) -> dict[str, Any]:
