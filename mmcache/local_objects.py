@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from mmcache.beneath import check_path
 from mmcache.errors import ArgumentError
-from mmcache.files import check_folder, explained, make_folder, sync_folder
+from mmcache.files import explained, make_folder, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,15 +50,15 @@ class LocalObjects:
         """Refuse to change files that lie behind a link, which may lead out of the folder.
 
         Raises:
-            CorruptError: there is one.
+            LinkError: there is one.
         """
-        for folder in {above for key in keys for above in (self.root / key).parents[: key.count("/")]}:
-            check_folder(folder)
+        for folder in {key.rpartition("/")[0] for key in keys if "/" in key}:
+            check_path(self.root, folder)
 
     def prepare(self, key: str) -> None:
-        """Make the folder of an object, durably. Raises WriteError, and CorruptError as `check`."""
+        """Make the folder of an object, durably. Raises WriteError, and LinkError as `check`."""
         self.check([key])
-        make_folder((self.root / key).parent)
+        make_folder(self.root, key.rpartition("/")[0])
 
     def sync(self, key: str) -> None:
         """Make the bytes of an object durable. Raises WriteError."""

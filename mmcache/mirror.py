@@ -22,7 +22,7 @@ from mmcache.bucket import Bucket
 from mmcache.cache_place import cache_folder, private_folder
 from mmcache.crew import Crew, let_end
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
-from mmcache.files import free_bytes, make_folder, read_file
+from mmcache.files import free_bytes, read_file
 from mmcache.landing import Landing
 from mmcache.lock import locked
 from mmcache.metadata_copies import MetadataCopies
