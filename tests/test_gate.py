@@ -305,17 +305,37 @@ def test_a_connection_that_had_the_secret_outlives_those_of_others(page):
             assert kept.sock is before
 
 
+@contextlib.contextmanager
+def slow_readers(page, count=1):
+    """Connections on which plotly.js was asked for, and of which little is read by itself."""
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
+        for one in made:
+            one.settimeout(20)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect(("127.0.0.1", page.port))
+            one.sendall(f"GET /plotly.js HTTP/1.1\r\nHost: 127.0.0.1:{page.port}\r\n\r\n".encode())
+        yield made
+
+
+def test_answers_that_are_not_read_do_not_end_those_of_the_user(page):
+    with slow_readers(page, 2 * LimitedConnection.most) as made:
+        assert ask(page, "/norms.json").status == 200
+        assert ask(page, "/page.js", secret=False).status == 200
+        assert len(page._server.server_state.connections) <= 2 * LimitedConnection.most
+        assert not end_of(made[0]).endswith(plotly_js()[1][-100:])
+
+
 def test_an_answer_that_is_not_read_is_cut_and_takes_little_memory(hurried):
-    ask_for = f"GET /plotly.js HTTP/1.1\r\nHost: 127.0.0.1:{hurried.port}\r\n\r\n".encode()
-    one = socket.socket()
-    with contextlib.closing(one):
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        one.connect(("127.0.0.1", hurried.port))
-        one.sendall(ask_for)
+    with slow_readers(hurried) as (one,):
         time.sleep(0.2)
         held = [one.transport.get_write_buffer_size() for one in hurried._server.server_state.connections]
         assert max(held) <= 1 << 18
-        time.sleep(1.5)
+        # What it says meanwhile is no sign that it reads.
+        for _ in range(5):
+            time.sleep(0.3)
+            with contextlib.suppress(ConnectionError):
+                one.sendall(b"GET")
         assert len(end_of(one)) < len(plotly_js()[1])
 
 

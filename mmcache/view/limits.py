@@ -18,14 +18,16 @@ __all__ = ["LimitedConnection"]
 class LimitedConnection(H11Protocol):
     """One HTTP connection, which is cut when its other end is slow; and the oldest one, when there are too many.
 
-    What a request may send, beside its headers, is `Gate`'s to say. Computing an answer may take any time.
+    Those that wait for a request and those that are answered are counted apart, so that half requests, of which anybody
+    can send many, end no answer. What a request may send, beside its headers, is `Gate`'s to say. Computing an answer
+    may take any time.
     """
 
     # Seconds in which a request must be there, from the connection or the last answer on.
     patience: ClassVar[float] = 5.0
     # Seconds in which some of an answer must be read.
     stalled: ClassVar[float] = 20.0
-    # Connections on which no request had the secret.
+    # Connections on which no request had the secret: so many that wait, and so many that are answered.
     most: ClassVar[int] = 64
 
     def __init__(self, *given: Any, **options: Any) -> None:
@@ -38,10 +40,7 @@ class LimitedConnection(H11Protocol):
         """Begin to wait for the first request."""
         super().connection_made(transport)
         self._cut_after(self.patience)
-        others = [one for one in self.connections if isinstance(one, LimitedConnection) and one.is_strange()]
-        if len(others) > self.most:
-            # Half a request is worth less than one that is being answered.
-            min(others, key=lambda one: (one.is_answering(), one._since)).cut()  # noqa: SLF001 -- of this class
+        self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
@@ -50,14 +49,19 @@ class LimitedConnection(H11Protocol):
 
     def handle_events(self) -> None:
         """Wait no longer when a request is there."""
+        answering = self.is_answering()
         super().handle_events()
-        if self.is_answering():
+        # What comes while it is answered is no sign that the answer is read.
+        if self.is_answering() and not answering:
             self._stop_waiting()
+            self._since = self.loop.time()
+            self._make_room()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         self._known = self._known or self._has_secret()
         # Before what is there already is looked at.
+        self._since = self.loop.time()
         self._cut_after(self.patience)
         super().on_response_complete()
 
@@ -86,6 +90,12 @@ class LimitedConnection(H11Protocol):
         """End it at once, whatever is unsent."""
         self._cut = True
         self.transport.abort()
+
+    def _make_room(self) -> None:
+        alike = [one for one in self.connections if isinstance(one, LimitedConnection) and one.is_strange()]
+        alike = [one for one in alike if one.is_answering() is self.is_answering()]
+        if len(alike) > self.most:
+            min(alike, key=lambda one: one._since).cut()  # noqa: SLF001 -- of this class
 
     def _has_secret(self) -> bool:
         return self.scope is not None and KNOWN in cast("Mapping[str, Any]", self.scope)
