@@ -17,7 +17,7 @@ from small import contents, identities
 from support import damage, flip, python, raw, same, shards, without_sync
 
 import mmcache
-from mmcache import bucket, carrier, landing, places, receiver
+from mmcache import carrier, landing, object_reads, places, receiver
 from mmcache.bucket import Bucket
 from mmcache.lock import FolderLock
 from mmcache.part import blocks_of
@@ -709,4 +709,4 @@ def test_several_are_under_way_and_few_bytes_in_memory():
     assert 2 <= carrier.Carrier.copies <= 4
     assert 2 <= receiver.Receiver.copies <= 16
     # Two windows a stream, and the piece that is on its way into one.
-    assert receiver.Receiver.copies * (2 * landing._WINDOW + bucket._PIECE_BYTES) <= 160 * MIB
+    assert receiver.Receiver.copies * (2 * landing._WINDOW + object_reads._PIECE_BYTES) <= 160 * MIB
