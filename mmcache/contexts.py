@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.errors import ArgumentError, CorpusError
+from mmcache.errors import ArgumentError, CorpusError, UnsupportedModelError
 from mmcache.frame import frame_of, unframed
+from mmcache.tokenizer_calls import ids_of_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -103,6 +104,7 @@ class Contexts:
 
     Raises:
         ArgumentError: a context has no room for a token between the special ones; there is no BOS to add.
+        UnsupportedModelError: the model has no rows for the special tokens, or the tokenizer fails on any text.
     """
 
     def __init__(
@@ -126,27 +128,33 @@ class Contexts:
         end = getattr(tokenizer, "eos_token_id", None)
         between = self.frame.after if len(self.frame.after) else self.frame.before
         self._between = between if len(between) or end is None else np.array([end], np.int32)
+        put = np.concatenate([self.frame.before, self.frame.after, self._between if pack else _NOTHING])
+        if vocabulary is not None and (put >= vocabulary).any():
+            raise UnsupportedModelError(
+                f"the tokenizer puts token ids up to {put.max()} around texts, and the model's embedding has "
+                f"{vocabulary} rows: give the model's own tokenizer, or one that model.resize_token_embeddings knows"
+            )
 
     def cut(self, documents: Iterable[Document], start: Place | None = None) -> Iterator[Context]:
         """Give the contexts of documents, in order, from `start` on; documents without tokens have none.
 
         Raises:
-            CorpusError: a document that is neither text nor token ids, or an id that the model does not know.
+            CorpusError: a document that is neither text nor token ids, an id that the model does not know, or a text
+                that the tokenizer fails on, takes minutes for, or that memory does not suffice for.
         """
         start = start or Place()
         tokenised = self._tokenise(documents, start.document)
         return self._packed(tokenised, start) if self._pack else self._apart(tokenised, start)
 
     def _tokenise(self, documents: Iterable[Document], first: int) -> Iterator[tuple[int, np.ndarray, bool]]:
-        """Give number, ids `[n]` int32 and whether they were text, of each document from `first` on."""
+        """Give number, ids `[n]` and whether they were text, of each document from `first` on."""
         number = first
         for some in _together(documents, first):
             if isinstance(some, np.ndarray):
                 yield number, self._checked(some, number), False
                 number += 1
                 continue
-            encoded = self._tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for ids in encoded["input_ids"]:
+            for ids in ids_of_texts(self._tokenizer, some, number):
                 yield number, self._checked(np.asarray(ids, np.int64), number), True
                 number += 1
 
@@ -157,9 +165,10 @@ class Contexts:
         if len(ids) and not (ids.min() >= 0 and ids.max() <= high):
             raise CorpusError(
                 f"document {number} has token ids from {ids.min()} to {ids.max()}: the model knows 0 to {high}; "
-                f"was it tokenised for another model?"
+                f"was it tokenised for another model, or by a tokenizer that was extended without the model?"
             )
-        return ids.astype(np.int32)
+        # They may be a file's, larger than memory: they are taken context by context.
+        return ids
 
     def _apart(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: Place) -> Iterator[Context]:
         for number, whole, is_text in tokenised:
@@ -173,7 +182,8 @@ class Contexts:
                     more = len(self._unframed(ids[at + window :], before, after))
                     behind = Place(number, at + window) if more else Place(number + 1)
                     framed = int(at == 0 and len(ids) < len(whole))
-                    yield Context(np.concatenate([before, part, after]), number, behind, framed)
+                    tokens = np.concatenate([before, part.astype(np.int32), after])
+                    yield Context(tokens, number, behind, framed)
 
     def _packed(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: Place) -> Iterator[Context]:
         before, room = self.frame.before, self._length - len(self.frame.before)
@@ -211,7 +221,7 @@ class Contexts:
         if not len(inner):
             return inner, False
         core = inner if self._between is self.frame.before else self._unframed(ids, _NOTHING, self._between)
-        return np.concatenate([core, self._between]), len(inner) < len(ids)
+        return np.concatenate([core.astype(np.int32), self._between]), len(inner) < len(ids)
 
     def _unframed(self, ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         return ids if self._doubled else unframed(ids, before, after)

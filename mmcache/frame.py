@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mmcache.errors import ArgumentError, CorpusError
+from mmcache.tokenizer_calls import check_growth, ids_of_letter
 
 __all__ = [
     "BOS_CHOICES",
@@ -96,8 +97,8 @@ def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | 
 
 def _own(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The special tokens that a tokenizer puts before and behind a text by itself: `[n]` int32 each."""
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
+    check_growth(tokenizer)
+    plain, full = (ids_of_letter(tokenizer, special=special) for special in (False, True))
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return np.array(full[:start], np.int32), np.array(full[start + len(plain) :], np.int32)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, CorruptError
+from mmcache.panics import panics_as_errors
+from mmcache.tokenizer_calls import growth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +21,8 @@ __all__ = ["Words", "surroundings"]
 
 # A token's text is cut behind so many bytes: none is that long but in a file that was made to take memory.
 _LONGEST = 1 << 10
+# Nor is one decoded that a decoder's replacements may make longer than this.
+_LARGEST = 1 << 20
 
 
 def _byte_level() -> dict[str, int]:
@@ -41,6 +45,7 @@ class Words:
     def __init__(self, store: Store) -> None:
         text = store.tokenizer_json()
         self._tokenizer: Any = None
+        self._where = store.where
         self._pieces: dict[int, bytes] = {}
         if text is None:
             return
@@ -49,8 +54,11 @@ class Words:
         except ImportError:
             return
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-            self._letters = _byte_level() if _is_byte_level(json.loads(text).get("decoder")) else None
+            with panics_as_errors():
+                self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            decoder = json.loads(text).get("decoder")
+            self._letters = _byte_level() if _is_byte_level(decoder) else None
+            self._growth = growth(decoder)
         except Exception as error:  # it raises nothing narrower
             raise CorruptError(f"{store.where}: the tokenizer that it keeps cannot be read ({error})") from error
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
@@ -82,8 +90,16 @@ class Words:
             return bytes(self._letters[letter] for letter in name)
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return bytes([int(name[3:5], 16)])
+        if len(name) * self._growth > _LARGEST:
+            return str(name).encode()
         # What it adds behind another, since some decoders take the space off the first.
-        once, twice = self._tokenizer.decode_batch([[token], [token, token]], skip_special_tokens=False)
+        try:
+            with panics_as_errors():
+                once, twice = self._tokenizer.decode_batch([[token], [token, token]], skip_special_tokens=False)
+        except Exception as error:  # as above
+            raise CorruptError(
+                f"{self._where}: the tokenizer that it keeps fails on token {token} ({error})"
+            ) from error
         return str(twice[len(once) :]).encode()
 
     def texts(self, tokens: Iterable[int]) -> list[str]:

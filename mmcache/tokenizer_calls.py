@@ -1,0 +1,129 @@
+"""Calls of a tokenizer: where it fails, panics, or takes too long, there is an error that names the document."""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+from mmcache.corpus import check_size
+from mmcache.errors import CorpusError, UnsupportedModelError
+from mmcache.panics import panics_as_errors, said
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["check_growth", "growth", "ids_of_letter", "ids_of_texts"]
+
+# Seconds for any call, and for a million characters more; measured, a million characters take 1 to 12.
+_SECONDS, _SECONDS_A_MILLION = 60.0, 600.0
+# How many times as long a normalizer may make a text; the usual ones at most double it.
+_GROWTH = 1 << 10
+
+
+def ids_of_texts(tokenizer: Any, texts: Sequence[str], first: int) -> list[list[int]]:
+    """The token ids of each text, without special tokens; documents are numbered from `first` on.
+
+    Raises:
+        CorpusError: a text that the tokenizer fails on, takes minutes for, or that memory does not suffice for.
+    """
+    for number, text in enumerate(texts, first):
+        if len(text) >> 20:
+            check_size(len(text.encode()), f"document {number}", "cut it into several documents")
+    characters = sum(map(len, texts))
+    seconds = _SECONDS + _SECONDS_A_MILLION * characters / 1e6
+    last = first + len(texts) - 1
+    which = f"document {first}" if len(texts) == 1 else f"documents {first} to {last}"
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    try:
+        return list(_ids(tokenizer, texts, seconds, **options))
+    except TimeoutError as error:
+        longest = max(texts, key=len)
+        raise CorpusError(
+            f"{which}: the tokenizer was not done with {characters:,} characters after {seconds:,.0f} seconds; the "
+            f"longest, document {first + texts.index(longest)}, has {len(longest):,} of them: cut it, or leave it out"
+        ) from error
+    except Exception as error:
+        for number, text in enumerate(texts, first):
+            try:
+                _ids(tokenizer, [text], seconds, **options)
+            except Exception as own:
+                raise CorpusError(f"document {number} cannot be tokenised: {said(own)}") from own
+        raise CorpusError(f"{which} cannot be tokenised together: {said(error)}") from error
+
+
+def ids_of_letter(tokenizer: Any, *, special: bool) -> list[int]:
+    """The token ids of the text "a", with the special tokens around it or without.
+
+    Raises:
+        UnsupportedModelError: the tokenizer fails even on that.
+    """
+    try:
+        return list(_ids(tokenizer, "a", _SECONDS, add_special_tokens=special))
+    except TimeoutError as error:
+        raise UnsupportedModelError(
+            f"the tokenizer was not done with the text 'a' after {_SECONDS:.0f} seconds: give the model's own"
+        ) from error
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the tokenizer fails on the text 'a': {said(error)}; give the model's own"
+        ) from error
+
+
+def _ids(tokenizer: Any, texts: str | Sequence[str], seconds: float, **options: bool) -> Any:
+    """What a tokenizer makes of texts. It has so many seconds; then it is left alone, since nothing can end it.
+
+    In a thread of its own, so that this one can be interrupted meanwhile, which native code cannot.
+    """
+    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            with panics_as_errors():
+                done.put((tokenizer(texts, **options)["input_ids"], None))
+        except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
+            done.put((None, error))
+
+    thread = threading.Thread(target=work, name="mmcache-tokenizer", daemon=True)
+    thread.start()
+    try:
+        found, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    thread.join()
+    if error is not None:
+        raise error
+    return found
+
+
+def check_growth(tokenizer: Any) -> None:
+    """Refuse a tokenizer that blows texts up before it looks at them.
+
+    Raises:
+        UnsupportedModelError: how many times as long they may get.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    times = 1 if normalizer is None else growth(json.loads(normalizer.__getstate__()))
+    if times > _GROWTH:
+        raise UnsupportedModelError(
+            f"the tokenizer's normalizer may make a text {times:,} times as long, expected at most {_GROWTH:,}: give "
+            f"the model's own tokenizer"
+        )
+
+
+def growth(part: Any) -> int:
+    """How many times as long a text can get by the replacements of a tokenizer's normalizer or decoder, in JSON."""
+    if not isinstance(part, dict):
+        return 1
+    inner = [*(part.get("normalizers") or ()), *(part.get("decoders") or ())]
+    found = math.prod(map(growth, inner))
+    if isinstance(added := part.get("prepend"), str):
+        found *= 1 + len(added)
+    if isinstance(content := part.get("content"), str):
+        pattern = part.get("pattern")
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        # Another pattern, or an empty one, may match between any two letters.
+        found *= max(1, -(-len(content) // len(replaced))) if replaced else 1 + len(content)
+    return found
