@@ -161,6 +161,8 @@ def _source(manifest: Manifest, settings: Settings) -> dict[str, Any]:
         source["accepted"] = [*source["accepted"], numerics]
     elif _same(source["numerics"], numerics):
         source["numerics"] = {**numerics, **source["numerics"]}
-    source["identity"] = {**settings.identity, **source["identity"]}
+    # What older plans do not say of `bos` is known: it is what they did.
+    added = {name: value for name, value in settings.identity.items() if name != "bos"}
+    source["identity"] = {**added, **source["identity"]}
     # Shards of an older plan may hold sequences that were padded in batches with others.
     return {"fingerprint": settings.fingerprint, "equal_lengths": False, **source}

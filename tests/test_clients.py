@@ -40,7 +40,7 @@ def store(tmp_path_factory):
 def feed(store, **options):
     """The dataset and the adapter, as the README has them."""
     data = mmcache.ActivationDataset(
-        store, sites=["resid_post"], layers=[LAYER], batch_size=BATCH, dtype=torch.float32, **options
+        store, sites=["resid_post"], layers=[LAYER], batch_size=BATCH, dtype=torch.float32, drop=(), **options
     )
     rows = (batch["resid_post"][:, 0] for _ in itertools.count() for batch in data)
     return data, rows
