@@ -200,8 +200,8 @@ def test_nothing_is_computed_behind_the_last_wanted_layer(tmp_path):
     model.lm_head.register_forward_pre_hook(lambda *_: ran.append("logits"))
     extract(tmp_path / "store", model=model, layers=[0, 1])
     batches = -(-store.n_sequences // 3)
-    # The pass that finds out how wide the sites are runs to its end.
-    assert ran == ["wanted", "behind", "logits"] + ["wanted"] * batches
+    # The passes that find out what the model does run to their end.
+    assert ran == ["wanted", "behind", "logits"] * 4 + ["wanted"] * batches
 
 
 def test_tokens_sequences_and_flags(tmp_path):
@@ -524,7 +524,7 @@ def test_a_job_with_nothing_to_do_touches_nothing_and_runs_no_batch(tmp_path):
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     extract(tmp_path / "store", model=model, progress=told.append)
     assert small.identities(tmp_path / "store") == before
-    assert (len(ran), told) == (1, [])  # the pass that finds out how wide the sites are
+    assert (len(ran), told) == (4, [])  # the passes that find out what the model does
 
 
 def test_only_the_batches_that_missing_shards_need_are_run(tmp_path):
@@ -581,7 +581,7 @@ def test_progress_is_told_up_to_the_end(tmp_path):
         ({"sites": ("mlp_inn",)}, UnknownSiteError, "near matches: mlp_in"),
         ({"sites": ("resid_post", "resid_post")}, ArgumentError, "given twice"),
         ({"sites": "resid_post"}, ArgumentError, "sites is the string"),
-        ({"sites": ("model.embed_tokens:in",)}, ShapeError, r"has shape \[1, 2\] for 1 sequence of 2 tokens"),
+        ({"sites": ("model.embed_tokens:in",)}, ShapeError, r"has shape \[1, 64\] for 1 sequence of 64 tokens"),
         ({"layers": [3]}, OutOfRangeError, r"layer 3 not in model \(n_layers=3\)"),
         ({"layers": []}, ArgumentError, "layers is empty"),
         ({"context_length": 0}, ArgumentError, "context_length is 0: expected 1 to 128"),
