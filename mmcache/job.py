@@ -245,7 +245,7 @@ class Extraction:
         )
         if self._outgoing is None:
             return plan()
-        if (there := self._outgoing.planned()) is not None:
+        if (there := self._outgoing.sent()) is not None:
             # Before the staging folder is made, and before what waits in it is sent.
             check_plan(self._outgoing.url, there, self._settings, accept=accept_numerics)
         join = partial(join_plan, self._path, self._settings, accept_numerics=accept_numerics)

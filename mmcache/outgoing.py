@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mmcache.addresses import is_url
 from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
-from mmcache.bucket_listing import read_planned
+from mmcache.bucket_listing import manifest_of, read_planned, read_root
 from mmcache.cache_place import cache_folder, private_folder
 from mmcache.claims import STAGING, Claims
 from mmcache.connection import placed
@@ -98,6 +98,11 @@ class Outgoing:
     def planned(self) -> Manifest | None:
         """Give the plan that there is already; writes nothing. Errors as `Bucket.read`."""
         return read_planned(self._bucket, self.folder)
+
+    def sent(self) -> Manifest | None:
+        """The plan that the bucket itself has; writes nothing. Errors as `Bucket.read`."""
+        root = read_root(self._bucket)
+        return None if root is None else manifest_of(self._bucket, root)
 
     @property
     def _uploads(self) -> Uploads:

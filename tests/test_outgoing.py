@@ -488,7 +488,7 @@ def test_a_plan_that_another_machine_changes_ends_the_job(there, url, local):
 def test_stubs_follow_the_bucket(there, url, local):
     shutil.copytree(local / "token", there)
     folder = BucketFolder(Bucket(url), staging_folder(url, None))
-    folder.mark()
+    folder.mark(("mlp_in", "mlp_out"))
     assert folder.fetch(("mlp_in", "mlp_out")) == []
     manifest = read_manifest(folder.folder)
     assert shards(folder.folder) == dict.fromkeys(shards(there), 0)

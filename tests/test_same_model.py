@@ -147,7 +147,7 @@ def test_a_fingerprint_that_is_none_is_a_damaged_root(tmp_path, bad):
     extract(tmp_path / "store")
     manifest = read_manifest(tmp_path / "store")
     manifest.source["fingerprint"] = bad
-    publish_all({tmp_path / "store" / "zarr.json": manifest.to_json()})
+    publish_all(tmp_path / "store", {"zarr.json": manifest.to_json()})
     with pytest.raises(CorruptError, match="fingerprint"):
         extract(tmp_path / "store")
 

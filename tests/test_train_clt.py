@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +77,7 @@ def killed_run(script, arguments, countdown):
         code = 1
         try:
             torch.set_num_threads(1)
-            script.Run.take, Path.rename = deadly(script.Run.take), deadly(Path.rename)
+            script.Run.take, os.rename = deadly(script.Run.take), deadly(os.rename)
             for module in script.publishers:
                 module.publish = deadly(module.publish)
             code = CliRunner().invoke(script.main, arguments).exit_code
