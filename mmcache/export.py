@@ -209,16 +209,18 @@ class _Safetensors(_Export):
         store, manifest, box = self.selection.store, self.selection.manifest, self.box
         spec, key = manifest.spec(site), manifest.shard_key(site, block, slot)
         file = store.path / site / key
-        linked = box.link(file, name)
-        # Behind the link: under the shard's own name there may be a longer one by now.
-        fd, status = open_file(box.path / name if linked else file, what=f"shard {key} of {site}")
+        # Before the link: what is no shard of this store, such as another file of the user's, gets no second name.
+        fd, status = open_file(file, what=f"shard {key} of {site}")
         try:
             metadata = manifest.shard_metadata(site, block, slot)
             layout = parse_header(spec, read_page(fd), status.size, metadata, where=str(file))
             if layout.rows != spec.rows_in_block(block, store.n_tokens):
-                if linked:
-                    box.unlink(name)
                 return False
+            linked = box.link(file, name)
+            # Under the shard's own name there may be another one by now.
+            if linked and (box.path / name).lstat().st_ino != status.inode:
+                box.unlink(name)
+                linked = False
             if not linked:
                 box.copy(fd, status.size, name)
         finally:

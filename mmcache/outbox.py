@@ -97,19 +97,19 @@ class Outbox:
         """Give a durable file a second name in the folder; False where that cannot be done."""
         with explained(self.path / name, "linking the file"):
             try:
-                os.link(source, self.path / name)
+                os.link(source, self.path / name, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _NO_LINK:
                     return False
                 raise
         self.files += 1
-        self.linked_bytes += (self.path / name).stat().st_size
+        self.linked_bytes += (self.path / name).lstat().st_size
         return True
 
     def unlink(self, name: str) -> None:
         """Take a link back."""
         self.files -= 1
-        self.linked_bytes -= (self.path / name).stat().st_size
+        self.linked_bytes -= (self.path / name).lstat().st_size
         (self.path / name).unlink()
 
     def copy(self, fd: int, size: int, name: str) -> None:
