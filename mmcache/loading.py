@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mmcache.errors import ArgumentError, MmcacheError, UnsupportedModelError
-from mmcache.panics import panics_as_errors, said
+from mmcache.errors import ArgumentError, UnsupportedModelError
+from mmcache.model_use import unsupported
+from mmcache.panics import said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,14 +128,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 @contextmanager
 def _explained(name: str, what: str, place: str) -> Iterator[None]:
     """A block that loads from a folder: whatever transformers raises, for a damaged one too, is one error."""
-    try:
-        with panics_as_errors():
-            yield
-    except (MmcacheError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
+
+    def explain(error: Exception) -> str:
         remedy = _TRUST if _brings_code(place) else ""
-        raise UnsupportedModelError(f"{name} cannot be loaded as a {what}: {said(error)}{remedy}") from error
+        return f"{name} cannot be loaded as a {what}: {said(error)}{remedy}"
+
+    with unsupported(explain):
+        yield
 
 
 def _brings_code(place: str) -> bool:

@@ -13,9 +13,18 @@ from mmcache.errors import ArgumentError, MmcacheError, UnsupportedModelError
 from mmcache.panics import panics_as_errors, said
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["bos_token_id", "context_length", "device_of", "evaluating", "running", "text_config", "vocabulary"]
+__all__ = [
+    "bos_token_id",
+    "context_length",
+    "device_of",
+    "evaluating",
+    "running",
+    "text_config",
+    "unsupported",
+    "vocabulary",
+]
 
 _DEFAULT_CONTEXT = 1024
 # What configurations call the tokens of a context and the ids of a vocabulary, the usual names first.
@@ -107,6 +116,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unsupported(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """A block of another library's code: whatever it raises, panics too, becomes one error.
+
+    Args:
+        explain: The message, made from what was raised.
+
+    Raises:
+        UnsupportedModelError: With the library's own error as its cause. Errors of mmcache and a lack of memory pass as
+            they are.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except (MmcacheError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(explain(error)) from error
+
+
+@contextmanager
 def running(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
     """A block in which a model runs on token ids `[batch, seq]`: what its forward pass raises becomes one error.
 
@@ -118,16 +147,13 @@ def running(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
     wanted = getattr(model, "main_input_name", None)
     if wanted not in _IDS and wanted == next(iter(inspect.signature(model.forward).parameters), None):
         raise UnsupportedModelError(f"{kind} takes {wanted}, not token ids: give a language model or a text encoder")
-    try:
-        with panics_as_errors():
-            yield
-    except (MmcacheError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
+
+    def explain(error: Exception) -> str:
         remedy = "give a language model or a text encoder that runs on token ids alone, or mend what it says"
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             remedy = "it is an encoder-decoder: give its encoder alone, model.get_encoder()"
-        raise UnsupportedModelError(
-            f"{kind} failed on token ids {list(ids.shape)} from {ids.min()} to {ids.max()}, saying {said(error)!r}: "
-            f"{remedy}"
-        ) from error
+        shape, low, high = list(ids.shape), ids.min(), ids.max()
+        return f"{kind} failed on token ids {shape} from {low} to {high}, saying {said(error)!r}: {remedy}"
+
+    with unsupported(explain):
+        yield

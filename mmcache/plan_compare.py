@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["changes", "check_plan", "grows", "is_recorded", "known_plan", "with_recorded"]
 
 _REMEDY = "Give the settings of the store, or choose another path."
+# The one of the numerics that is exact, and that a model which never repeats itself has not got.
+_DIGEST = "activations"
 _ACCEPT = (
     "These may change the last bits of an activation. Set them as they were, or go on all the same with "
     "--accept-numerics (accept_numerics=True), which is recorded."
@@ -75,8 +77,7 @@ def known_plan(path: Path, settings: Settings, *, accept: bool) -> Manifest:
 def _compare_model(path: Path | str, source: dict[str, Any], settings: Settings, *, accept: bool) -> None:
     """Compare numerics and fingerprint; the exact digest last, which says least about what differs."""
     numerics, known = _numerics(source, settings), [source["numerics"], *source["accepted"]]
-    exact = ("activations",)
-    others = {name: value for name, value in numerics.items() if name not in exact}
+    others = {name: value for name, value in numerics.items() if name != _DIGEST}
     if not accept and not any(_same(entry, others) for entry in known):
         compare(path, "numerics", _shared(source["numerics"], others), _shared(others, source["numerics"]), _ACCEPT)
     if "fingerprint" in source:
@@ -94,8 +95,8 @@ def _numerics(source: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 def _shared(numerics: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """The numerics that both know; a digest that one of them has not got is of a model that never repeats itself."""
-    unknown = {name for name in ("activations",) if numerics.get(name) is None or others.get(name) is None}
-    return {name: value for name, value in numerics.items() if name in others and name not in unknown}
+    steady = numerics.get(_DIGEST) is not None and others.get(_DIGEST) is not None
+    return {name: value for name, value in numerics.items() if name in others and (name != _DIGEST or steady)}
 
 
 def _same(stored: dict[str, Any], asked: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """How the suite runs: deterministic properties, `--slow` to widen them, and skips that say why."""
 
+import os
 import random
 
 import hypothesis
@@ -24,6 +25,16 @@ def _the_same_numbers_each_time():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- what libraries draw from, too
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread_without_syncing(monkeypatch):
+    """One thread, because two only wait for each other in small models; and no syncing, which no such test can see."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

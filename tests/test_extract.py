@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import os
 import re
 import shutil
 import sys
@@ -33,6 +32,7 @@ from mmcache.loading import load_model, load_tokenizer
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")
+pytestmark = pytest.mark.usefixtures("one_thread_without_syncing")
 
 TEXTS = [f"text number {number}: " + "abcdefgh " * (number * 7 % 11) for number in range(14)]
 SETTINGS = {
@@ -43,16 +43,6 @@ SETTINGS = {
     "shard_tokens": 64,
 }
 both_layouts = pytest.mark.parametrize("layout", ["token", "layer"])
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, because two only wait for each other here; and no syncing, which nothing here could see."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    yield
-    torch.set_num_threads(before)
 
 
 def extract(path, *, model=None, tokenizer=None, texts=TEXTS, **changes):

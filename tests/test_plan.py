@@ -4,7 +4,6 @@ import contextlib
 import copy
 import importlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -32,6 +31,7 @@ from mmcache.lock import FolderLock
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")
+pytestmark = pytest.mark.usefixtures("one_thread_without_syncing")
 
 # Of many lengths, so that contexts, batches and shards end at odd places.
 TEXTS = [f"text number {number}: " + "abcdefgh " * (number * 7 % 11) for number in range(14)]
@@ -53,16 +53,6 @@ class Crash(BaseException):
 def extract(path, *, model=None, tokenizer=None, texts=TEXTS, **changes):
     model, tokenizer = model or small.llama(), tokenizer or small.byte_tokenizer()
     return mmcache.extract(model, tokenizer, texts, path, **SETTINGS | changes)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, because two only wait for each other here; and no syncing, which nothing here could see."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

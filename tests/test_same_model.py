@@ -1,7 +1,6 @@
 """A store holds one model's activations, whatever became noisy, leaks padding, or is set in torch's newer ways."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -17,21 +16,12 @@ from mmcache.small_files import publish_all
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")
+pytestmark = pytest.mark.usefixtures("one_thread_without_syncing")
 
 TEXTS = [f"text number {number}: " + "abcdefgh " * (number * 7 % 11) for number in range(10)]
 SETTINGS = {
     "sites": ("resid_post",), "context_length": 24, "batch_size": 3, "dtype": torch.float32, "shard_tokens": 64,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, because two only wait for each other here; and no syncing, which nothing here could see."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    yield
-    torch.set_num_threads(before)
 
 
 def extract(path, model=None, **changes):
