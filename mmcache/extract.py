@@ -50,8 +50,9 @@ def extract(
 ) -> Store:
     """Run a model over text and store its activations; blocks until the store is complete.
 
-    Called again with the same arguments after an interruption it goes on with the shards that are missing, and
-    the result is byte for byte that of a job never interrupted. With a larger `max_tokens` the store grows; with
+    Called again with the same arguments after an interruption it goes on with the shards that are missing. Each file
+    is then byte for byte that of a job never interrupted, but for `source.record` in the root, which says when and how
+    the store was made, and the root's digest. With a larger `max_tokens` the store grows; with
     other `sites` a complete store gains them. Any number of processes may run the same job on one path: one plans, and
     each makes its share of the shards, by its rank where torchrun, srun or a job array gives one, then of what others
     have not begun. Each returns when the store is complete.
