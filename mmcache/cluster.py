@@ -55,8 +55,9 @@ def extract(
     """Run a model over text on the machines of a Ray cluster; blocks until the store is complete.
 
     Each file is byte for byte that of `mmcache.extract` in one process, but for what the root records of when and how
-    it was made. Either goes on where the other was interrupted. All machines, this one too, see the same folder at `path`, and have this package; none but the workers'
-    loads the model. Whatever ends the call, Ctrl-C included, ends the workers; shards that were published stay.
+    it was made. Either goes on where the other was interrupted. All machines, this one too, see the same folder at
+    `path`, and have this package; none but the workers' loads the model. Whatever ends the call, Ctrl-C included, ends
+    the workers; shards that were published stay.
 
     Ray retries what a lost machine had: its worker is started again wherever there is room, and is given the same task;
     only one that is lost six times before it is done with anything ends the job. While no machine has room for any
