@@ -77,8 +77,9 @@ def _function_at(module, line):
 
 # Functions that open files, and folders, to read them only.
 READERS = {"read_file", "open_file", "remove_drafts", "opened_folder", "open_in"}
-# Locks of what can be had again from a bucket: a cache, or a staging folder, whose own tests kill and fail them.
-AGAIN = {"locked"}
+# Locks, and empty files that stand for shards, of what can be had again from a bucket: a cache, or a staging folder,
+# whose own tests kill and fail them.
+AGAIN = {"locked", "make_empty"}
 
 
 def changing_sites():

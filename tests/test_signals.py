@@ -136,6 +136,7 @@ def test_a_signal_at_the_very_begin_or_end_of_a_job_is_heeded_or_comes_too_late(
 def test_ctrl_c_ends_the_commands_imports_without_a_traceback_and_leaves_programs_their_own(name, interrupted):
     script = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts, wherever these tests run
 sys.argv[0] = "/bin/{name}"
 class Interrupt:
     def find_spec(self, name, *_):
@@ -156,6 +157,7 @@ except KeyboardInterrupt:
 def test_the_command_has_pythons_handler_again():
     script = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts, wherever these tests run
 sys.argv[0] = "mmcache"
 import mmcache
 assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import broken
 import numpy as np
@@ -19,6 +18,7 @@ from support import damage, flip, python, raw, same, shards, without_sync
 import mmcache
 from mmcache import carrier, landing, object_reads, places, receiver
 from mmcache.bucket import Bucket
+from mmcache.draft import Draft
 from mmcache.lock import FolderLock
 from mmcache.part import blocks_of
 from mmcache.sequences import Sequences
@@ -168,18 +168,18 @@ def test_only_what_belongs_to_the_store_is_copied(grown, remote):
 
 
 def test_the_root_comes_last_in_both_directions(planned, remote, tmp_path, monkeypatch):
-    order, put, rename = [], Bucket.put, Path.rename
+    order, put, publish = [], Bucket.put, Draft.publish
 
     def noted_put(self, key, *data, **how):
         order.append(key)
         return put(self, key, *data, **how)
 
-    def noted_rename(self, target):
-        order.append(str(target.relative_to(tmp_path / "back")))
-        return rename(self, target)
+    def noted_publish(self, *size, **how):
+        order.append(str(self.path.relative_to(tmp_path / "back")))
+        return publish(self, *size, **how)
 
     monkeypatch.setattr(Bucket, "put", noted_put)
-    monkeypatch.setattr(Path, "rename", noted_rename)
+    monkeypatch.setattr(Draft, "publish", noted_publish)
     for copy in (lambda: mmcache.push(planned, remote.url), lambda: mmcache.pull(remote.url, tmp_path / "back")):
         copy()
         assert sorted(order) == sorted(contents(planned))
