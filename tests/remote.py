@@ -4,13 +4,12 @@ import contextlib
 import os
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from support import random_bits, same
+from support import random_bits, same, wait_for
 
 import mmcache
 
@@ -161,6 +160,9 @@ class Watch:
     def __exit__(self, *_):
         self._ending.set()
         self._thread.join()
+        # A busy machine may have let it look at little.
+        if self.folder.exists():
+            self.look()
 
     def look(self):
         """Count what was there at the same moment: what is met both before and behind it."""
@@ -179,14 +181,6 @@ class Watch:
         while not self._ending.wait(0.01):
             if self.folder.exists():
                 self.look()
-
-
-def wait_for(what, seconds=20):
-    """Wait until something is true of what others do."""
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.01)
 
 
 def is_here(store, site, key):

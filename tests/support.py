@@ -1,8 +1,11 @@
 """What the tests of stores share: every bit pattern, what lies in a folder, a store's plain twin, child processes."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -82,6 +85,29 @@ def python(code, *arguments, timeout=120):
         timeout=timeout,
         check=False,
     )
+
+
+def wait_for(what, seconds=60):
+    """Wait until something is true of what others do."""
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"it did not happen in {seconds} s"
+        time.sleep(0.005)
+
+
+def threads_named(*names):
+    """The threads of mmcache's that work in the background under these names (`Crew`)."""
+    return [thread for thread in threading.enumerate() if thread.name in {f"mmcache-{name}" for name in names}]
+
+
+@contextlib.contextmanager
+def ended_uploads():
+    """Where the block fails, wait for the uploads that were under way: the job does not, and they still write."""
+    try:
+        yield
+    except BaseException:
+        wait_for(lambda: not threads_named("upload"))
+        raise
 
 
 def widened(request, counts):

@@ -3,39 +3,27 @@
 import contextlib
 import gc
 import threading
-import time
 import weakref
 from concurrent.futures import CancelledError
 
 import pytest
-from support import python
+from support import python, threads_named, wait_for
 
 from mmcache.crew import Crew
 
 
-def threads(name):
-    return [thread for thread in threading.enumerate() if thread.name == f"mmcache-{name}"]
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert condition()
-
-
 def test_jobs_are_done_and_their_errors_kept():
     crew = Crew(2, "does")
-    assert not threads("does")
+    assert not threads_named("does")
     results = [crew.submit(divmod, number, 3) for number in range(20)]
     assert [one.result() for one in results] == [divmod(number, 3) for number in range(20)]
-    assert len(threads("does")) == 2
+    assert len(threads_named("does")) == 2
     failed = crew.submit(divmod, 1, 0)
     with pytest.raises(ZeroDivisionError):
         failed.result()
     assert crew.submit(int, "7").result() == 7
     crew.close()
-    wait_for(lambda: not threads("does"))
+    wait_for(lambda: not threads_named("does"))
 
 
 def test_one_thread_keeps_the_order():
@@ -65,10 +53,10 @@ def test_what_has_not_begun_is_cancelled(how):
     gc.collect()
     for one in waiting:
         with pytest.raises(CancelledError):
-            one.result(timeout=10)
+            one.result(timeout=60)
     go.set()
-    assert running.result(timeout=10) == 5
-    wait_for(lambda: not threads(f"cancels-{how}"))
+    assert running.result(timeout=60) == 5
+    wait_for(lambda: not threads_named(f"cancels-{how}"))
 
 
 def test_an_idle_thread_holds_on_to_nothing():
@@ -96,7 +84,7 @@ def test_jobs_that_come_while_it_is_closed_do_not_hang():
         closing.join()
         for job in jobs:
             with contextlib.suppress(CancelledError):
-                assert job.result(timeout=10) == 0
+                assert job.result(timeout=60) == 0
 
 
 @pytest.mark.parametrize("how", ["global", "raise", "exit"])
@@ -109,16 +97,15 @@ def work(number):
     begun.set()
     time.sleep(0.3)
     os.write(1, f"did {number}\\n".encode())  # whole, which print by two threads is not
-jobs = [crew.submit(work, number) for number in range(500)]
+jobs = [crew.submit(work, number) for number in range(5000)]
 begun.wait()
 if sys.argv[1] == "raise":
     raise RuntimeError
 if sys.argv[1] == "exit":
     sys.exit(3)
 """
-    start = time.monotonic()
-    done = python(code, how, timeout=60)
-    assert time.monotonic() - start < 40
+    # All of it would take ten minutes.
+    done = python(code, how)
     # Those that had begun were waited for.
     assert sorted(done.stdout.split("\n")) in (["", "did 0"], ["", "did 0", "did 1"])
     assert done.returncode == {"global": 0, "raise": 1, "exit": 3}[how]

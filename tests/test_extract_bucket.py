@@ -2,12 +2,13 @@
 
 import os
 import random
+import re
 import shutil
 import signal
-import time
 
 import pytest
 import torch
+from support import ended_uploads, wait_for
 
 import mmcache
 from mmcache import bucket, bucket_folder, fill, outgoing, retries, turns, uploads
@@ -43,7 +44,8 @@ def quick(monkeypatch):
 
 
 def extract(path, texts=TEXTS, **changes):
-    return mmcache.extract(small.llama(), small.byte_tokenizer(), texts, path, **SETTINGS | changes)
+    with ended_uploads():
+        return mmcache.extract(small.llama(), small.byte_tokenizer(), texts, path, **SETTINGS | changes)
 
 
 def fetched(server, prefix, folder):
@@ -59,6 +61,10 @@ def fetched(server, prefix, folder):
 def keys(server, prefix="acts"):
     pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=server.bucket, Prefix=f"{prefix}/")
     return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
+
+def shards(server):
+    return [key for key in keys(server) if re.search("/(mlp_in|mlp_out|resid_post)/c\\.", key)]
 
 
 @both_layouts
@@ -227,10 +233,11 @@ def test_two_workers_of_one_machine_or_of_two(s3_server, runner, never, tmp_path
 @pytest.mark.parametrize("folders", [["one", "one"], pytest.param(["one", "two"], marks=pytest.mark.slow)])
 def test_one_of_two_workers_is_killed(s3_server, runner, never, tmp_path, folders):
     url = s3_server.url("acts")
-    both = [runner.start(url, "--staging", str(tmp_path / name), "--staging-bytes", str(1 << 17)) for name in folders]
-    deadline = time.monotonic() + kills.HANGING
-    while sum("/mlp_" in key for key in keys(s3_server)) < 7 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    one, two = (["--staging", str(tmp_path / name), "--staging-bytes", str(1 << 17)] for name in folders)
+    both = [runner.start(url, *one, hang=("shard", 4))]
+    # In the middle, with shards that it holds, which the other one waits for.
+    wait_for(lambda: len(shards(s3_server)) == 3, kills.HANGING)
+    both.append(runner.start(url, *two))
     os.kill(both[0], signal.SIGKILL)
     assert [runner.wait(pid) for pid in both] == [-signal.SIGKILL, 0], runner.errors.read_text()
     small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), never)
@@ -245,20 +252,18 @@ def test_killed_in_the_middle_of_an_upload(s3_server, runner, tmp_path):
     assert run(runner, text, tmp_path / "local", options) == 0, runner.errors.read_text()
     url = s3_server.url("acts")
     runner.errors.write_text("")
-    pid = start(runner, text, url, options)
-    deadline = time.monotonic() + kills.HANGING
-    while not s3_server.uploads() and time.monotonic() < deadline:
-        time.sleep(0.001)
+    pid = start(runner, text, url, options, hang=("part", 2))
+    wait_for(s3_server.uploads, kills.HANGING)
     os.kill(pid, signal.SIGKILL)
     assert runner.wait(pid) == -signal.SIGKILL
-    assert not [key for key in keys(s3_server) if "/resid_post/c." in key]
+    assert not shards(s3_server)
     assert run(runner, text, url, options) == 0, runner.errors.read_text()
     small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), tmp_path / "local")
 
 
-def start(runner, text, path, options):
+def start(runner, text, path, options, **how):
     arguments = ["extract", str(runner.folder / "model"), str(text), "--out", str(path), *options]
-    return runner._ask(start=arguments, errors=str(runner.errors), writes=0, after=False)
+    return runner.start_job(arguments, **how)
 
 
 def run(runner, text, path, options):

@@ -16,6 +16,7 @@ pytest.importorskip("plotly", reason="the page needs mmcache[view]")
 
 from broken import extracted
 from pages import ask, bearer, serving
+from support import wait_for
 
 from mmcache.view.access import Access
 from mmcache.view.figures import plotly_js
@@ -254,10 +255,10 @@ def is_open(connection):
 
 @pytest.mark.parametrize("said", [b"", b"G", HEAD.encode(), HEAD.encode() + b"X: " + b"y" * 4000])
 def test_half_a_request_is_not_waited_for(hurried, said):
+    began = time.monotonic()
     with connected(hurried, said) as (one,):
-        began = time.monotonic()
         assert end_of(one) == b""
-        assert 0.3 < time.monotonic() - began < 5
+        assert time.monotonic() - began > 0.3
 
 
 def test_a_request_that_comes_letter_by_letter_is_not_waited_for(hurried):
@@ -267,28 +268,24 @@ def test_a_request_that_comes_letter_by_letter_is_not_waited_for(hurried):
                 assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
             began = time.monotonic()
             with pytest.raises(ConnectionError):  # noqa: PT012 -- whichever letter finds it out
-                while time.monotonic() - began < 10:
+                while time.monotonic() - began < 60:
                     one.sendall(b"G")
                     time.sleep(0.1)
                 pytest.fail("it may go on for ever")
 
 
 def test_hundreds_of_half_requests_are_cut_while_the_user_is_served(page, monkeypatch):
-    monkeypatch.setattr(LimitedConnection, "patience", 1.0)
+    # More than the test takes, however busy the machine is: those that are cut are too many, and not too slow.
+    monkeypatch.setattr(LimitedConnection, "patience", 60.0)
     with connected(page, HEAD.encode(), 500) as made:
-        began = time.monotonic()
         assert ask(page, "/norms.json").status == 200
         assert ask(page, "/plotly.js", secret=False).status == 200
-        assert time.monotonic() - began < 4
         left = [one for one in made if is_open(one)]
         assert len(left) <= LimitedConnection.most
         # The newest: those who come now get a chance to ask.
         assert made[-1] in left
         assert made[0] not in left
-    deadline = time.monotonic() + 10
-    while page._server.server_state.connections and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not page._server.server_state.connections
+    wait_for(lambda: not page._server.server_state.connections)
 
 
 def test_a_connection_that_had_the_secret_outlives_those_of_others(page):
@@ -326,11 +323,18 @@ def test_answers_that_are_not_read_do_not_end_those_of_the_user(page):
         assert not end_of(made[0]).endswith(plotly_js()[1][-100:])
 
 
-def test_an_answer_that_is_not_read_is_cut_and_takes_little_memory(hurried):
+def test_an_answer_that_is_not_read_takes_little_memory(page):
+    def held():
+        return [one.transport.get_write_buffer_size() for one in list(page._server.server_state.connections)]
+
+    with slow_readers(page):
+        wait_for(lambda: any(held()))
+        time.sleep(0.1)  # more may come
+        assert max(held()) <= 1 << 18
+
+
+def test_an_answer_that_is_not_read_is_cut(hurried):
     with slow_readers(hurried) as (one,):
-        time.sleep(0.2)
-        held = [one.transport.get_write_buffer_size() for one in hurried._server.server_state.connections]
-        assert max(held) <= 1 << 18
         # What it says meanwhile is no sign that it reads.
         for _ in range(5):
             time.sleep(0.3)

@@ -5,6 +5,7 @@ there on it is the command line's own code, and it is killed as any process is.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -13,20 +14,24 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
+from support import wait_for
 
 SHARDS = 40
-SETTLED = 10  # seconds: far more than it takes to put away what is under way
-HANGING = 120
+SETTLED = 60  # seconds: far more than it takes to put away what is under way
+HANGING = 300
 
 
 def serve():
     """Run commands for `Runner`, each in a fork."""
     import transformers  # noqa: PLC0415 -- in the process that forks only
 
-    from mmcache import cli, draft, tokenise  # noqa: PLC0415
+    from mmcache import bucket, cli, draft, tokenise  # noqa: PLC0415
     from mmcache.commands import extraction  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
@@ -40,6 +45,8 @@ def serve():
         pid = os.fork()
         if not pid:
             become(asked, extraction, draft, tell)
+            if asked["hang"]:
+                hang(bucket.Bucket, *asked["hang"])
             cli.main()
         os.close(tell)
         os.read(ready, 1)
@@ -53,7 +60,7 @@ def answer(number):
 
 
 def become(asked, extraction, draft, tell):
-    """Be a process of its own: its streams, its arguments, and where it kills itself."""
+    """Be a process of its own: its streams, its arguments, and where it kills itself, or stops until it is killed."""
     sys.argv = ["mmcache", *asked["start"]]
     for stream, path in ((0, os.devnull), (1, os.devnull), (2, asked["errors"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
@@ -71,12 +78,34 @@ def become(asked, extraction, draft, tell):
         nonlocal left
         left -= 1
         if left == 0 and not asked["after"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), asked["how"])
         publish(draft, size, **options)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if left == 0 and asked["after"]:
+            os.kill(os.getpid(), asked["how"])
 
     extraction.stoppable, draft.Draft.publish = telling, counted
+
+
+def hang(kind, what, number):
+    """Let each part (of each upload) or shard of a site from the so-manieth on wait until the process is killed."""
+    send, upload, shards = kind._send, kind.upload, itertools.count(1)
+
+    def wait():
+        threading.Event().wait()
+
+    def send_parts(of, whole, key, file, alive):
+        parts = itertools.count(1)
+        return send(of, whole, key, file, lambda: wait() if next(parts) >= number else alive())
+
+    def send_shard(of, key, *rest, **how):
+        if key.count(".") == 3 and next(shards) >= number:
+            wait()
+        return upload(of, key, *rest, **how)
+
+    if what == "part":
+        kind._send = send_parts
+    else:
+        kind.upload = send_shard
 
 
 class Runner:
@@ -110,14 +139,22 @@ class Runner:
             pytest.fail(f"no answer in {HANGING} s: {self.errors.read_text()}")
         return int(self._process.stdout.readline())
 
-    def start(self, path, *options, writes=0, after=False):
-        """Start a job; 0 is no limit to its writes, after which (or before the last of which) it kills itself."""
+    def start(self, path, *options, writes=0, after=False, how=signal.SIGKILL, hang=None):
+        """Start a job; 0 is no limit to its writes, after which (or before the last of which) it gets a signal."""
         self.errors.write_text("")
         arguments = [
             "extract", str(self.folder / "model"), str(self.folder / "corpus.jsonl"), "--out", str(path),
             "--context-length", "24", "--batch-size", "3", "--shard-tokens", "64", *options,
         ]  # fmt: skip
-        return self._ask(start=arguments, errors=str(self.errors), writes=writes, after=after)
+        return self.start_job(arguments, writes=writes, after=after, how=how, hang=hang)
+
+    def start_job(self, arguments, *, writes=0, after=False, how=signal.SIGKILL, hang=None):
+        """Start any job, as `start`; some uploads hang (see there)."""
+        return self._ask(start=arguments, errors=str(self.errors), writes=writes, after=after, how=int(how), hang=hang)
+
+    def start_stopped(self, path, *options, writes):
+        """Start a job that stops before its so-manieth write, in the middle of it; returns when it has."""
+        return stopped(self.start(path, *options, writes=writes, how=signal.SIGSTOP))
 
     def wait(self, pid):
         return self._ask(wait=pid)
@@ -160,6 +197,17 @@ def never(runner, tmp_path_factory):
     return path / "store", time.monotonic() - began
 
 
+def stopped(pid):
+    """Wait for a process to be stopped by a signal; gives its number."""
+
+    def state():
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    wait_for(lambda: state() in "TZ", HANGING)
+    assert state() == "T", "it came to its end"
+    return pid
+
+
 def shards(path):
     """Inode, size and mtime of each shard that is published."""
     if not path.exists():
@@ -169,6 +217,11 @@ def shards(path):
 
 def drafts(path):
     return {str(found.relative_to(path)) for found in path.rglob("*.tmp")}
+
+
+def under_way(process, path, wanted):
+    """Tell whether a process has published so many shards, or ended."""
+    return len(shards(path)) >= wanted or process.poll() is not None
 
 
 def check_left(runner, path, number, code, litter):
@@ -247,10 +300,8 @@ def test_two_processes_fill_one_store_at_the_same_time(runner, never, tmp_path):
     # And if one of them dies in the middle, the other one and the next leave no trace of it.
     for name in list(shards(path))[1:]:
         (path / name).unlink()
-    both = [runner.start(path), runner.start(path)]
-    deadline = time.monotonic() + HANGING
-    while len(shards(path)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    both = [runner.start_stopped(path, writes=3), runner.start(path)]
+    wait_for(lambda: len(shards(path)) > 3, HANGING)
     os.kill(both[0], signal.SIGKILL)
     assert [runner.wait(pid) for pid in both] == [-signal.SIGKILL, 0], runner.errors.read_text()
     assert runner.run(path) == 0
@@ -283,9 +334,7 @@ def test_the_real_process_is_stopped_and_says_how_to_go_on(request, runner, tmp_
     # The second takes as long as the first to start.
     for number in (signal.SIGTERM, signal.SIGINT) if request.config.getoption("--slow") else (signal.SIGTERM,):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + HANGING
-        while len(shards(path)) < len(found) + 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(partial(under_way, process, path, len(found) + 2), HANGING)
         process.send_signal(number)
         began = time.monotonic()
         out, errors = process.communicate(timeout=HANGING)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support import ended_uploads
 
 import mmcache
 from mmcache import bucket, bucket_folder, claims, cli, fill, outgoing, turns, uploads
@@ -86,7 +87,8 @@ def local(tmp_path_factory):
 
 
 def extract(path, texts=TEXTS, **changes):
-    return mmcache.extract(small.llama(), small.byte_tokenizer(), texts, path, **SETTINGS | changes)
+    with ended_uploads():
+        return mmcache.extract(small.llama(), small.byte_tokenizer(), texts, path, **SETTINGS | changes)
 
 
 def shards(folder):

@@ -367,7 +367,7 @@ def test_the_command_prints_an_address_and_the_next_one_when_it_was_used(path):
         assert json.loads(ask(given(root, other), "/session", method="POST").body) == {"secret": secret}
         assert data(given(root, secret), "/overview.json")["data"]["path"] == str(path)
         running.send_signal(signal.SIGINT)
-        assert running.wait(20) == 0
+        assert running.wait(60) == 0
         assert running.stderr.read() == "Press Ctrl-C to end.\n"
 
 
@@ -388,8 +388,8 @@ def test_scripts_get_the_secret_as_json_and_a_signal_ends_it_whatever_is_open(pa
         began = time.monotonic()
         for _ in range(2):
             running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == 0
-        assert time.monotonic() - began < 5
+        assert running.wait(60) == 0
+        assert time.monotonic() - began < 20
         assert running.stderr.read() == "Press Ctrl-C to end.\n"
 
 

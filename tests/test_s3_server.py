@@ -31,7 +31,7 @@ def server(served):
 
 @pytest.fixture
 def proxy(server):
-    with s3.FaultProxy(server.host, server.port, seed=1, hang_s=5.0) as proxy:
+    with s3.FaultProxy(server.host, server.port, seed=1, hang_s=60.0) as proxy:
         yield proxy
 
 
@@ -211,8 +211,8 @@ def test_a_server_that_hangs_is_given_up(server, proxy):
     began = time.monotonic()
     with pytest.raises(GenericError):
         obstore.get(store, "key")
-    assert 0.2 < time.monotonic() - began < 4.5
-    # The fixture ends at once, though five seconds are not over.
+    assert 0.2 < time.monotonic() - began < 30
+    # The fixture ends at once, though a minute is not over.
     assert obstore.get(store, "key").bytes() == b"value"
 
 

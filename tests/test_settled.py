@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from remote import wait_for
-from support import python
+from support import python, wait_for
 
 from mmcache import shard_cache
 from mmcache.copy_records import identity

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -154,8 +155,9 @@ def test_what_a_killed_process_left_is_removed_by_the_next(folder):
 def test_who_needs_room_waits_for_what_is_under_way(folder):
     cache, order = ShardCache(folder, 4 * PAGE), []
 
-    def slow(name, seconds):
+    def slow(name, seconds, begun):
         def work(draft):
+            begun.set()
             time.sleep(seconds)
             fill(name, 3 * PAGE)(draft)
             order.append(name)
@@ -163,9 +165,10 @@ def test_who_needs_room_waits_for_what_is_under_way(folder):
         return cache.add(name, lambda: (3 * PAGE, work), check)
 
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(slow, "a", 0.3)
-        time.sleep(0.1)
-        pool.submit(slow, "b", 0).result()
+        begun = threading.Event()
+        first = pool.submit(slow, "a", 0.3, begun)
+        assert begun.wait(60)
+        pool.submit(slow, "b", 0, begun).result()
         first.result()
     assert order == ["a", "b"]
     assert names(cache) == ["b"]
