@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from mmcache.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import (
     ArgumentError,
@@ -22,6 +23,7 @@ from mmcache.errors import (
     ReadOnlyError,
 )
 from mmcache.files import remove_tree
+from mmcache.geometry import MOST_ROWS
 from mmcache.grown import claim, close_after
 from mmcache.html import cache_html
 from mmcache.layer_writer import LayerWriter
@@ -74,9 +76,10 @@ class FullActivationCache:
         self._remove: weakref.finalize[[LayerWriter, Path], FullActivationCache] | None = None
 
     @classmethod
+    @public(n_layers=count(0), path=optional(a_folder), site=a_name, shard_tokens=optional(count(1, MOST_ROWS)))
     def with_capacity(
         cls,
-        n_layers: int,
+        n_layers: int,  # noqa: ARG003 -- a hint, which nothing needs yet
         path: str | os.PathLike[str] | None = None,
         *,
         dtype: torch.dtype | str | None = None,
@@ -97,10 +100,6 @@ class FullActivationCache:
             StoreExistsError: the path already holds a store. LockedError: another writer has it.
             ArgumentError, DtypeError: the other arguments make no sense.
         """
-        if not isinstance(n_layers, int) or n_layers < 0:
-            raise ArgumentError(f"n_layers is {n_layers!r}: expected a number of layers, 0 or more")
-        if shard_tokens is not None and shard_tokens < 1:
-            raise ArgumentError(f"shard_tokens is {shard_tokens}: expected a positive number of tokens")
         check_site_name(site)
         manifest = Manifest(
             kind="grown",
@@ -126,6 +125,7 @@ class FullActivationCache:
         return cache
 
     @classmethod
+    @public(path=a_path)
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open a cache for reading, as of its last flush or close.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from mmcache.corpus import Document
     from mmcache.frame import Bos
 
-__all__ = ["Context", "Contexts", "CorpusDigest", "Place"]
+__all__ = ["Context", "Contexts", "CorpusDigest", "Place", "checked_texts"]
 
 # Texts are tokenised together up to this many characters: enough for the tokenizer's threads, and bounded.
 _TOGETHER_CHARACTERS = 1 << 20
@@ -227,25 +229,56 @@ class Contexts:
         return ids if self._doubled else unframed(ids, before, after)
 
 
+def _check_document(number: int, document: object) -> None:
+    """Refuse what is neither text nor an array of token ids.
+
+    Raises:
+        CorpusError: with its number and what it is.
+    """
+    if isinstance(document, str):
+        _check_text(document, number)
+    elif not isinstance(document, np.ndarray):
+        raise _no_document(number, document)
+
+
+def checked_texts(texts: Iterable[Document]) -> Iterable[Document]:
+    """Documents, looked at as far as the first: what is no corpus at all is refused before anything is written.
+
+    Raises:
+        ArgumentError, CorpusError: what it is.
+    """
+    one = isinstance(texts, str | bytes | PurePath)
+    try:
+        documents = iter(() if one else texts)
+    except TypeError:
+        one = True
+    if one:
+        raise ArgumentError(
+            f"texts is one {type(texts).__name__}: give a sequence of documents; mmcache.read_texts reads files"
+        )
+    first = list(islice(documents, 1))
+    for document in first:
+        _check_document(0, document)
+    return chain(first, documents) if documents is texts else texts
+
+
 def _together(documents: Iterable[Document], first: int) -> Iterator[list[str] | np.ndarray]:
     """Group texts into lists that are tokenised in one call; arrays come one by one."""
     some: list[str] = []
     size = 0
     for number, document in enumerate(documents, first):
+        _check_document(number, document)
         if isinstance(document, np.ndarray):
             if some:
                 yield some
             some, size = [], 0
             yield document
-        elif isinstance(document, str):
-            _check_text(document, number)
+        else:
             some.append(document)
             size += len(document)
             if size >= _TOGETHER_CHARACTERS or len(some) >= _TOGETHER_TEXTS:
                 yield some
                 some, size = [], 0
-        else:
-            raise _no_document(number, document)
     if some:
         yield some
 

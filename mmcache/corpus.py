@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import zarr
 
+from mmcache.arguments import shown
 from mmcache.errors import CorpusError
 from mmcache.file_kinds import HEAD, check_kind
 from mmcache.memory import available_memory
@@ -79,7 +80,11 @@ def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
 def _named(sources: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, Path]]:
     if isinstance(sources, str | bytes | PurePath):
         raise CorpusError(f"sources is one path, {str(sources)!r}: give a sequence of them, [{str(sources)!r}]")
-    for source in sources:
+    try:
+        found = iter(sources)
+    except TypeError as error:
+        raise CorpusError(f"sources is {shown(sources)}: expected a list of files, folders or datasets") from error
+    for source in found:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         if not isinstance(name, str) or not name or "\0" in name:
             raise CorpusError(f"{source!r} is no source of texts: give files, folders or names of datasets on the hub")

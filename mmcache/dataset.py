@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mmcache.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public
 from mmcache.batch_feed import BatchFeed
 from mmcache.buffers import Buffers
 from mmcache.conversion import Conversion
@@ -16,9 +17,6 @@ from mmcache.devices import is_cpu
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError
 from mmcache.feed_options import (
-    checked_choice,
-    checked_count,
-    checked_device,
     checked_layers,
     checked_sites,
     nodes_of,
@@ -29,7 +27,7 @@ from mmcache.fetcher import Fetcher, Source
 from mmcache.kept import Drop, Kept
 from mmcache.order import BlockOrder, block_geometry
 from mmcache.read_ahead import BringAll, ReadAhead
-from mmcache.store import Store
+from mmcache.store import Store, a_store
 from mmcache.training_batch import Batch
 
 if TYPE_CHECKING:
@@ -99,6 +97,17 @@ class ActivationDataset(IterableDataset[Batch]):
         IncompleteError, CorruptError: flags or statistics cannot be read.
     """
 
+    @public(
+        store=a_store,
+        sites=optional(names),
+        layers=optional(layer_numbers),
+        batch_size=count(1),
+        shuffle=choice("global", "block", None),
+        seed=count(0, 2**64 - 1),
+        normalize=choice("scalar", "per_dim", None),
+        drop_last=a_switch,
+        buffer_bytes=count(1),
+    )
     def __init__(
         self,
         store: Store,
@@ -119,23 +128,16 @@ class ActivationDataset(IterableDataset[Batch]):
         nodes: int | None = None,
         buffer_bytes: int = 2 << 30,
     ) -> None:
-        if not isinstance(store, Store):
-            raise ArgumentError(f"store is a {type(store).__name__}: expected what mmcache.open gives")
-        checked_choice("shuffle", shuffle, ("global", "block", None))
-        checked_choice("normalize", normalize, ("scalar", "per_dim", None))
-        checked_choice("drop_last", drop_last, (False, True))
-        size, seed = checked_count("batch_size", batch_size, 1), checked_count("seed", seed, 0, 2**64 - 1)
-        buffer_bytes = checked_count("buffer_bytes", buffer_bytes, 1)
         self._rank, ranks = share_of(rank, world_size)
         machines = nodes_of(nodes, ranks)
-        names, place = checked_sites(store, sites), checked_device(device)
+        chosen_sites = checked_sites(store, sites)
         wanted = None if dtype is None else activation_dtype(dtype).torch
         kept = Kept.from_store(store, drop, split)
-        chosen = checked_layers(store, names[0], layers)
-        conversions = {site: Conversion(store[site], chosen, wanted, normalize) for site in names}
-        self._source = Source(store, kept, conversions, chosen, place)
+        chosen = checked_layers(store, chosen_sites[0], layers)
+        conversions = {site: Conversion(store[site], chosen, wanted, normalize) for site in chosen_sites}
+        self._source = Source(store, kept, conversions, chosen, a_device("device", device))
         blocks = block_geometry(*self._source.disk_bytes(), buffer_bytes) if shuffle == "block" else None
-        self._plan = FeedPlan(seed, len(kept), kept.digest, shuffle, blocks, ranks, size, drop_last, machines)
+        self._plan = FeedPlan(seed, len(kept), kept.digest, shuffle, blocks, ranks, batch_size, drop_last, machines)
         self._position, self._resumes = self._plan.begin(0), False
         self._settle()
 
@@ -261,7 +263,7 @@ class ActivationDataset(IterableDataset[Batch]):
         Raises:
             ArgumentError: it is no number of an epoch.
         """
-        epoch = checked_count("epoch", epoch, 0)
+        epoch = count(0)("epoch", epoch)
         if epoch != self._position.epoch:
             self._go(self._plan.begin(epoch), resumes=False)
 

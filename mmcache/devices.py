@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmcache.errors import DtypeError
+from mmcache.arguments import a_device
+from mmcache.errors import ArgumentError, DtypeError, ShapeError
+from mmcache.syscalls import LINUX, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["check_dense", "fill_device", "is_cpu", "own_copy"]
+__all__ = ["check_dense", "check_target", "fill_device", "is_cpu", "own_copy"]
 
 _PIECE_BYTES = 16 << 20
 
 
 def is_cpu(device: torch.device | str) -> bool:
-    """Tell whether a device is the host itself."""
-    return device == "cpu" or torch.device(device).type == "cpu"
+    """Tell whether a device is the host itself. Raises ArgumentError for one that is not there."""
+    return (device.__class__ is str and device == "cpu") or a_device("device", device).type == "cpu"
 
 
 def check_dense(tensor: object, what: str) -> None:
@@ -32,6 +34,42 @@ def check_dense(tensor: object, what: str) -> None:
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "on the meta device, without data" if tensor.is_meta else f"{tensor.layout}"
         raise DtypeError(f"{what} is {kind}: expected a dense tensor with data")
+
+
+def check_target(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse what rows cannot be put into.
+
+    Raises:
+        ShapeError, DtypeError: it is no tensor of that shape and dtype.
+        ArgumentError: it belongs to autograd, its elements share memory, or its memory cannot be written to.
+    """
+    check_dense(out, "out")
+    if tuple(out.shape) != shape or out.dtype != dtype:
+        kind = ShapeError if tuple(out.shape) != shape else DtypeError
+        raise kind(f"out is {tuple(out.shape)} {out.dtype}: expected {shape} {dtype}")
+    if out.requires_grad:
+        raise ArgumentError("out requires grad: expected plain memory, such as out.detach()")
+    if not out.is_contiguous() and _overlaps(out):
+        raise ArgumentError(
+            f"out has strides {out.stride()}, by which elements share memory: expected out.contiguous()"
+        )
+    if LINUX and out.device.type == "cpu" and out.numel() and out.is_contiguous():
+        last = out.data_ptr() + out.numel() * out.element_size() - 1
+        if not (writable(out.data_ptr()) and writable(last)):
+            raise ArgumentError(
+                "out is memory that cannot be written to, such as of a file opened for reading: copy it"
+            )
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements may share memory: some dimension takes smaller steps than all that is within one of them."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def own_copy(rows: torch.Tensor, device: torch.device | str, *, non_blocking: bool = False) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.dtype import Float32, ZDType, data_type_registry
 
+from mmcache.arguments import shown
 from mmcache.errors import DtypeError
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
     Raises:
         DtypeError: anything but float32, float16, bfloat16 and float64.
     """
-    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    name = dtype if isinstance(dtype, str) else shown(dtype).removeprefix("torch.")
     if name not in ACTIVATION_DTYPES:
         raise DtypeError(
-            f"{what} is {dtype}, which cannot be stored as activations: expected one of "
+            f"{what} is {name}, which cannot be stored as activations: expected one of "
             f"{', '.join(ACTIVATION_DTYPES)}; cast it first, or pass dtype= to store it as another"
         )
     return BY_NAME[name]

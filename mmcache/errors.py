@@ -12,6 +12,7 @@ MmcacheError
 ├── ReadOnlyError (PermissionError)        a write to something opened for reading
 ├── StoreExistsError (FileExistsError)     the path is taken
 ├── StoreNotFoundError (FileNotFoundError) no store at the path
+│   └── BucketNotFoundError                no such bucket
 ├── LockedError (BlockingIOError)          another writer has the store
 ├── IncompleteError (LookupError)          rows that have not been written yet
 ├── CorruptError (ValueError)              bytes that break the format
@@ -20,9 +21,10 @@ MmcacheError
 ├── PlanMismatchError (ValueError)         a resume with other settings than the store's
 ├── ClusterError (ConnectionError)          a Ray cluster that is not there, or whose machines cannot do the job
 ├── RemoteError (ConnectionError)            object storage that gives no answer, or not what was asked for
-├── AccessError (PermissionError)            object storage that refuses: no credentials, or no right
+├── AccessError (PermissionError)            object storage or a folder that refuses: no credentials, or no right
 ├── CorpusError (ValueError)               a text source that cannot be read as asked
 ├── NonFiniteError (ArithmeticError)       NaN or infinity where `strict` allows none
+├── ReadError (OSError)                    a read that the system refused; `errno` and `filename` are the system's
 └── WriteError (OSError)                   a failed write; `errno` and `filename` are the system's
     └── DiskFullError                      no room, or a quota or file-size limit was met
 
@@ -36,6 +38,7 @@ from mmcache.addresses import redacted
 __all__ = [
     "AccessError",
     "ArgumentError",
+    "BucketNotFoundError",
     "ClosedError",
     "ClusterError",
     "CorpusError",
@@ -50,6 +53,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfRangeError",
     "PlanMismatchError",
+    "ReadError",
     "ReadOnlyError",
     "RemoteError",
     "ShapeError",
@@ -117,6 +121,10 @@ class StoreNotFoundError(MmcacheError, FileNotFoundError):
     """There is no store at the path."""
 
 
+class BucketNotFoundError(StoreNotFoundError):
+    """There is no such bucket in object storage."""
+
+
 class LockedError(MmcacheError, BlockingIOError):
     """Another writer has the store."""
 
@@ -150,7 +158,7 @@ class RemoteError(MmcacheError, ConnectionError):
 
 
 class AccessError(MmcacheError, PermissionError):
-    """Object storage that refuses: there are no credentials, they are wrong, or have no right to it."""
+    """Object storage or a folder that refuses: no credentials, wrong ones, or such as have no right to it."""
 
 
 class CorpusError(MmcacheError, ValueError):
@@ -159,6 +167,10 @@ class CorpusError(MmcacheError, ValueError):
 
 class NonFiniteError(MmcacheError, ArithmeticError):
     """NaN or infinity among the activations of an extraction that was told to allow none."""
+
+
+class ReadError(MmcacheError, OSError):
+    """A read that the system refused. `errno` and `filename` are the system's where it gave them."""
 
 
 class WriteError(MmcacheError, OSError):

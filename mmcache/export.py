@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from mmcache.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
 from mmcache.draft import publish
 from mmcache.errors import ArgumentError, DiskFullError
 from mmcache.files import free_bytes, make_folder, open_file, read_page
@@ -52,6 +53,13 @@ class Exported:
     written_bytes: int
 
 
+@public(
+    out=a_folder,
+    to=choice("safetensors", "npy"),
+    sites=optional(names),
+    layers=optional(layer_numbers),
+    progress=optional(a_callable),
+)
 def export(
     store: Store | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -95,12 +103,12 @@ def export(
         WriteError, DiskFullError: the disk refused; nothing is left behind.
     """
     kinds: dict[str, type[_Export]] = {"safetensors": _Safetensors, "npy": _Npy}
-    if to not in kinds:
-        raise ArgumentError(f"cannot export to {to!r}: expected one of {', '.join(kinds)}")
     opened = store if isinstance(store, Store) else open_store(store, partial=True)
     selection = Selection(opened, sites, layers, dtype)
     folder = Path(out)
-    if opened.path.resolve() in (folder.resolve(), *folder.resolve().parents):
+    # Links that lead to themselves are no reason to stop: making the folder says so.
+    real = Path(os.path.realpath(folder))
+    if Path(os.path.realpath(opened.path)) in (real, *real.parents):
         raise ArgumentError(f"{folder} lies in the store {opened.path}: export to a folder outside of it")
     with Outbox(folder) as box:
         job = kinds[to](selection, box, progress)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
+from mmcache.arguments import count, shown
 from mmcache.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from mmcache.store import Store
 
 __all__ = [
-    "checked_choice",
-    "checked_count",
-    "checked_device",
     "checked_layers",
     "checked_sites",
     "nodes_of",
@@ -31,41 +29,16 @@ __all__ = [
 _LAUNCHERS = (("WORLD_SIZE", "GROUP_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"))
 
 
-def checked_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse what is none of the choices.
-
-    Raises:
-        ArgumentError: with all of them.
-    """
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ArgumentError(f"{name} is {value!r}: expected {' or '.join(map(repr, choices))}")
-
-
-def checked_count(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
-    """Give a whole number of any kind as an int.
-
-    Raises:
-        ArgumentError: it is none, or out of bounds.
-    """
-    try:
-        found = -1 if isinstance(value, bool) else whole(value)  # type: ignore[arg-type]
-    except TypeError:
-        found = -1
-    if not least <= found <= most:
-        raise ArgumentError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
-    return found
-
-
 def checked_sites(store: Store, sites: Sequence[str] | None) -> tuple[str, ...]:
     """Give the sites wanted, all of the store's where None are named.
 
     Raises:
-        ArgumentError: a name alone, none at all, or one twice.
+        ArgumentError: none at all, or one twice.
         UnknownSiteError: the store has no such site.
     """
     if sites is None:
         return store.sites
-    names = () if isinstance(sites, str) else tuple(sites)
+    names = tuple(sites)
     if not names or len(set(names)) < len(names):
         raise ArgumentError(f"sites is {sites!r}: expected a list of sites, each once, of {', '.join(store.sites)}")
     for name in names:
@@ -89,21 +62,6 @@ def checked_layers(store: Store, site: str, layers: Sequence[int] | None) -> tup
     return chosen
 
 
-def checked_device(device: torch.device | str) -> torch.device:
-    """Give the device that is meant.
-
-    Raises:
-        ArgumentError: there is no such device.
-    """
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device is {device!r}, which torch does not know ({error})") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device is {device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return found
-
-
 def share_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Give rank and world size, as given, or else those of `torch.distributed`, or 0 of 1.
 
@@ -115,9 +73,11 @@ def share_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
     if rank is None or world_size is None:
-        raise ArgumentError(f"rank is {rank} and world_size is {world_size}: give both of them, or neither")
-    ranks = checked_count("world_size", world_size, 1)
-    return checked_count("rank", rank, 0, ranks - 1), ranks
+        raise ArgumentError(
+            f"rank is {shown(rank)} and world_size is {shown(world_size)}: give both of them, or neither"
+        )
+    ranks = count(1)("world_size", world_size)
+    return count(0, ranks - 1)("rank", rank), ranks
 
 
 def nodes_of(nodes: int | None, world_size: int) -> int:
@@ -127,7 +87,7 @@ def nodes_of(nodes: int | None, world_size: int) -> int:
         ArgumentError: there are more of them than ranks, or none.
     """
     if nodes is not None:
-        return checked_count("nodes", nodes, 1, world_size)
+        return count(1, world_size)("nodes", nodes)
     for ranks, machines in _LAUNCHERS:
         found = os.environ.get(machines, "")
         if os.environ.get(ranks) == str(world_size) and found.isdecimal():

@@ -19,6 +19,7 @@ from mmcache.descriptor import FileStatus, close_read, file_status, open_known
 from mmcache.errors import CorruptError, DiskFullError, IncompleteError, StoreNotFoundError, WriteError
 from mmcache.geometry import PAGE
 from mmcache.memory import anonymous
+from mmcache.refusals import FULL, our_error, read_at
 from mmcache.syscalls import PORTABLE
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ _PIECE = 8 << 20
 _SAMPLE, _NO_WAIT = 256 << 10, 0 if PORTABLE else getattr(os, "RWF_NOWAIT", 0)
 # Names that are in memory at a time where there may be millions.
 _NAMES = 1 << 14
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def explained(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             free = free_bytes(path.parent)
             message = (
                 f"no room while {doing}: {needed} bytes needed, {free} free there ({error.strerror}). What "
@@ -124,10 +124,7 @@ def sync_folder(path: Path) -> None:
 
 def list_names(path: Path) -> list[str]:
     """List the names in a folder, without `.` and `..`; a folder that is not there has none."""
-    try:
-        return os.listdir(path)  # noqa: PTH208 -- names need no Path objects
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return list(itertools.chain.from_iterable(name_batches(path)))
 
 
 def name_batches(path: Path) -> Iterator[list[str]]:
@@ -136,6 +133,8 @@ def name_batches(path: Path) -> Iterator[list[str]]:
         entries = os.scandir(path)
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise our_error(error, path) from error
     with entries:
         names = (entry.name for entry in entries)
         while batch := list(itertools.islice(names, _NAMES)):
@@ -192,16 +191,21 @@ def read_file(path: Path, limit: int) -> bytes:
         raise StoreNotFoundError(errno.ENOTDIR, "a part of the path is no folder", str(path)) from error
     except OSError as error:
         _refuse_link(error, path)
-        raise
+        raise our_error(error, path) from error
     try:
         file = os.fdopen(fd, "rb")
     except IsADirectoryError as error:
         os.close(fd)
         raise CorruptError(f"{path} is a folder where a file belongs") from error
     with file:
-        # No more memory than there are bytes, whatever the limit.
-        data = file.read(min(limit, os.fstat(fd).st_size) + 1)
-    if data is None or len(data) > limit:
+        try:
+            # No more memory than there are bytes, whatever the limit.
+            data = file.read(min(limit, os.fstat(fd).st_size) + 1)
+        except OSError as error:
+            raise our_error(error, path) from error
+    if data is None:
+        raise CorruptError(f"{path} is no plain file: set it aside")
+    if len(data) > limit:
         raise CorruptError(f"{path} is larger than the {limit} bytes such a file can have")
     return data
 
@@ -227,7 +231,7 @@ def open_file(path: Path, *, what: str, direct: bool = False, known: bool = Fals
         raise IncompleteError(f"{what} is not there: no file {path}") from error
     except OSError as error:
         _refuse_link(error, path)
-        raise
+        raise our_error(error, path) from error
     try:
         status = file_status(fd)
     except BaseException:
@@ -242,7 +246,7 @@ def open_file(path: Path, *, what: str, direct: bool = False, known: bool = Fals
 def read_page(fd: int) -> bytes:
     """Read the first page of a file, or less if there is less; on descriptors for direct reading too."""
     page = anonymous(PAGE)
-    return page[: os.preadv(fd, [page.data], 0)].tobytes()
+    return page[: read_at(fd, page.data, 0)].tobytes()
 
 
 def advise_random(fd: int) -> None:
@@ -278,7 +282,7 @@ def read_through(fd: int, start: int, stop: int) -> None:
         if _seems_cached(fd, start, start + size):
             start += size
             continue
-        done = os.preadv(fd, [piece[:size].data], start)
+        done = read_at(fd, piece[:size].data, start)
         if not done:
             return  # the file ends; whoever reads the rows is told
         start += done

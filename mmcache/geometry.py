@@ -10,12 +10,13 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from mmcache.arguments import count
 from mmcache.errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["CHUNK_BYTES", "PAGE", "SHARD_BYTES", "inner_rows", "shard_rows"]
+__all__ = ["CHUNK_BYTES", "MOST_ROWS", "PAGE", "SHARD_BYTES", "inner_rows", "shard_rows"]
 
 PAGE = 4096
 SHARD_BYTES = 256 << 20
@@ -26,7 +27,7 @@ _USEFUL_CHUNK_BYTES = 1 << 20
 # bytes of index an inner chunk, 16 * 256 MiB / c + c is smallest at c = 64 KiB.
 _SMALLEST_CHUNK_BYTES = 64 << 10
 # No shard is ever that long; divisors of longer ones take too long to find.
-_MOST_ROWS = 1 << 40
+MOST_ROWS = 1 << 40
 
 
 # Asked for each shard that is named, always of the same few numbers.
@@ -100,8 +101,7 @@ def shard_rows(row_bytes: Collection[int], asked: int | None, known: int | None)
         if known is None or known > default:
             return default
         return _only_shard(known, widest)
-    if not isinstance(asked, int) or not 0 < asked <= _MOST_ROWS:
-        raise ArgumentError(f"shard_tokens is {asked!r}: expected a whole number of tokens, from 1 to {_MOST_ROWS}")
+    asked = count(1, MOST_ROWS)("shard_tokens", asked)
     if _is_good(asked, row_bytes):
         return asked
     if known is not None and known <= asked:

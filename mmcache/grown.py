@@ -8,8 +8,9 @@ import errno
 import os
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
@@ -21,6 +22,7 @@ from mmcache.names import RESERVED, TOKENIZER_FOLDER, check_no_links
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.signed import ROOT
 from mmcache.staging import Stager
+from mmcache.tokenizer_file import TOKENIZER, save_tokenizer
 
 if TYPE_CHECKING:
     from mmcache.manifest import Manifest
@@ -124,23 +126,25 @@ class GrownStore:
                 f"committed before is intact; close this and go on from there"
             )
 
-    def _create(self, manifest: Manifest, arrays: dict[str, int]) -> None:
-        """Commit an empty store, or leave the path as free as it was.
+    def _create(self, manifest: Manifest, arrays: dict[str, int], tokenizer: Any = None) -> None:
+        """Commit an empty store, with a tokenizer if there is one, or leave the path as free as it was.
 
         The root first: whatever a crash leaves is a store, or a path that is free.
         """
         claim(self._path, tuple(manifest.sites))
         try:
-            self._commit_root(manifest, {})
+            self._commit_root(replace(manifest, source={}), {})
+            if tokenizer is not None:
+                save_tokenizer(self._path, tokenizer, durable=self._durable)
             if arrays:
                 self._commit_root(manifest, arrays)
         except BaseException:
             # What cannot be removed would only hide why.
             with contextlib.suppress(OSError):
-                for array in arrays:
-                    remove_file(self._path, f"{array}/{ROOT}")
-                    if (self._path / array).is_dir():
-                        (self._path / array).rmdir()
+                for file in (*(f"{array}/{ROOT}" for array in arrays), TOKENIZER):
+                    remove_file(self._path, file)
+                    if (above := (self._path / file).parent).is_dir():
+                        above.rmdir()
                 remove_file(self._path, ROOT)
             raise
 

@@ -6,17 +6,19 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mmcache.arguments import a_callable, a_path, a_switch, a_tokenizer, optional, public
 from mmcache.capture import capture
+from mmcache.contexts import checked_texts
 from mmcache.dtypes import activation_dtype
-from mmcache.errors import ArgumentError, LockedError
+from mmcache.errors import LockedError
 from mmcache.fill import Fill, forward
 from mmcache.fingerprint import probe_model
-from mmcache.frame import BOS_CHOICES, special_ids
+from mmcache.frame import special_ids
 from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
 from mmcache.model_identity import hooked_modules, model_identity
@@ -26,13 +28,14 @@ from mmcache.opening import open_store
 from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
 from mmcache.plan_compare import check_plan, is_recorded, known_plan
-from mmcache.provenance import model_record, numerics, site_modules, tokenizer_identity
+from mmcache.provenance import model_record, numerics, site_modules
 from mmcache.ranks import find_rank
-from mmcache.settings import Settings
+from mmcache.settings import OPTIONS, Settings
 from mmcache.sites import resolve, unwrap
 from mmcache.summary import load_summary, save_summary
 from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
 from mmcache.token_batches import Batches
+from mmcache.tokenizer_file import tokenizer_identity
 
 if TYPE_CHECKING:
     import os
@@ -74,6 +77,7 @@ class Extraction:
     Takes the arguments of `extract`, and raises what it raises for those that make no sense.
     """
 
+    @public(path=a_path, tokenizer=a_tokenizer, **OPTIONS)
     def __init__(
         self,
         model: nn.Module,
@@ -98,7 +102,6 @@ class Extraction:
         self._outgoing = outgoing_for(path, staging, staging_bytes)
         self._path = Path(path) if self._outgoing is None else self._outgoing.folder  # in which the store is made
         self._tokenizer, self._model, self._asked_sites, self._asked_layers = tokenizer, unwrap(model), sites, layers
-        _check_options(layout, max_tokens, bos)
         resolved = resolve(self._model, sites, layers)
         self._device = device_of(self._model if device is None else self._model.to(device))
         length = usable_length(self._model, context_length)
@@ -132,8 +135,6 @@ class Extraction:
                 return planned
             with capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured:
                 return quickest_batch(self._model, captured, length, self._device)
-        if not isinstance(asked, int) or asked < 1:
-            raise ArgumentError(f"batch_size is {asked!r}: expected a positive number of contexts, or 'auto'")
         return asked
 
     def planned(self) -> Manifest | None:
@@ -142,9 +143,10 @@ class Extraction:
             return self._outgoing.planned()
         return read_manifest(self._path) if is_store(self._path) else None
 
+    @public()
     def survey(self, texts: Iterable[Document]) -> Survey:
         """Say what the job would take, as if nothing of it were there; writes nothing, runs three batches."""
-        _check_texts(texts)
+        texts = checked_texts(texts)
         contexts = self._settings.contexts(self._tokenizer)
         with (
             evaluating(self._model),
@@ -164,6 +166,7 @@ class Extraction:
     def _at(self, survey: Survey) -> Survey:
         return survey if self._outgoing is None else replace(survey, staging=str(self._path))
 
+    @public(accept_numerics=a_switch, strict=a_switch, progress=optional(a_callable))
     def run(
         self,
         texts: Iterable[Document],
@@ -174,7 +177,7 @@ class Extraction:
         progress: Callable[[Progress], None] | None = None,
     ) -> Store:
         """Plan what is not planned, fill what is missing, and give the complete store."""
-        _check_texts(texts)
+        texts = checked_texts(texts)
         rank, began = find_rank(), time.monotonic()
 
         def tell(
@@ -301,18 +304,3 @@ def complete(path: Path) -> Store:
     finally:
         lock.release()
     return store
-
-
-def _check_options(layout: str, max_tokens: int | None, bos: str) -> None:
-    for name, found, choices in (("layout", layout, ("layer", "token")), ("bos", bos, BOS_CHOICES)):
-        if found not in choices:
-            raise ArgumentError(f"{name} is {found!r}: expected {' or '.join(map(repr, choices))}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ArgumentError(f"max_tokens is {max_tokens}: expected a positive number of tokens")
-
-
-def _check_texts(texts: Iterable[Document]) -> None:
-    if isinstance(texts, str | bytes | PurePath):
-        raise ArgumentError(
-            f"texts is one {type(texts).__name__}: give a sequence of documents; mmcache.read_texts reads files"
-        )

@@ -10,6 +10,7 @@ import crc32c
 import numpy as np
 import torch
 
+from mmcache.arguments import a_list, shown
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
 from mmcache.flags import counted, known_flags
 from mmcache.held import pieces
@@ -139,7 +140,8 @@ class _Left(NamedTuple):
 
 
 def _parsed(drop: Drop, store: Store) -> _Left:
-    items = [drop] if isinstance(drop, (str, int, np.integer, np.ndarray, torch.Tensor)) else list(drop or ())
+    alone = isinstance(drop, (str, int, np.integer, np.ndarray, torch.Tensor))
+    items = [drop] if alone else [] if drop is None else a_list("drop", drop)
     known, n_tokens = store.flag_bits, store.n_tokens
     bits, arrays, first = 0, [], False
     for item in items:
@@ -159,8 +161,8 @@ def _parsed(drop: Drop, store: Store) -> _Left:
             bits |= int(item)
         else:
             raise ArgumentError(
-                f"drop has {item!r}: expected {', '.join(map(repr, _NAMES))}, bits of the flags (1 to 255) or a bool "
-                f"for each token"
+                f"drop has {shown(item)}: expected {', '.join(map(repr, _NAMES))}, bits of the flags (1 to 255) or a "
+                f"bool for each token"
             )
     return _Left(bits, arrays, first)
 
@@ -171,7 +173,7 @@ def _said(drop: Drop) -> str:
         return f"an array of {len(drop)}"
     if isinstance(drop, (list, tuple)):
         return f"({', '.join(_said(item) for item in drop)})"
-    return repr(drop)
+    return shown(drop)
 
 
 @functools.cache

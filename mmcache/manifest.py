@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "ARRAY_LIMIT",
     "ROOT",
+    "ROOT_LIMIT",
     "Manifest",
     "array_json",
     "is_store",
@@ -35,7 +37,8 @@ __all__ = [
 
 # Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
 _RESERVED_SHARD_ROWS = 1 << 20
-_ROOT_LIMIT = 16 << 20
+# Bytes of the root's zarr.json, and of an array's.
+ROOT_LIMIT, ARRAY_LIMIT = 16 << 20, 1 << 20
 # Inner chunks that a shard's index lists: an index is read into memory.
 _MOST_CHUNKS = 1 << 22
 
@@ -305,7 +308,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     where = path / ROOT
     try:
-        said, _ = read_signed(where, _ROOT_LIMIT)
+        said, _ = read_signed(where, ROOT_LIMIT)
     except StoreNotFoundError as error:
         raise StoreNotFoundError(
             error.errno, "no mmcache store there (a store is a folder with a zarr.json)", str(path)

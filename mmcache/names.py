@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmcache.arguments import shown
 from mmcache.beneath import check_links
 from mmcache.errors import ArgumentError
 from mmcache.signed import ROOT
@@ -68,4 +69,4 @@ def check_site_name(name: str) -> None:
     """
     problem = site_name_problem(name)
     if problem:
-        raise ArgumentError(f"{name!r} cannot be a site: {problem}")
+        raise ArgumentError(f"{shown(name)} cannot be a site: {problem}")

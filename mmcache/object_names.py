@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.addresses import concealed
 from mmcache.connection import said
-from mmcache.errors import AccessError, ArgumentError, RemoteError, StoreNotFoundError
+from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, RemoteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,7 +180,7 @@ def _pages(url: str, asked: dict[str, str]) -> Iterator[Any]:
         return
     code = getattr(failure, "response", {}).get("Error", {}).get("Code", "")
     if code in ("NoSuchBucket", "404"):
-        raise StoreNotFoundError(2, "there is no such bucket: make it first, or correct the address", url)
+        raise BucketNotFoundError(2, "there is no such bucket: make it first, or correct the address", url)
     if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
         raise AccessError(13, f"the server refuses to list it ({said(failure)})", url) from concealed(failure)
     raise RemoteError(f"{url}: {said(failure)}") from concealed(failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmcache.arguments import a_folder, a_path, a_switch, count, optional, public
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.manifest import read_manifest
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["open_store", "reopened"]
 
 
+@public(
+    path=a_path,
+    partial=a_switch,
+    check=a_switch,
+    cache_dir=optional(a_folder),
+    cache_bytes=optional(count(1)),
+)
 def open_store(
     path: str | os.PathLike[str],
     *,

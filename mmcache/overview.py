@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import a_path, public
 from mmcache.connection import placed
 from mmcache.errors import IncompleteError
 from mmcache.listing import listed_shards
@@ -24,6 +25,7 @@ __all__ = ["overview"]
 _STRETCHES = 100
 
 
+@public(path=a_path)
 def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Say what the store at `path`, a folder or an address in a bucket, is: identity, shape, size, completeness.
 

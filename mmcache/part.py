@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from mmcache.arguments import shown
 from mmcache.errors import ArgumentError, OutOfRangeError, StoreExistsError, UnknownSiteError
 
 if TYPE_CHECKING:
@@ -92,13 +93,16 @@ def _numbers(asked: Numbers, total: int) -> np.ndarray:
         asked = range(*asked.indices(total))
     elif isinstance(asked, tuple):
         if len(asked) != 2:
-            raise ArgumentError(f"sequences is {asked!r}: expected (first, stop), or a list of numbers")
+            raise ArgumentError(f"sequences is {shown(asked)}: expected (first, stop), or a list of numbers")
         asked = range(*asked)
     # Of a range the ends tell, however long it is.
     ends = asked if not isinstance(asked, range) else [asked[0], asked[-1]] if asked else []
-    numbers = np.asarray(ends)
+    try:
+        numbers = np.asarray(ends)
+    except ValueError:  # lists of several lengths
+        numbers = np.empty(0)
     if not numbers.size or numbers.dtype.kind not in "iu" or numbers.ndim != 1:
-        raise ArgumentError(f"sequences is {asked!r}: expected numbers of sequences, at least one")
+        raise ArgumentError(f"sequences is {shown(asked)}: expected numbers of sequences, at least one")
     outside = numbers[(numbers < -total) | (numbers >= total)]
     if outside.size:
         raise OutOfRangeError(f"sequence {outside[0]} not in store (n_sequences={total})")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mmcache.draft import publish
-from mmcache.errors import CorruptError, StoreNotFoundError
+from mmcache.errors import BucketNotFoundError, CorruptError, StoreNotFoundError
 from mmcache.files import make_folder, open_file, read_file
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.listing import listed_shards
@@ -178,9 +178,9 @@ class BucketPlace:
     def _small(self, key: str) -> bytes | None:
         try:
             return self._bucket.read_whole(key, METADATA_LIMIT)
-        except StoreNotFoundError as error:
-            if "bucket" in str(error.strerror):
-                raise
+        except BucketNotFoundError:
+            raise
+        except StoreNotFoundError:
             return None
 
     def fetch(self, key: str, folder: Path) -> bool:

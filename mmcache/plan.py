@@ -7,6 +7,7 @@ differs is refused.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,18 +25,19 @@ from mmcache.geometry import shard_rows
 from mmcache.grown import claim
 from mmcache.listing import in_order
 from mmcache.lock import FolderLock
-from mmcache.manifest import Manifest, array_json, is_store
+from mmcache.manifest import Manifest, array_json, is_store, read_manifest
 from mmcache.names import RESERVED, check_no_links
+from mmcache.new_store import check_new, row_sizes
 from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.room import check_room, shards_from
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
 from mmcache.small_files import publish_all
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
-from mmcache.tokenizer_file import restore_tokenizer, save_tokenizer
+from mmcache.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from mmcache.corpus import Document
@@ -87,11 +89,12 @@ def open_plan(
         lock = FolderLock.wait(path, waiting)
         try:
             there = is_store(path)
-            manifest = known_plan(path, settings, accept=accept_numerics) if there else _begun(path, settings)
+            manifest = known_plan(path, settings, accept=accept_numerics) if there else _kept(path, _new(settings))
             if changes(manifest, settings):
                 manifest = with_recorded(path, manifest, settings)
                 if manifest.n_tokens is None or grows(manifest, settings):
-                    return _tokenised(path, manifest, settings, tokenizer, documents, tokenised)
+                    with contextlib.nullcontext() if there else _begun(path):
+                        return _tokenised(path, manifest, settings, tokenizer, documents, tokenised)
                 check_corpus(path, Tokenised.of(manifest), documents)
                 return _with_sites(path, manifest, settings)
         finally:
@@ -107,6 +110,19 @@ def open_plan(
         lock.release()
 
 
+@contextlib.contextmanager
+def _begun(path: Path) -> Iterator[None]:
+    """Leaves a path as free as it was where a new plan fails before any of the corpus is in it."""
+    try:
+        yield
+    except BaseException:
+        # What cannot be removed would only hide why.
+        with contextlib.suppress(OSError):
+            if "tokenised" not in read_manifest(path).source:
+                remove_file(path, ROOT)
+        raise
+
+
 def join_plan(path: Path, settings: Settings, *, accept_numerics: bool) -> Manifest:
     """The plan that is there, compared as `open_plan` does, but for the corpus: that is the planner's."""
     return with_recorded(path, known_plan(path, settings, accept=accept_numerics), settings)
@@ -120,13 +136,14 @@ def _claimed(path: Path, settings: Settings) -> bool:
         if is_store(path):
             return False
         raise
-    shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, None)
+    new = _new(settings)
+    check_new(new.with_geometry(shard_rows(row_sizes(new), settings.shard_tokens, None), None))
     return True
 
 
-def _begun(path: Path, settings: Settings) -> Manifest:
-    """Write down the settings, before anything else."""
-    manifest = Manifest(
+def _new(settings: Settings) -> Manifest:
+    """What the root of a new plan says first."""
+    return Manifest(
         kind="planned",
         # Not of the sites: a site that is added later has the very shards that it would have had at once.
         store=hashlib.sha256(json.dumps(settings.identity, sort_keys=True).encode()).hexdigest()[:32],
@@ -147,6 +164,10 @@ def _begun(path: Path, settings: Settings) -> Manifest:
         },
         uses=NEW_STORES,
     )
+
+
+def _kept(path: Path, manifest: Manifest) -> Manifest:
+    """Write the root."""
     publish(path, ROOT, manifest.to_json())
     return manifest
 
@@ -175,7 +196,8 @@ def _tokenised(
     shard = shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, state.tokens)
     manifest = replace(manifest, n_tokens=state.tokens, n_sequences=state.sequences)
     source = {**manifest.source, "tokenised": state.to_json(), "max_tokens": settings.max_tokens}
-    source |= {"tokens": _first_tokens(path, manifest), **save_tokenizer(path, tokenizer)}
+    source |= {"tokens": _first_tokens(path, manifest), **tokenizer_source(tokenizer)}
+    save_tokenizer(path, tokenizer)
     manifest = replace(manifest, source=source).with_geometry(shard, state.tokens)
     if old.n_tokens is not None:
         _check_idle(path, old)
@@ -208,8 +230,7 @@ def _published(path: Path, manifest: Manifest) -> Manifest:
     """Write the metadata of every array, then the root."""
     arrays = (*manifest.sites, *RESERVED)
     publish_all(path, {f"{array}/{ROOT}": array_json(manifest, array, manifest.rows(array)) for array in arrays})
-    publish(path, ROOT, manifest.to_json())
-    return manifest
+    return _kept(path, manifest)
 
 
 def _first_unfinished(path: Path, old: Manifest, new: Manifest) -> int:

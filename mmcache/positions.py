@@ -2,23 +2,90 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from operator import index as whole
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
+from mmcache.arguments import shown
 from mmcache.devices import is_cpu
-from mmcache.errors import DtypeError, ShapeError
+from mmcache.errors import DtypeError, OutOfRangeError, ShapeError
 from mmcache.held import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from mmcache.errors import OutOfRangeError
 
-__all__ = ["Positions", "whole_positions"]
+__all__ = ["Positions", "listed", "slice_range", "span_of", "whole_number", "whole_positions"]
+
+T = TypeVar("T")
 
 Positions: TypeAlias = "torch.Tensor | np.ndarray | Sequence[int] | range"
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """A whole number of any kind, such as a tensor's, as an int.
+
+    Raises:
+        DtypeError: it is none.
+    """
+    try:
+        return whole(value)
+    except TypeError as error:
+        raise DtypeError(f"{name} is {shown(value)}: expected a whole number") from error
+
+
+def listed(name: str, values: Iterable[T]) -> Iterable[T]:
+    """What can be iterated over, as it is.
+
+    Raises:
+        DtypeError: it cannot.
+    """
+    try:
+        return iter(values)
+    except TypeError as error:
+        raise DtypeError(f"{name} is {shown(values)}: expected a list of whole numbers") from error
+
+
+def slice_range(rows: slice, total: int) -> range:
+    """The rows of a slice of so many.
+
+    Raises:
+        DtypeError: its bounds are no whole numbers, or it has no step.
+    """
+    try:
+        return range(*rows.indices(total))
+    except (TypeError, ValueError) as error:
+        raise DtypeError(f"the slice is {shown(rows)}: expected whole numbers, and a step that is not 0") from error
+
+
+def span_of(start: SupportsIndex, stop: SupportsIndex, total: int, of: str) -> tuple[int, int]:
+    """The bounds of some of `total` rows, which are called `of`.
+
+    Raises:
+        OutOfRangeError, DtypeError: they are not all there, or the bounds are no whole numbers.
+    """
+    first, last = whole_number("start", start), whole_number("stop", stop)
+    if not 0 <= first <= last <= total:
+        raise OutOfRangeError(f"tokens {shown(first)} to {shown(last)} out of range ({of}={total})")
+    return first, last
+
+
+def _as_array(positions: Positions, n_tokens: int, bad: Callable[[int], OutOfRangeError]) -> np.ndarray:
+    if isinstance(positions, torch.Tensor):
+        # Every call of torch lets go of the interpreter's lock, and none of these is needed as a rule.
+        positions = positions if is_cpu(positions.device) else positions.cpu()
+        positions = (positions.detach() if positions.requires_grad else positions).numpy()
+    if isinstance(positions, range) and positions:
+        # Before memory is taken for them.
+        for end in (positions[0], positions[-1]):
+            if not -n_tokens <= end < n_tokens:
+                raise bad(end)
+    try:
+        return np.asarray(positions)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"positions are {shown(positions)}: expected a list of whole numbers") from error
 
 
 def whole_positions(positions: Positions, n_tokens: int, bad: Callable[[int], OutOfRangeError]) -> np.ndarray:
@@ -33,11 +100,7 @@ def whole_positions(positions: Positions, n_tokens: int, bad: Callable[[int], Ou
         ShapeError, DtypeError: they are no list of integers.
         OutOfRangeError: as `bad` makes it.
     """
-    if isinstance(positions, torch.Tensor):
-        # Every call of torch lets go of the interpreter's lock, and none of these is needed as a rule.
-        positions = positions if is_cpu(positions.device) else positions.cpu()
-        positions = (positions.detach() if positions.requires_grad else positions).numpy()
-    wanted = np.asarray(positions)
+    wanted = _as_array(positions, n_tokens, bad)
     if wanted.ndim != 1:
         raise ShapeError(f"positions have shape {wanted.shape}: expected one dimension")
     if not wanted.size:

@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmcache.errors import PlanMismatchError
-from mmcache.tokenizer_file import tokenizer_digest, tokenizer_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import nn
@@ -35,14 +33,7 @@ __all__ = [
     "numerics",
     "recorded",
     "site_modules",
-    "tokenizer_identity",
 ]
-
-
-def tokenizer_identity(tokenizer: Any, special: Sequence[int]) -> str:
-    """Hash of what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and the special ids."""
-    text = tokenizer_text(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
-    return tokenizer_digest(text, special)
 
 
 def site_modules(sites: tuple[ResolvedSite, ...]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from mmcache.arguments import a_callable, a_path, choice, optional, public
 from mmcache.connection import placed
 from mmcache.draft import publish
 from mmcache.errors import ArgumentError, MmcacheError
@@ -69,6 +70,7 @@ class Repaired:
     remade_by_extract: bool
 
 
+@public(path=a_path, level=choice("full", "quick"), progress=optional(a_callable))
 def repair(
     path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Repaired:

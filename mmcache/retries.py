@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mmcache.addresses import concealed
 from mmcache.connection import said
-from mmcache.errors import AccessError, RemoteError, StoreNotFoundError
+from mmcache.errors import AccessError, BucketNotFoundError, RemoteError, StoreNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ def try_again(where: str, work: Callable[[], T], short: Callable[[], None], refu
 
 def _not_found(where: str, error: Exception) -> StoreNotFoundError:
     if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
-        return StoreNotFoundError(2, "there is no such bucket: make it first, or correct the address", where)
+        return BucketNotFoundError(2, "there is no such bucket: make it first, or correct the address", where)
     return StoreNotFoundError(2, "there is no such object", where)
 
 

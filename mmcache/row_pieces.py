@@ -6,6 +6,7 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mmcache.direct import borrowed
+from mmcache.refusals import our_error
 from mmcache.site_map import REFUSALS
 from mmcache.syscalls import will_need_all
 
@@ -90,7 +91,7 @@ def _read(wanted: Sequence[tuple[Taker, Piece]]) -> None:
             # A file that was cut short meanwhile is told as that.
             for reader, piece in wanted:
                 reader.check(piece)
-            raise
+            raise our_error(error) from error
         for reader, piece in wanted:
             reader.was_refused()
             will_need_all(reader.advice(piece))

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from mmcache.arguments import shown
 from mmcache.errors import OutOfRangeError
+from mmcache.positions import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +50,9 @@ class Sequences:
     def __getitem__(self, index: int | slice) -> Span | list[Span]:
         if isinstance(index, slice):
             return [Span(*span) for span in self._spans[index].tolist()]
+        index = whole_number("sequence", index)
         if not -len(self) <= index < len(self):
-            raise OutOfRangeError(f"sequence {index} not in store (n_sequences={len(self)})")
+            raise OutOfRangeError(f"sequence {shown(index)} not in store (n_sequences={len(self)})")
         return Span(*self._spans[index].tolist())
 
     def __iter__(self) -> Iterator[Span]:

@@ -5,10 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmcache.arguments import (
+    Check,
+    a_device,
+    a_folder,
+    a_switch,
+    choice,
+    count,
+    either,
+    layer_numbers,
+    names,
+    optional,
+)
 from mmcache.contexts import Contexts
 from mmcache.dtypes import BY_NAME
+from mmcache.frame import BOS_CHOICES
+from mmcache.geometry import MOST_ROWS
+from mmcache.user_metadata import check_user_metadata
 
-__all__ = ["Settings"]
+__all__ = ["OPTIONS", "Settings"]
+
+
+# What each of the options may be.
+OPTIONS: dict[str, Check] = {
+    "sites": names,
+    "layers": optional(layer_numbers),
+    "context_length": optional(count(1)),
+    "pack": a_switch,
+    "bos": choice(*BOS_CHOICES),
+    "batch_size": either("auto", count(1)),
+    "layout": choice("layer", "token"),
+    "shard_tokens": optional(count(1, MOST_ROWS)),
+    "max_tokens": optional(count(1)),
+    "device": optional(a_device),
+    "record": check_user_metadata,
+    "staging": optional(a_folder),
+    "staging_bytes": optional(count(1)),
+}
 
 
 @dataclass(frozen=True)

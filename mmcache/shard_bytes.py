@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Protocol
 
 from mmcache.descriptor import close_read
 from mmcache.files import advise_random, read_page
 from mmcache.geometry import PAGE
+from mmcache.refusals import read_at
 
 if TYPE_CHECKING:
     from mmcache.shard_objects import ShardObjects
@@ -49,7 +49,7 @@ class FileBytes:
         """As `ShardBytes.read`; where the file was opened for direct reads, all of it has to be in whole pages."""
         done = 0
         while done < len(into):
-            count = os.preadv(self._fd, [into[done:]], offset + done)
+            count = read_at(self._fd, into[done:], offset + done)
             done += count
             # Direct reads cannot go on from within a page: there the file ends.
             if not count or (self._direct and count % PAGE):

@@ -15,6 +15,7 @@ from mmcache.descriptor import Descriptor, close_read
 from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
 from mmcache.held import pieces
+from mmcache.refusals import our_error
 from mmcache.syscalls import Residency, populate
 from mmcache.window import Window
 
@@ -143,7 +144,7 @@ class SiteMap:
             return os.preadv(fd, [room], offset, os.RWF_NOWAIT) == len(room)
         except OSError as error:
             if error.errno not in REFUSALS:
-                raise
+                raise our_error(error) from error
             return False
         finally:
             close_read(fd)

@@ -21,6 +21,7 @@ from mmcache.format import HEADER_BYTES
 from mmcache.geometry import PAGE
 from mmcache.held import HELD, pieces
 from mmcache.memory import anonymous, available_memory
+from mmcache.refusals import our_error
 from mmcache.remote_rows import RemoteRows
 from mmcache.row_pieces import Piece, Way, take_pieces
 from mmcache.runs import GAP_BYTES, apart, runs_of
@@ -124,7 +125,7 @@ class SiteRows:
                 return torch.frombuffer(bytearray(room[before : before + size]), dtype=self._dtype)
         except OSError as error:
             if error.errno not in REFUSALS:
-                raise
+                raise our_error(error) from error
             self._direct = False
         finally:
             self._bouncing.release()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from mmcache.errors import ArgumentError, IncompleteError
+from mmcache.arguments import choice
+from mmcache.errors import IncompleteError
 from mmcache.listing import in_order
 from mmcache.shard_statistics import overflow, shard_statistics
 from mmcache.statistics import merge_moments, shard_moments
@@ -63,13 +64,12 @@ class SiteStatistics:
         Raises:
             ArgumentError: another kind.
         """
+        choice("scalar", "per_dim")("normalize", kind)
         if kind == "scalar":
             scale = math.sqrt(self.mean.shape[-1]) / self.mean_norm
             return torch.zeros_like(self.mean), scale[:, None].expand_as(self.mean).clone()
-        if kind == "per_dim":
-            constant = self.std == 0
-            return self.mean.clone(), torch.where(constant, 0.0, 1.0 / self.std.masked_fill(constant, 1.0))
-        raise ArgumentError(f"normalize is {kind!r}: expected 'scalar' or 'per_dim'")
+        constant = self.std == 0
+        return self.mean.clone(), torch.where(constant, 0.0, 1.0 / self.std.masked_fill(constant, 1.0))
 
 
 class _Merged:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from operator import index as whole
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
 
-from mmcache.devices import fill_device, is_cpu, own_copy
-from mmcache.errors import ArgumentError, DtypeError, OutOfRangeError, ShapeError
+from mmcache.arguments import a_device, shown
+from mmcache.devices import check_target, fill_device, is_cpu, own_copy
+from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.html import site_html
-from mmcache.positions import Positions, whole_positions
+from mmcache.positions import Positions, listed, slice_range, span_of, whole_number, whole_positions
 from mmcache.site_rows import best_reader, bring_near
 from mmcache.site_statistics import merge_site
 
@@ -108,7 +108,8 @@ class SiteView:
 
     def rows_of(self, layers: Sequence[int] | None) -> tuple[Reader, list[int]]:
         """Give what reads the rows, and the slots of some layers (None: all), or raise OutOfRangeError."""
-        slots = list(self._slots.values()) if layers is None else [self._slot(layer) for layer in layers]
+        every = list(self._slots.values())
+        slots = every if layers is None else [self._slot(layer) for layer in listed("layers", layers)]
         return self._reader or self._read_by(), slots
 
     def believe(self, positions: np.ndarray | range, slots: Sequence[int]) -> None:
@@ -132,22 +133,19 @@ class SiteView:
 
     def _find(self, layer: SupportsIndex) -> int | None:
         """Give the slot of a layer that may be any kind of whole number, such as a tensor; None: not there."""
-        try:
-            return self._slots.get(whole(layer))
-        except TypeError as error:
-            raise DtypeError(f"layer is {layer!r}: expected a whole number") from error
+        return self._slots.get(whole_number("layer", layer))
 
     def _slot(self, layer: SupportsIndex) -> int:
         slot = self._find(layer)
         if slot is None:
             plain = self.layers == tuple(range(len(self)))
             what = f"n_layers={len(self)}" if plain else f"layers={list(self.layers)}"
-            raise OutOfRangeError(f"layer {layer} not in cache ({what})")
+            raise OutOfRangeError(f"layer {shown(whole_number('layer', layer))} not in cache ({what})")
         return slot
 
     def _bad_position(self, position: int) -> OutOfRangeError:
         return OutOfRangeError(
-            f"position {position} out of range ({self._length}={self._n_tokens}: 0 to {self._n_tokens - 1}, "
+            f"position {shown(position)} out of range ({self._length}={self._n_tokens}: 0 to {self._n_tokens - 1}, "
             f"or negative from the end)"
         )
 
@@ -161,14 +159,12 @@ class SiteView:
             IncompleteError: the row has not been written yet.
             CorruptError: its shard is not what belongs there.
         """
-        slot = self._slots.get(layer)
+        slot = self._slots.get(layer) if type(layer) is int else None
         if slot is None:
             slot = self._slot(layer)
-        try:
+        if type(position) is not int:
             # A tensor, such as `tokens.argmax()`, would go on through the arithmetic below.
-            position = whole(position)
-        except TypeError as error:
-            raise DtypeError(f"position is {position!r}: expected a whole number") from error
+            position = whole_number("position", position)
         if position < 0:
             position += self._n_tokens
         if not 0 <= position < self._n_tokens:
@@ -202,7 +198,8 @@ class SiteView:
         """Copy rows of tokens that are all there: `[k, len(slots), d_model]`."""
         if out is None:
             self.believe(positions, slots)
-            out = torch.empty((len(positions), len(slots), self.d_model), dtype=self.dtype, device=device)
+            shape = len(positions), len(slots), self.d_model
+            out = torch.empty(shape, dtype=self.dtype, device=a_device("device", device))
 
         def fill(into: torch.Tensor, first: int, last: int) -> None:
             for start in range(first, last, _SLICE_ROWS):
@@ -228,14 +225,13 @@ class SiteView:
         Raises OutOfRangeError if the layer or the position is not there, ArgumentError for another kind of key.
         """
         if not (isinstance(key, tuple) and len(key) == 2):
-            raise ArgumentError(f"{self.name}[{key!r}]: expected [layer, start:stop] or [layer, position]")
+            raise ArgumentError(f"{self.name}[{shown(key)}]: expected [layer, start:stop] or [layer, position]")
         layer, rows = key
         if not isinstance(rows, slice):
             return self.get_position(layer, rows)
-        start, stop, step = rows.indices(self._n_tokens)
-        wanted = range(start, stop, step)
-        if step == 1 and wanted:
-            return self._read(self._slot(layer), start, stop)
+        wanted = slice_range(rows, self._n_tokens)
+        if wanted.step == 1 and wanted:
+            return self._read(self._slot(layer), wanted.start, wanted.stop)
         return self.gather(wanted, layers=[layer])[:, 0]
 
     def sequence(self, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -244,7 +240,8 @@ class SiteView:
         slots, positions = list(self._slots.values()), range(start, stop)
         if self._layout == "token":
             return self._take(slots, positions, device).transpose(0, 1).contiguous()
-        out = torch.empty((len(slots), stop - start, self.d_model), dtype=self.dtype, device=device)
+        place = a_device("device", device)
+        out = torch.empty((len(slots), stop - start, self.d_model), dtype=self.dtype, device=place)
         for slot in slots:
             self._take([slot], positions, out=out[slot][:, None])
         return out
@@ -282,14 +279,14 @@ class SiteView:
             OutOfRangeError: a layer or position is not there; the first such position is named.
             ShapeError, DtypeError: `out` or `positions` do not fit.
             IncompleteError, CorruptError: as `get_position`.
-            OSError: the device failed.
+            ArgumentError: `device` is not there, or `out` cannot be written to.
+            ReadError: the disk failed.
         """
         _, slots = self.rows_of(layers)
         wanted = whole_positions(positions, self._n_tokens, self._bad_position)
         shape = (len(wanted), len(slots), self.d_model)
-        if out is not None and (tuple(out.shape) != shape or out.dtype != self.dtype):
-            kind = ShapeError if tuple(out.shape) != shape else DtypeError
-            raise kind(f"out is {tuple(out.shape)} {out.dtype}: expected {shape} {self.dtype}")
+        if out is not None:
+            check_target(out, shape, self.dtype)
         return self._take(slots, wanted, device, out=out, non_blocking=non_blocking)
 
     def read_ahead(self, start: int, stop: int, *, all_come: Event | None = None) -> None:
@@ -297,8 +294,7 @@ class SiteView:
 
         `all_come`: while it is set, so are all others: rows may wait. Raises OutOfRangeError, and as `get_position`.
         """
-        if not 0 <= start <= stop <= self._n_tokens:
-            raise OutOfRangeError(f"tokens {start} to {stop} out of range ({self._length}={self._n_tokens})")
+        start, stop = span_of(start, stop, self._n_tokens, self._length)
         reader, every = self.rows_of(None)
         bring_near(reader, self._folder, every if self._layout == "layer" else [0], start, stop, all_come=all_come)
 

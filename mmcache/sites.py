@@ -16,13 +16,13 @@ there.
 from __future__ import annotations
 
 import difflib
-import operator
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from mmcache.arguments import layer_numbers, names
 from mmcache.errors import ArgumentError, OutOfRangeError, UnknownSiteError, UnsupportedModelError
 from mmcache.families import ABSENT, ALIASES, NOT_ALIASES, SITES, TABLE
 from mmcache.wrappers import unwrap
@@ -74,8 +74,7 @@ def resolve(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None
         OutOfRangeError: A layer that is not in the model, negative numbers included.
         ArgumentError: No sites, a site or layer given twice, or sites whose layers differ.
     """
-    if isinstance(sites, str):
-        raise ArgumentError(f"sites is the string {sites!r}: give a sequence of names, ({sites!r},)")
+    sites = names("sites", sites)
     asked = None if layers is None else _checked(layers)
     finder = _Finder(unwrap(model))
     found: dict[str, ResolvedSite] = {}
@@ -262,10 +261,7 @@ def _join(layer: str, inside: str) -> str:
 
 
 def _checked(layers: Iterable[int]) -> list[int]:
-    try:
-        numbers = [operator.index(layer) for layer in layers]
-    except TypeError as error:
-        raise ArgumentError(f"layers must be a sequence of whole numbers: {error}") from error
+    numbers = layer_numbers("layers", layers)
     if not numbers:
         raise ArgumentError("layers is empty: name at least one, or leave it out for all of them")
     if len(set(numbers)) < len(numbers):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mmcache.arguments import choice, count, shown
 from mmcache.errors import ArgumentError
 from mmcache.permutation import hashed, mixed
 
@@ -47,15 +48,13 @@ class Split:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.part not in _PARTS:
-            raise ArgumentError(f"the part of a split is {self.part!r}: expected 'train' or 'validation'")
-        if self.by not in _UNITS:
-            raise ArgumentError(f"a split by {self.by!r}: expected 'sequence', 'document' or 'shard'")
+        choice(*_PARTS)("the part of a split", self.part)
+        choice(*_UNITS)("the unit of a split", self.by)
+        fraction: Any = self.fraction
         # NaN compares false.
-        if isinstance(self.fraction, bool) or not 0 < self.fraction < 1:
-            raise ArgumentError(f"the fraction of a split is {self.fraction!r}: expected a number between 0 and 1")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise ArgumentError(f"the seed of a split is {self.seed!r}: expected a whole number from 0 to 2**64 - 1")
+        if isinstance(fraction, bool) or not (isinstance(fraction, int | float | np.number) and 0 < fraction < 1):
+            raise ArgumentError(f"the fraction of a split is {shown(fraction)}: expected a number between 0 and 1")
+        object.__setattr__(self, "seed", count(0, 2**64 - 1)("the seed of a split", self.seed))
 
 
 def as_split(given: Split | str | None) -> Split | None:
@@ -66,8 +65,8 @@ def as_split(given: Split | str | None) -> Split | None:
     """
     if given is None or isinstance(given, Split):
         return given
-    if given not in _PARTS:
-        raise ArgumentError(f"split is {given!r}: expected None, 'train', 'validation' or a mmcache.Split")
+    if not isinstance(given, str) or given not in _PARTS:
+        raise ArgumentError(f"split is {shown(given)}: expected None, 'train', 'validation' or a mmcache.Split")
     return Split("train" if given == "train" else "validation")
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
+from mmcache.arguments import instance, shown
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.flags import counted
 from mmcache.html import store_html
 from mmcache.listing import count_shards
+from mmcache.positions import span_of, whole_number
 from mmcache.sequences import Location, Sequences
 from mmcache.shards import ShardFolder
 from mmcache.site_view import MAX_MAPS, SiteView
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from mmcache.manifest import Manifest
     from mmcache.mirror import Mirror
 
-__all__ = ["Store"]
+__all__ = ["Store", "a_store"]
 
 T = TypeVar("T")
 
@@ -166,11 +168,11 @@ class Store:
 
     def read_tokens(self, start: int, stop: int) -> torch.Tensor:
         """Read the ids of the tokens from `start` to before `stop`, which are there, and no others: as `tokens`."""
-        return self._arrays.piece("tokens", start, stop)
+        return self._arrays.piece("tokens", *span_of(start, stop, self.n_tokens, "n_tokens"))
 
     def read_flags(self, start: int, stop: int) -> torch.Tensor:
         """Read the flags of the tokens from `start` to before `stop`, which are there, and no others: as `flags`."""
-        return self._arrays.piece("flags", start, stop)
+        return self._arrays.piece("flags", *span_of(start, stop, self.n_tokens, "n_tokens"))
 
     def shards(self, site: str) -> ShardFolder:
         """Give the files of a site, for those who look at them rather than at rows. Raises UnknownSiteError."""
@@ -196,8 +198,9 @@ class Store:
         Raises:
             OutOfRangeError: there is no such position.
         """
+        position = whole_number("position", position)
         if not -self.n_tokens <= position < self.n_tokens:
-            raise OutOfRangeError(f"position {position} not in store (n_tokens={self.n_tokens})")
+            raise OutOfRangeError(f"position {shown(position)} not in store (n_tokens={self.n_tokens})")
         position %= self.n_tokens
         number = self.sequences.find(position)
         return Location(
@@ -205,7 +208,7 @@ class Store:
         )
 
     def __getitem__(self, site: str) -> SiteView:
-        view = self._views.get(site)
+        view = self._views.get(site) if isinstance(site, str) else None
         if view is None:
             view = SiteView(
                 site,
@@ -267,16 +270,18 @@ class Store:
         Raises:
             UnknownSiteError: the store has no such site.
         """
-        if site not in self._manifest.sites:
-            raise UnknownSiteError(f"site {site!r} not in {self.where} (sites: {', '.join(self.sites)})")
+        if not isinstance(site, str) or site not in self._manifest.sites:
+            raise UnknownSiteError(f"site {shown(site)} not in {self.where} (sites: {', '.join(self.sites)})")
         return self._manifest.sites[site]
 
     def site_bytes(self, site: str) -> int:
         """Give the bytes that a site takes when it is complete, headers, padding and statistics included."""
+        self.d_model(site)
         return self._manifest.array_bytes(site)
 
     def n_shards(self, site: str) -> int:
         """Count the shards that a site has when it is complete."""
+        self.d_model(site)
         return self._manifest.n_shards(site)
 
     def close(self) -> None:
@@ -293,3 +298,6 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+a_store = instance(Store, "mmcache.open")

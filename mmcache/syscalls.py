@@ -50,6 +50,7 @@ __all__ = [
     "unmap_over",
     "will_need",
     "will_need_all",
+    "writable",
 ]
 
 # MMCACHE_PORTABLE=1 takes the portable paths everywhere, as on a system that has no others.
@@ -204,6 +205,17 @@ class Residency:
         reach = address + size - first
         _held.mincore(first, reach, self._at)
         return self._pages.find(0, 0, -(-reach // PAGE)) < 0
+
+
+@cache
+def _own_page() -> int:
+    return _mmap(None, PAGE, _READ, _PRIVATE | _ANONYMOUS, -1, 0)
+
+
+def writable(address: int) -> bool:
+    """Whether a byte of memory can be written to, without ending the process if not; the byte is changed."""
+    # The kernel writes its answer there, or says that it cannot.
+    return _held.mincore(_own_page(), PAGE, address) == 0 or ctypes.get_errno() != errno.EFAULT
 
 
 def page_table_bytes() -> int:

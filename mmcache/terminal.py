@@ -61,13 +61,14 @@ def draw_overview(console: Console, view: dict[str, Any]) -> None:
 def _origin(source: dict[str, Any]) -> dict[str, str]:
     """Say where a store's data came from, whatever a stranger's file says of it."""
     record, identity, numerics, corpus = (_dict(source.get(name)) for name in _ORIGIN)
-    pairs = {}
-    if identity:
+    pairs: dict[str, str] = {}
+    if "tokenizer" in identity:
+        pairs["tokenizer"] = _short(identity["tokenizer"])
+    if "model" in identity:
         revision = record.get("revision") or f"weights {_short(identity.get('weights'))}"
-        pairs = {
+        pairs |= {
             "model": f"{record.get('name') or identity.get('model')} ({identity.get('model')}, {revision}), "
             f"computed in {identity.get('compute_dtype')}",
-            "tokenizer": _short(identity.get("tokenizer")),
             "corpus": f"{corpus.get('documents')} documents, {_short(corpus.get('sha256'))}{_framed(corpus)}",
             "contexts": f"up to {identity.get('context_length')} tokens, "
             f"{'packed' if identity.get('pack') else 'by document'}, BOS {identity.get('bos', 'auto')}",

@@ -1,7 +1,7 @@
-"""The tokenizer, kept in a planned store as its own JSON: a store explains itself wherever it is.
+"""The tokenizer, kept in a store as its own JSON: a store explains itself wherever it is.
 
 `tokenizer/tokenizer.json` is what Hugging Face's `tokenizers` reads. Its bytes are pinned by the tokenizer's digest,
-which belongs to the store's identity anyway.
+which is in the root, in the store's identity.
 """
 
 from __future__ import annotations
@@ -22,11 +22,22 @@ if TYPE_CHECKING:
 
     from mmcache.manifest import Manifest
 
-__all__ = ["TOKENIZER", "read_tokenizer", "restore_tokenizer", "save_tokenizer", "tokenizer_digest", "tokenizer_text"]
+__all__ = [
+    "TOKENIZER",
+    "read_tokenizer",
+    "restore_tokenizer",
+    "save_tokenizer",
+    "tokenizer_digest",
+    "tokenizer_identity",
+    "tokenizer_source",
+    "tokenizer_text",
+]
 
 TOKENIZER = f"{TOKENIZER_FOLDER}/tokenizer.json"
 # The largest vocabularies of today take 35 MB.
 _LIMIT = 1 << 28
+# How it comes back, where no plan makes it and where one does.
+_AGAIN = ("put back the file that was there", "run the same `mmcache extract` again, or restore it")
 
 
 def tokenizer_text(tokenizer: Any) -> str | None:
@@ -40,16 +51,26 @@ def tokenizer_digest(text: str, special: Sequence[int]) -> str:
     return hashlib.sha256(f"{text}\n{json.dumps(list(special))}".encode()).hexdigest()
 
 
-def save_tokenizer(path: Path, tokenizer: Any) -> dict[str, int]:
-    """Keep a tokenizer in a store, if it has a JSON; blocks until it is durable. Gives what `source` says of it."""
+def tokenizer_identity(tokenizer: Any, special: Sequence[int]) -> str:
+    """Hash of what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and the special ids."""
+    text = tokenizer_text(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
+    return tokenizer_digest(text, special)
+
+
+def tokenizer_source(tokenizer: Any) -> dict[str, int]:
+    """What a store's `source` says of the file that keeps its tokenizer; empty where `save_tokenizer` writes none."""
+    text = tokenizer_text(tokenizer)
+    return {} if text is None else {"tokenizer_bytes": len(text.encode())}
+
+
+def save_tokenizer(path: Path, tokenizer: Any, *, durable: bool = True) -> None:
+    """Keep a tokenizer in a store, if it has a JSON; blocks until it is written, and durable where that is asked."""
     text = tokenizer_text(tokenizer)
     if text is None:
-        return {}
-    data = text.encode()
+        return
     make_folder(path, TOKENIZER_FOLDER)
     remove_drafts(path, TOKENIZER_FOLDER)
-    publish(path, TOKENIZER, data)
-    return {"tokenizer_bytes": len(data)}
+    publish(path, TOKENIZER, text.encode(), durable=durable)
 
 
 def restore_tokenizer(path: Path, manifest: Manifest, tokenizer: Any) -> None:
@@ -79,6 +100,6 @@ def read_tokenizer(path: Path, manifest: Manifest) -> str | None:
     if tokenizer_digest(text, manifest.special_tokens) != identity.get("tokenizer"):
         raise CorruptError(
             f"{path / TOKENIZER} is not the tokenizer that the store was made with: set it aside, as `mmcache repair` "
-            f"does, and run the same `mmcache extract` again, or restore it"
+            f"does, and {_AGAIN[manifest.kind == 'planned']}"
         )
     return text

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from mmcache.arguments import a_callable, a_path, names, optional, public
 from mmcache.bucket import Bucket
 from mmcache.connection import placed
 from mmcache.draft import remove_drafts
@@ -66,6 +67,7 @@ class Transferred:
     missing: int
 
 
+@public(path=a_path, url=a_path, sites=optional(names), progress=optional(a_callable))
 def push(
     path: str | os.PathLike[str],
     url: str,
@@ -125,6 +127,7 @@ def push(
     return Transferred(str(folder), bucket.url, carrier.copied, carrier.there, carrier.bytes + written, carrier.missing)
 
 
+@public(url=a_path, path=a_path, sites=optional(names), progress=optional(a_callable))
 def pull(
     url: str,
     path: str | os.PathLike[str],

@@ -14,23 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import a_callable, a_path, choice, optional, public
 from mmcache.beneath import check_path
 from mmcache.connection import placed
 from mmcache.crew import Crew
-from mmcache.errors import (
-    AccessError,
-    ArgumentError,
-    CorruptError,
-    IncompleteError,
-    LinkError,
-    MmcacheError,
-    RemoteError,
-)
+from mmcache.errors import AccessError, CorruptError, IncompleteError, LinkError, MmcacheError, RemoteError
 from mmcache.files import count_names, list_names
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format import ids_digest
 from mmcache.listing import listed_shards, present_shards
-from mmcache.manifest import array_json, read_manifest
+from mmcache.manifest import ARRAY_LIMIT, array_json, read_manifest
 from mmcache.mirror import Mirror
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
@@ -53,7 +46,6 @@ __all__ = ["verify"]
 # One waits for the disk while another compares.
 _THREADS = 3
 _AHEAD = 64
-_METADATA_LIMIT = 1 << 20
 # Shards that a root may count beyond all that is there: each of them becomes a finding.
 _BELIEVABLE = 1 << 18
 # What an array's metadata says whatever its number of rows.
@@ -63,6 +55,7 @@ _FIXED = (
 )  # fmt: skip
 
 
+@public(path=a_path, level=choice("full", "quick"), progress=optional(a_callable))
 def verify(
     path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Report:
@@ -83,8 +76,6 @@ def verify(
         ArgumentError: no such level.
         AccessError, RemoteError: object storage refuses, or gives no answer.
     """
-    if level not in ("quick", "full"):
-        raise ArgumentError(f"level is {level!r}: expected 'quick' or 'full'")
     place = placed(path)
     try:
         remote = Mirror(place) if isinstance(place, str) else None
@@ -165,7 +156,7 @@ class _Verification:
         except LinkError:
             return  # which `_check_array` says
         try:
-            said, text = read_signed(where, _METADATA_LIMIT)
+            said, text = read_signed(where, ARRAY_LIMIT)
             problem = _differs(
                 json.loads(text), json.loads(array_json(self._manifest, array, self._manifest.rows(array)))
             )
@@ -285,7 +276,7 @@ class _Verification:
         try:
             check_path(self._path, STATISTICS_FOLDER)
             if ROOT in list_names(self._path / STATISTICS_FOLDER):
-                read_signed(self._path / above, _METADATA_LIMIT)
+                read_signed(self._path / above, ARRAY_LIMIT)
         except (MmcacheError, OSError) as error:
             self._find("metadata", above, str(error))
         for site in self._manifest.sites:

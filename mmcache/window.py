@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mmcache.memory import available_memory
+from mmcache.refusals import our_error
 from mmcache.syscalls import map_over, page_table_bytes, release, reserve, unmap_over
 
 __all__ = ["Window"]
@@ -101,7 +102,10 @@ class Window:
             except OSError:
                 # Too many maps in this process: other windows and libraries have some too.
                 self._forget()
-                map_over(self.address + place * self.place_bytes, size, fd, self._offset)
+                try:
+                    map_over(self.address + place * self.place_bytes, size, fd, self._offset)
+                except OSError as error:
+                    raise our_error(error) from error
             self._maps += 1
             self.flags[place] = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import replace
 from functools import partial
@@ -12,22 +11,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from mmcache.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.batch import check_batch, runs_by_block
 from mmcache.block import Block
 from mmcache.columns import Column, publish_columns
 from mmcache.draft import remove_drafts
 from mmcache.dtypes import activation_dtype
-from mmcache.errors import ArgumentError, CorruptError, ReadOnlyError
+from mmcache.errors import ArgumentError, ReadOnlyError
 from mmcache.features import NEW_STORES
 from mmcache.flags import counted, flagged
-from mmcache.format import Layout
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore, claim
 from mmcache.manifest import Manifest, read_manifest
-from mmcache.names import RESERVED, check_no_links, check_site_name
+from mmcache.names import RESERVED, check_no_links
+from mmcache.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shards import ShardFolder
+from mmcache.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.user_metadata import check_user_metadata
 
 if TYPE_CHECKING:
@@ -48,14 +49,14 @@ class Writer(GrownStore):
     else. Used by one thread at a time.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None, tokenizer: Any = None) -> None:
         super().__init__(path)
         try:
             if manifest is None:
                 # Read behind the lock: another writer may have committed until now.
                 manifest = read_manifest(path)
             else:
-                self._create(manifest, dict.fromkeys(RESERVED, 0))
+                self._create(manifest, dict.fromkeys(RESERVED, 0), tokenizer)
             self._load(manifest)
         except BaseException:
             self._lock.release()
@@ -92,6 +93,7 @@ class Writer(GrownStore):
         """Sequences appended so far, committed or not."""
         return len(self._columns["sequences"])
 
+    @public(continues=a_switch)
     def append(
         self,
         tokens: Ids,
@@ -229,22 +231,15 @@ class Writer(GrownStore):
             self._block.discard()
 
 
-def _with_geometry(manifest: Manifest, asked: int | None) -> Manifest:
-    """Choose the shards, or check those that were asked for."""
-    size = activation_dtype(manifest.dtype or "").size
-    rows = [size * math.prod(manifest.row_shape(site)) for site in manifest.sites]
-    return manifest.with_geometry(shard_rows(rows, asked, None), None)
-
-
-def _check_headers(manifest: Manifest) -> None:
-    for site in manifest.sites:
-        spec = manifest.spec(site)
-        try:
-            Layout(spec, spec.shard_rows).header(manifest.shard_metadata(site, 1 << 30))
-        except CorruptError as error:
-            raise ArgumentError(f"{error}, fewer layers, or layout='layer'") from error
-
-
+@public(
+    path=a_folder,
+    sites=site_widths,
+    n_layers=count(1, MOST_LAYERS),
+    layout=choice("layer", "token"),
+    special_tokens=optional(token_ids),
+    tokenizer=optional(a_tokenizer),
+    metadata=check_user_metadata,
+)
 def create(
     path: str | os.PathLike[str],
     *,
@@ -254,6 +249,7 @@ def create(
     layout: Literal["layer", "token"] = "token",
     shard_tokens: int | None = None,
     special_tokens: Iterable[int] | None = None,
+    tokenizer: Any = None,
     metadata: dict[str, Any] | None = None,
 ) -> Writer:
     """Make a store for many sequences, and give its writer.
@@ -265,23 +261,22 @@ def create(
         dtype: the storage dtype, to which activations are cast.
         layout: `"token"` (all layers of a token side by side: training) or `"layer"` (each layer apart).
         shard_tokens: tokens a shard where the default (256 MiB of the widest site) does not fit.
-        special_tokens: ids that are flagged as special, and left out of the statistics.
+        special_tokens: ids that are flagged as special, and left out of the statistics. A sequence's first token is
+            flagged BOS too if it is one of them.
+        tokenizer: a Hugging Face tokenizer, which the store keeps (`Store.tokenizer_json`) if it has a JSON. Its own
+            special ids are added to `special_tokens`, so that the BOS is flagged.
         metadata: anything that JSON keeps, for the user's own use.
 
     Raises:
         StoreExistsError: the path is taken. LockedError: another writer is making it.
         ArgumentError, DtypeError: the other arguments make no sense.
     """
-    if not sites:
-        raise ArgumentError("sites is empty: expected a dict of site name to d_model")
-    for name, width in sites.items():
-        check_site_name(name)
-        if not isinstance(width, int) or width < 1:
-            raise ArgumentError(f"d_model of {name!r} is {width!r}: expected a positive integer")
-    if not isinstance(n_layers, int) or n_layers < 1:
-        raise ArgumentError(f"n_layers is {n_layers!r}: expected a positive integer")
-    if layout not in ("layer", "token"):
-        raise ArgumentError(f"layout is {layout!r}: expected 'layer' or 'token'")
+    special = set(special_tokens or ())
+    source: dict[str, Any] = {}
+    if tokenizer is not None:
+        special |= set(tokenizer.all_special_ids)
+        source = {"identity": {"tokenizer": tokenizer_identity(tokenizer, sorted(special))}}
+        source |= tokenizer_source(tokenizer)
     manifest = Manifest(
         kind="grown",
         store=secrets.token_hex(16),
@@ -290,15 +285,17 @@ def create(
         sites=dict(sites),
         layers=tuple(range(n_layers)),
         n_tokens=0,
-        special_tokens=tuple(int(token) for token in special_tokens or ()),
-        metadata=check_user_metadata(metadata),
+        special_tokens=tuple(sorted(special)),
+        source=source,
+        metadata=metadata or {},
         uses=NEW_STORES,
     )
-    manifest = _with_geometry(manifest, shard_tokens)
-    _check_headers(manifest)
-    return Writer(claim(path, tuple(sites)), manifest)
+    manifest = manifest.with_geometry(shard_rows(row_sizes(manifest), shard_tokens, None), None)
+    check_new(manifest)
+    return Writer(claim(path, tuple(sites)), manifest, tokenizer)
 
 
+@public(path=a_folder)
 def append(path: str | os.PathLike[str]) -> Writer:
     """Go on with a store that `create` made, from its last commit.
 

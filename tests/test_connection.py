@@ -10,7 +10,7 @@ import s3
 from mmcache import bucket
 from mmcache.addresses import is_url
 from mmcache.bucket import Bucket
-from mmcache.errors import AccessError, ArgumentError, StoreNotFoundError
+from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, StoreNotFoundError
 
 SMALL = b"0123456789"
 # What is asked of a bucket.
@@ -58,7 +58,7 @@ def test_no_such_bucket_is_told_at_once(large, monkeypatch):
     monkeypatch.setattr(bucket, "PATIENCE", 60.0)
     where, began = Bucket("s3://nowhere/acts"), time.monotonic()
     for name in ("read", "stream", "head", "whole", "names", "put", "create", "upload"):
-        with pytest.raises(StoreNotFoundError, match=r"no such bucket.*s3://nowhere/acts"):
+        with pytest.raises(BucketNotFoundError, match=r"no such bucket.*s3://nowhere/acts"):
             ASKED[name](where, large)
     # What is asked for by HEAD is answered without a reason.
     with pytest.raises(StoreNotFoundError):

@@ -338,7 +338,7 @@ def test_a_name_that_is_taken_is_one_folder_in_the_store(name):
 
 @given(st.dictionaries(st.text(max_size=10), KEPT_JSON, max_size=4))
 def test_user_metadata_is_kept_as_it_is(metadata):
-    kept = check_user_metadata(metadata)
+    kept = check_user_metadata("metadata", metadata)
     assert kept == metadata
     assert kept is not metadata
     assert read(dataclasses.replace(good(), metadata=kept).to_json()).metadata == metadata
@@ -368,22 +368,22 @@ def nested(depth):
 )
 def test_metadata_that_json_changes_or_refuses_is_refused(metadata):
     with pytest.raises(ArgumentError, match=r"metadata (cannot be kept|changes when kept) as JSON"):
-        check_user_metadata(metadata)
+        check_user_metadata("metadata", metadata)
 
 
 @pytest.mark.parametrize("metadata", [{"x": "a" * (9 << 20)}, {"x": [[[[1]]]] * 90_000}])
 def test_metadata_that_would_outgrow_the_root_is_refused(metadata):
     with pytest.raises(ArgumentError, match="keep it in a file of its own"):
-        check_user_metadata(metadata)
+        check_user_metadata("metadata", metadata)
 
 
 def test_metadata_of_any_size_that_is_taken_can_be_read_again():
-    metadata = check_user_metadata({"x": list(range(300_000))})
+    metadata = check_user_metadata("metadata", {"x": list(range(300_000))})
     assert read(dataclasses.replace(good(), metadata=metadata).to_json()).metadata == metadata
 
 
 def test_none_is_no_metadata():
-    assert check_user_metadata(None) == {}
+    assert check_user_metadata("metadata", None) == {}
 
 
 @pytest.mark.parametrize(

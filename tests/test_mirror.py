@@ -19,7 +19,7 @@ import mmcache
 from mmcache import bucket
 from mmcache import mirror as mirror_module
 from mmcache.arriving import Arriving
-from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNotFoundError
+from mmcache.errors import ArgumentError, BucketNotFoundError, CorruptError, IncompleteError, StoreNotFoundError
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.manifest import read_manifest
 from mmcache.mirror import CHECKSUM_BYTES, Mirror
@@ -145,7 +145,7 @@ def test_keys_that_are_no_stores_are_no_files(url, made, s3_server, tmp_path):
 def test_no_store_no_bucket_and_a_damaged_root_say_so(url, made, s3_server, tmp_path):
     with pytest.raises(StoreNotFoundError, match=r"no mmcache store there.*activations/other"):
         Mirror(s3_server.url("other"), tmp_path / "cache")
-    with pytest.raises(StoreNotFoundError, match=r"no such bucket.*s3://nowhere/acts"):
+    with pytest.raises(BucketNotFoundError, match=r"no such bucket.*s3://nowhere/acts"):
         Mirror("s3://nowhere/acts", tmp_path / "cache")
     for cache_bytes in (0, -1):
         with pytest.raises(ArgumentError, match=f"cache_bytes is {cache_bytes}"):

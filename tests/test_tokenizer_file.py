@@ -5,11 +5,14 @@ import json
 
 import pytest
 import tokenizers
+import torch
 from broken import TEXTS, extracted
+from click.testing import CliRunner
 from small import byte_tokenizer, contents, letter_tokenizer, llama
 from support import damage, flip
 
 import mmcache
+from mmcache import cli, tokenizer_file
 from mmcache.manifest import read_manifest
 from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
@@ -50,10 +53,61 @@ def test_a_tokenizer_of_python_code_has_no_file(tmp_path):
     assert mmcache.verify(tmp_path / "acts").ok
 
 
-def test_a_grown_store_has_none(tmp_path):
+def test_a_grown_store_has_none_unless_it_is_given(tmp_path):
     with mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1):
         pass
     assert mmcache.open(tmp_path / "acts").tokenizer_json() is None
+
+
+def grown(path, tokenizer, **options):
+    with mmcache.create(path, sites={"a": 4}, n_layers=1, tokenizer=tokenizer, **options) as writer:
+        ids = [tokenizer.bos_token_id, 5, 6, 258]
+        writer.append(ids, {"a": torch.zeros(1, 4, 4)})
+    return mmcache.open(path)
+
+
+def test_a_grown_store_keeps_the_one_it_is_given_and_flags_its_special_tokens(tmp_path):
+    tokenizer = byte_tokenizer()
+    store = grown(tmp_path / "acts", tokenizer, special_tokens=[258])
+    assert read_manifest(store.path).special_tokens == tuple(sorted({*tokenizer.all_special_ids, 258}))
+    assert store.tokenizer_json() == tokenizer.backend_tokenizer.to_str()
+    bits = store.flag_bits
+    assert store.flags.tolist() == [bits["bos"] | bits["special"] | bits["first"], 0, 0, bits["special"]]
+    with mmcache.append(store.path) as writer:
+        writer.append([tokenizer.bos_token_id, 7], {"a": torch.zeros(1, 2, 4)})
+    again = mmcache.open(store.path)
+    assert again.tokenizer_json() == store.tokenizer_json()
+    assert again.flags.tolist()[4:] == [bits["bos"] | bits["special"] | bits["first"], 0]
+    assert mmcache.verify(store.path).ok
+    assert CliRunner().invoke(cli.main, ["info", str(store.path)]).exit_code == 0
+    mmcache.push(store.path, f"file://{tmp_path}/bucket")
+    assert mmcache.open(f"file://{tmp_path}/bucket").tokenizer_json() == store.tokenizer_json()
+
+
+def test_a_grown_store_with_a_damaged_tokenizer_says_how_it_comes_back(tmp_path):
+    path = grown(tmp_path / "acts", byte_tokenizer()).path
+    damage(path / TOKENIZER, flip(200))
+    with pytest.raises(mmcache.CorruptError, match="put back the file that was there"):
+        mmcache.open(path).tokenizer_json()
+
+
+def test_a_store_whose_tokenizer_cannot_be_written_leaves_the_path_free(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise mmcache.DiskFullError(28, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_file, "publish", fails)
+        with pytest.raises(mmcache.DiskFullError):
+            grown(tmp_path / "acts", byte_tokenizer())
+    assert contents(tmp_path / "acts") == {}
+    grown(tmp_path / "acts", byte_tokenizer())
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", 5, print])
+def test_what_is_no_tokenizer_is_refused_before_anything_is_there(tmp_path, tokenizer):
+    with pytest.raises(mmcache.ArgumentError, match="expected a Hugging Face tokenizer"):
+        mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1, tokenizer=tokenizer)
+    assert not (tmp_path / "acts").exists()
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])

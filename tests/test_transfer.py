@@ -691,9 +691,9 @@ def test_a_failing_network_changes_nothing(planned, server, tmp_path, monkeypatc
 def test_no_such_bucket_and_no_right(planned, server, tmp_path, monkeypatch):
     for name, value in server.env().items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(mmcache.StoreNotFoundError, match="no such bucket"):
+    with pytest.raises(mmcache.BucketNotFoundError, match="no such bucket"):
         mmcache.push(planned, "s3://nowhere/acts")
-    with pytest.raises(mmcache.StoreNotFoundError, match="no such bucket"):
+    with pytest.raises(mmcache.BucketNotFoundError, match="no such bucket"):
         mmcache.pull("s3://nowhere/acts", tmp_path / "back")
 
 

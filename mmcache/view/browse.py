@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import a_name, an_index, choice, count, optional, public
 from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.flags import named_flags
+from mmcache.store import a_store
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import Look
-from mmcache.view.words import Words, surroundings
+from mmcache.view.words import Words, a_words, surroundings
 
 if TYPE_CHECKING:
     from mmcache.store import Store
@@ -24,6 +26,15 @@ _MOST = 1024
 _LARGEST = 10
 
 
+@public(
+    store=a_store,
+    site=a_name,
+    layer=an_index,
+    number=an_index,
+    by=choice("norm", "value", "difference"),
+    start=count(0),
+    words=optional(a_words),
+)
 def sequence(
     store: Store,
     site: str,
@@ -63,6 +74,7 @@ def sequence(
             raise ArgumentError(f"layer {layer} is the first that is stored: there is none before it to differ from")
         layers = [store.layers[at - 1], layer] if at > 0 else layers
     look = Look(store, site, layers)
+    direction = resolve_direction(look, direction)
     span = store.sequences[number]
     length = span.stop - span.start
     if not 0 <= start < length:
@@ -109,6 +121,7 @@ def _values(look: Look, positions: np.ndarray, by: str, direction: Direction | N
     raise ArgumentError(f"by is {by!r}: expected 'norm', 'value' or 'difference'")
 
 
+@public(store=a_store, site=a_name, position=an_index, context=count(0), words=optional(a_words))
 def token(store: Store, site: str, position: int, *, context: int = 12, words: Words | None = None) -> View:
     """Show one token at every layer: how long its row is, how far it turns, and its largest dimensions.
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.errors import ArgumentError, OutOfRangeError
+from mmcache.arguments import a_name, an_index, count, layer_numbers, optional, public, shown
+from mmcache.errors import OutOfRangeError
+from mmcache.store import a_store
 from mmcache.view.base import View, written
 from mmcache.view.look import BUDGET, Look
 
@@ -20,6 +22,7 @@ __all__ = ["dimension", "dimensions"]
 _BARS = 80
 
 
+@public(store=a_store, site=a_name, layers=optional(layer_numbers), most=count(1))
 def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, most: int = 24) -> View:
     """Find the outlier dimensions of each layer: those whose root mean square is many times the layer's median.
 
@@ -31,8 +34,6 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
         ArgumentError: `most` below 1.
     """
-    if most < 1:
-        raise ArgumentError(f"most is {most}: expected 1 or more")
     look = Look(store, site, layers)
     found, sampled = look.statistics()
     mean, std = found.mean.numpy()[look.slots], found.std.numpy()[look.slots]
@@ -65,6 +66,7 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
     return View("dimensions", f"Outlier dimensions of {site}", python, data, sampled, look.bytes_read)
 
 
+@public(store=a_store, site=a_name, layer=an_index, dimension=count(0), budget=count(1))
 def dimension(store: Store, site: str, layer: int, dimension: int, *, budget: int = BUDGET) -> View:
     """Show how the values of one dimension are spread: mean and deviation of all tokens, and a histogram.
 
@@ -114,4 +116,4 @@ def check_dimension(look: Look, dimension: int) -> None:
         OutOfRangeError: it is not 0 to `d_model` - 1.
     """
     if not 0 <= dimension < look.view.d_model:
-        raise OutOfRangeError(f"dimension {dimension} not in {look.site} (d_model={look.view.d_model})")
+        raise OutOfRangeError(f"dimension {shown(dimension)} not in {look.site} (d_model={look.view.d_model})")

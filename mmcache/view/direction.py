@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 import torch
 
+from mmcache.arguments import a_path, public, shown
 from mmcache.errors import ArgumentError, ShapeError
 from mmcache.view.base import Name
 from mmcache.view.dimensions import check_dimension
@@ -24,6 +25,7 @@ __all__ = ["Direction", "load_direction", "named", "resolve_direction"]
 Direction = int | np.ndarray | torch.Tensor
 
 
+@public(file=a_path)
 def load_direction(file: str | os.PathLike[str]) -> np.ndarray:
     """Read a direction from a `.npy` or `.safetensors` file that holds one array: float64, any shape.
 
@@ -61,7 +63,11 @@ def resolve_direction(look: Look, direction: Direction | None) -> np.ndarray | i
     if isinstance(direction, int | np.integer) and not isinstance(direction, bool):
         check_dimension(look, int(direction))
         return int(direction)
-    vector = np.asarray(direction.detach().double().cpu() if isinstance(direction, torch.Tensor) else direction, float)
+    given = direction.detach().double().cpu() if isinstance(direction, torch.Tensor) else direction
+    try:
+        vector = np.asarray(given, float)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"direction is {shown(direction)}: expected a dimension's number, or a vector") from error
     shapes = ((look.view.d_model,), (len(look.slots), look.view.d_model))
     if vector.shape not in shapes:
         raise ShapeError(f"direction is {vector.shape}: expected {shapes[0]} or {shapes[1]} for {look.site}")

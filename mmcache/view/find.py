@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import a_name, an_index, count, optional, public
 from mmcache.errors import ArgumentError
+from mmcache.store import a_store
 from mmcache.view.base import View, written
-from mmcache.view.words import Words, surroundings
+from mmcache.view.words import Words, a_words, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +25,16 @@ _MOST_TOKENS = 10_000_000
 _PIECE = 1 << 18
 
 
+@public(
+    store=a_store,
+    text=optional(a_name),
+    token=optional(an_index),
+    start=count(0),
+    most_tokens=count(0),
+    most=count(0),
+    context=count(0),
+    words=optional(a_words),
+)
 def find(
     store: Store,
     text: str | None = None,
@@ -59,9 +71,6 @@ def find(
     """
     if (text is None) == (token is None) or text == "":
         raise ArgumentError("find takes a text that is not empty, or token=, the id of one: exactly one of them")
-    for name, number in (("start", start), ("most_tokens", most_tokens), ("most", most)):
-        if number < 0:
-            raise ArgumentError(f"{name} is {number}: expected 0 or more")
     words = words or Words(store)
     if text is not None and not words.known:
         raise ArgumentError(f"{store.where} keeps no tokenizer, so its text is not known: search with token=, by id")

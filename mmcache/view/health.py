@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import a_name, public
 from mmcache.shard_statistics import brief_statistics
+from mmcache.store import a_store
 from mmcache.view.base import View, written
 from mmcache.view.far import FAR, far_rows
 from mmcache.view.look import Look
@@ -23,6 +25,7 @@ _MOST = 100
 _MOST_SHARDS = 1 << 14
 
 
+@public(store=a_store, site=a_name)
 def health(store: Store, site: str) -> View:
     """Say what is wrong with a site's values, and where: from the shards' statistics.
 

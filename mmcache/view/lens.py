@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmcache.arguments import a_name, an_index, count, instance, layer_numbers, optional, public
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
 from mmcache.loading import load_model
 from mmcache.model_use import text_config
+from mmcache.store import a_store
 from mmcache.view.base import Name, View, written
 from mmcache.view.look import Look
-from mmcache.view.words import Words, surroundings
+from mmcache.view.words import Words, a_words, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,6 +97,15 @@ class Unembedding:
             return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
 
 
+@public(
+    store=a_store,
+    site=a_name,
+    position=an_index,
+    unembedding=instance(Unembedding, "mmcache.view.Unembedding"),
+    layers=optional(layer_numbers),
+    k=count(1),
+    words=optional(a_words),
+)
 def lens(
     store: Store,
     site: str,

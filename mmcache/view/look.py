@@ -72,6 +72,8 @@ class Look:
         self.store, self.site, self.budget = store, site, budget
         self.view = store[site]
         _, self.slots = self.view.rows_of(layers)
+        if not self.slots:
+            raise ArgumentError("layers is empty: name at least one, or leave it out for all of them")
         if len(set(self.slots)) < len(self.slots):
             raise ArgumentError(f"layers are {layers}: expected each once")
         self.layers = [store.layers[slot] for slot in self.slots]

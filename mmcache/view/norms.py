@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import a_name, count, layer_numbers, optional, public
 from mmcache.errors import ArgumentError
 from mmcache.flags import BOS, SPECIAL
 from mmcache.shard_statistics import brief_statistics
+from mmcache.store import a_store
 from mmcache.view.base import View, written
 from mmcache.view.look import Look
-from mmcache.view.words import Words
+from mmcache.view.words import Words, a_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +30,15 @@ _ROW_BYTES = 16 << 20
 _APART = 64
 
 
+@public(
+    store=a_store,
+    site=a_name,
+    layers=optional(layer_numbers),
+    start=count(0),
+    stop=optional(count(0)),
+    bins=count(1),
+    words=optional(a_words),
+)
 def norms(
     store: Store,
     site: str,
@@ -157,6 +168,7 @@ def _chosen(look: Look, first: int, last: int, each: int) -> tuple[list[int], in
     return chosen, len(there)
 
 
+@public(store=a_store, site=a_name, layers=optional(layer_numbers))
 def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> View:
     """Compare the norms of first and of special tokens, at which attention sinks sit, with those of the others.
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmcache.arguments import a_name, an_index, public
 from mmcache.flags import named_flags
+from mmcache.store import a_store
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def _summary(rows: torch.Tensor) -> dict[str, Any]:
     return said
 
 
+@public(store=a_store, site=a_name, layer=an_index)
 def layer_view(store: Store, site: str, layer: int) -> dict[str, Any]:
     """Summarise one layer from its first rows, 16,384 at most; `sampled` says whether there are more.
 
@@ -53,6 +56,7 @@ def layer_view(store: Store, site: str, layer: int) -> dict[str, Any]:
     }
 
 
+@public(store=a_store, site=a_name, layer=an_index, position=an_index)
 def row_view(store: Store, site: str, layer: int, position: int) -> dict[str, Any]:
     """Show one row: where it lies, what it sums up to, its largest dimensions, and all of its values."""
     row = store[site].get_position(layer, position)
@@ -74,6 +78,7 @@ def row_view(store: Store, site: str, layer: int, position: int) -> dict[str, An
     }
 
 
+@public(store=a_store, site=a_name)
 def statistics_view(store: Store, site: str) -> dict[str, Any]:
     """Give the statistics of each layer of a site, merged from its shards, or from as many of them as 64 MiB hold.
 

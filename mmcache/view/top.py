@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.errors import ArgumentError
+from mmcache.arguments import a_name, an_index, count, optional, public
+from mmcache.store import a_store
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import BUDGET, Look
-from mmcache.view.words import Words, surroundings
+from mmcache.view.words import Words, a_words, surroundings
 
 if TYPE_CHECKING:
     from mmcache.store import Store
@@ -23,6 +24,9 @@ _BANDS = (("top", 1.0, 1.0), ("99 to 100 %", 0.99, 1.0), ("90 to 99 %", 0.9, 0.9
           ("0 to 50 %", 0.0, 0.5))  # fmt: skip
 
 
+@public(
+    store=a_store, site=a_name, layer=an_index, k=count(1), context=count(0), budget=count(1), words=optional(a_words)
+)
 def top(
     store: Store,
     site: str,
@@ -58,8 +62,6 @@ def top(
         ShapeError: the direction does not fit.
         ArgumentError: `k` below 1, `context` below 0.
     """
-    if k < 1:
-        raise ArgumentError(f"k is {k}: expected 1 or more")
     look = Look(store, site, [layer], budget)
     resolved = resolve_direction(look, direction)
     sample = look.sample()
@@ -93,7 +95,11 @@ def _bands(order: np.ndarray, k: int) -> list[tuple[str, np.ndarray, np.ndarray]
         # Ranks count from the largest.
         first, last = (0, min(k, n)) if low == high else (n - int(np.ceil(high * n)), n - int(np.ceil(low * n)))
         ranks = order[first:last]
-        shown = np.unique(np.linspace(0, len(ranks) - 1, k).astype(int)) if len(ranks) else np.empty(0, int)
+        shown = (
+            np.unique(np.linspace(0, len(ranks) - 1, min(k, len(ranks))).astype(int))
+            if len(ranks)
+            else np.empty(0, int)
+        )
         found.append((name, ranks, shown))
     return found
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.arguments import instance, public
 from mmcache.errors import ArgumentError, CorruptError
 from mmcache.panics import panics_as_errors
+from mmcache.store import a_store
 from mmcache.tokenizer_calls import growth
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from mmcache.store import Store
 
-__all__ = ["Words", "surroundings"]
+__all__ = ["Words", "a_words", "surroundings"]
 
 # A token's text is cut behind so many bytes: none is that long but in a file that was made to take memory.
 _LONGEST = 1 << 10
@@ -42,6 +44,7 @@ class Words:
         CorruptError, StoreNotFoundError: the store's tokenizer is damaged, or gone.
     """
 
+    @public(store=a_store)
     def __init__(self, store: Store) -> None:
         text = store.tokenizer_json()
         self._tokenizer: Any = None
@@ -120,6 +123,9 @@ def _is_byte_level(decoder: Any) -> bool:
         return False
     inner = decoder.get("decoders", [])
     return decoder.get("type") == "ByteLevel" or any(_is_byte_level(one) for one in inner)
+
+
+a_words = instance(Words, "mmcache.view.Words(store)")
 
 
 def surroundings(store: Store, position: int, context: int, words: Words, width: int = 1) -> dict[str, str]:
