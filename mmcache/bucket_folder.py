@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.beneath import make_empty
-from mmcache.bucket_listing import METADATA_LIMIT, Listing, is_column, manifest_of, read_root, shard_numbers
+from mmcache.bucket_listing import Listing, is_column, manifest_of, read_if_there, shard_numbers
 from mmcache.claims import MARKER, STAGING, is_staging
 from mmcache.crew import Crew
 from mmcache.draft import publish, remove_drafts
@@ -23,7 +23,7 @@ from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreE
 from mmcache.files import list_names, make_folder, read_file, remove_file, remove_tree
 from mmcache.listed import Listed
 from mmcache.listing import in_order, present_shards
-from mmcache.manifest import is_store, read_manifest
+from mmcache.manifest import METADATA_LIMIT, is_store, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.signed import ROOT
 from mmcache.tokenizer_file import TOKENIZER
@@ -227,7 +227,7 @@ class BucketFolder:
         changed = [key for key in self._files(manifest) if self._equal.get(key) != _identity(self.folder / key)]
         _together(lambda key: self._send_file(key, replace=key.partition("/")[0] in replaced), changed)
         if old is None:
-            if not self.bucket.put(ROOT, root, replace=False) and read_root(self.bucket) != root:
+            if not self.bucket.put(ROOT, root, replace=False) and read_if_there(self.bucket, ROOT) != root:
                 return False
         elif root != self._root:
             self.bucket.put(ROOT, root)

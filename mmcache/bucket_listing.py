@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import itertools
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmcache.claims import is_staging
-from mmcache.errors import CorruptError, PlanMismatchError, ReadOnlyError, StoreExistsError, StoreNotFoundError
+from mmcache.errors import (
+    BucketNotFoundError,
+    CorruptError,
+    PlanMismatchError,
+    ReadOnlyError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from mmcache.format import Layout
-from mmcache.manifest import Manifest, is_store, read_manifest
+from mmcache.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
 from mmcache.names import RESERVED, TOKENIZER_FOLDER
 from mmcache.signed import ROOT, check_signed
 from mmcache.tokenizer_file import TOKENIZER
@@ -25,19 +31,20 @@ if TYPE_CHECKING:
 
     from mmcache.bucket import Bucket
 
-__all__ = ["METADATA_LIMIT", "Listing", "is_column", "manifest_of", "read_planned", "read_root", "shard_numbers"]
+__all__ = ["Listing", "is_column", "manifest_of", "read_if_there", "read_planned", "shard_numbers"]
 
-# Tokenizers are the largest.
-METADATA_LIMIT = 256 << 20
 _KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
 _COLUMN = re.compile(r"c\.(0|[1-9]\d{0,17})(\.0)?", re.ASCII)
 
 
-def read_root(bucket: Bucket) -> bytes | None:
-    """Read the root, or give None where there is none. Errors as `Bucket.read`."""
-    with suppress(StoreNotFoundError):
-        return bucket.read_whole(ROOT, METADATA_LIMIT)
-    return None
+def read_if_there(bucket: Bucket, key: str) -> bytes | None:
+    """The bytes of a small object, such as the root; None where there is none. Errors as `Bucket.read`."""
+    try:
+        return bucket.read_whole(key, METADATA_LIMIT)
+    except BucketNotFoundError:
+        raise
+    except StoreNotFoundError:
+        return None
 
 
 def manifest_of(bucket: Bucket, root: bytes) -> Manifest:
@@ -52,7 +59,7 @@ def read_planned(bucket: Bucket, folder: Path) -> Manifest | None:
     Raises:
         AccessError, RemoteError, CorruptError: as `Bucket.read`; it is damaged.
     """
-    root = read_root(bucket)
+    root = read_if_there(bucket, ROOT)
     if root is not None:
         return manifest_of(bucket, root)
     return read_manifest(folder) if is_staging(folder) and is_store(folder) else None
@@ -96,7 +103,7 @@ class Listing:
             CorruptError: its root is damaged, or a shard has another size than it should.
             AccessError, RemoteError: as `Bucket.read`.
         """
-        root = read_root(bucket)
+        root = read_if_there(bucket, ROOT)
         while True:
             manifest = None if root is None else manifest_of(bucket, root)
             if manifest is not None and manifest.kind != "planned":
@@ -106,7 +113,7 @@ class Listing:
                 found._list(bucket, sites)
             except CorruptError:
                 # Of another plan, if somebody changes it at this moment.
-                before, root = root, read_root(bucket)
+                before, root = root, read_if_there(bucket, ROOT)
                 if before == root:
                     raise
             else:

@@ -78,10 +78,11 @@ def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
     Raises:
         DtypeError: anything but float32, float16, bfloat16 and float64.
     """
-    name = dtype if isinstance(dtype, str) else shown(dtype).removeprefix("torch.")
+    said = dtype[:100] if isinstance(dtype, str) else shown(dtype)
+    name = said if isinstance(dtype, str) else said.removeprefix("torch.")
     if name not in ACTIVATION_DTYPES:
         raise DtypeError(
-            f"{what} is {name}, which cannot be stored as activations: expected one of "
+            f"{what} is {said}, which cannot be stored as activations: expected one of "
             f"{', '.join(ACTIVATION_DTYPES)}; cast it first, or pass dtype= to store it as another"
         )
     return BY_NAME[name]

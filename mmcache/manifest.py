@@ -6,6 +6,7 @@ own bytes, computed with the digest's 64 characters blanked to zeros.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -27,18 +28,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARRAY_LIMIT",
+    "METADATA_LIMIT",
     "ROOT",
     "ROOT_LIMIT",
     "Manifest",
     "array_json",
     "is_store",
+    "read_array",
     "read_manifest",
 ]
 
 # Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
 _RESERVED_SHARD_ROWS = 1 << 20
-# Bytes of the root's zarr.json, and of an array's.
-ROOT_LIMIT, ARRAY_LIMIT = 16 << 20, 1 << 20
+# Bytes of the root's zarr.json, of an array's, and of any other file beside the shards: tokenizers are the largest.
+ROOT_LIMIT, ARRAY_LIMIT, METADATA_LIMIT = 16 << 20, 1 << 20, 256 << 20
+# What an array's metadata says whatever its number of rows.
+_FIXED = (
+    "zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs",
+    "dimension_names",
+)  # fmt: skip
 # Inner chunks that a shard's index lists: an index is read into memory.
 _MOST_CHUNKS = 1 << 22
 
@@ -296,6 +304,30 @@ def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
 def is_store(path: Path) -> bool:
     """Tell whether there is a zarr node at `path`: a store, or something that must not be written into."""
     return (path / ROOT).exists()
+
+
+def read_array(path: Path, manifest: Manifest, array: str) -> bytes:
+    """The bytes of an array's `zarr.json`, compared with the root; its shape may be ahead of a grown store's commit.
+
+    Raises:
+        StoreNotFoundError: there is no such file.
+        CorruptError: it is damaged, or says something else than the root.
+    """
+    where = path / array / ROOT
+    said, text = read_signed(where, ARRAY_LIMIT)
+    found, wanted = json.loads(text), json.loads(array_json(manifest, array, manifest.rows(array)))
+    wrong = [name for name in _FIXED if json.dumps(found.get(name)) != json.dumps(wanted[name])]
+    shapes = [found.get("shape"), wanted["shape"]]
+    alike = all(isinstance(shape, list) and len(shape) == len(wanted["shape"]) for shape in shapes)
+    if not alike or not all(type(a) is int and a >= b for a, b in zip(*shapes, strict=True)):
+        wrong.append("shape")
+    if said["format"] != manifest.version:
+        wrong.append("format version")
+    if wrong:
+        raise CorruptError(
+            f"{where}: {', '.join(wrong)} differ from what the store's root says; `mmcache repair` writes it anew"
+        )
+    return text
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -20,7 +20,7 @@ from mmcache.draft import publish
 from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
 from mmcache.files import list_names, make_folder, read_file, remove_file
 from mmcache.listed import FOLDERS, Listed, is_metadata
-from mmcache.manifest import read_manifest
+from mmcache.manifest import METADATA_LIMIT, read_manifest
 from mmcache.names import RESERVED
 from mmcache.signed import ROOT
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["MetadataCopies"]
 
 # Metadata is small; what is larger below such names is no store's.
-_LIMIT = 256 << 20
 # Of each copy: the object's tag, and the size and checksum of what came.
 _NOTES = ".tags.json"
 
@@ -86,14 +85,14 @@ class MetadataCopies:
         notes = {key: known[key] for key in metadata.keys() - set(wanted)}
         # The root comes last: what it names is here then.
         others = [key for key in wanted if key != ROOT]
-        for key, coming in [(key, self._submit(self._bucket.read_whole, key, _LIMIT)) for key in others]:
+        for key, coming in [(key, self._submit(self._bucket.read_whole, key, METADATA_LIMIT)) for key in others]:
             try:
                 notes[key] = self._keep(key, metadata[key], coming.result())
             except StoreNotFoundError:
                 # It has just gone, or there is a slash behind its key, which the client does not say.
                 found.strange.append(key)
         if ROOT in wanted:
-            root, tag = self._bucket.read_tagged(ROOT, _LIMIT)
+            root, tag = self._bucket.read_tagged(ROOT, METADATA_LIMIT)
             if tag != metadata[ROOT] and self._disagreed != (metadata[ROOT], tag):
                 self._disagreed = metadata[ROOT], tag
                 return None
@@ -109,7 +108,7 @@ class MetadataCopies:
     def _notes(self) -> dict[str, list[Any]]:
         # Left by another version, or what a power failure made of it.
         with contextlib.suppress(MmcacheError, ValueError, TypeError, RecursionError):
-            return dict(json.loads(read_file(self._folder / _NOTES, _LIMIT)))
+            return dict(json.loads(read_file(self._folder / _NOTES, METADATA_LIMIT)))
         return {}
 
     def _is_whole(self, key: str, tag: str | None, noted: Any) -> bool:
@@ -118,7 +117,7 @@ class MetadataCopies:
             return False
         with contextlib.suppress(MmcacheError, OSError):
             self._clear_way(key)
-            return noted == _note(tag, read_file(self._folder / key, _LIMIT))
+            return noted == _note(tag, read_file(self._folder / key, METADATA_LIMIT))
         return False
 
     def _keep(self, key: str, tag: str | None, data: bytes) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mmcache.addresses import is_url
 from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
-from mmcache.bucket_listing import manifest_of, read_planned, read_root
+from mmcache.bucket_listing import manifest_of, read_if_there, read_planned
 from mmcache.cache_place import cache_folder, private_folder
 from mmcache.claims import STAGING, Claims
 from mmcache.connection import placed
@@ -23,6 +23,7 @@ from mmcache.lock import FolderLock
 from mmcache.manifest import read_manifest
 from mmcache.opening import open_store
 from mmcache.room import bytes_to_write
+from mmcache.signed import ROOT
 from mmcache.summary import load_summary, save_summary
 from mmcache.uploads import Uploads
 
@@ -101,7 +102,7 @@ class Outgoing:
 
     def sent(self) -> Manifest | None:
         """The plan that the bucket itself has; writes nothing. Errors as `Bucket.read`."""
-        root = read_root(self._bucket)
+        root = read_if_there(self._bucket, ROOT)
         return None if root is None else manifest_of(self._bucket, root)
 
     @property

@@ -1,4 +1,4 @@
-"""Bytes behind the caller's back: a ring of staging slots and the threads that empty it.
+"""Writes in the background: a ring of staging slots and the threads that empty it.
 
 A job passes three stages in order: `digest` (checksum and statistics while the bytes are in cache), `write` (to the
 device) and `publish` (sync and rename). So the digest of one slot runs while those before it are written, two at a
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,16 +33,15 @@ _WRITERS = 2
 _MAX_FILES = 128
 
 
-class Job(Protocol):
-    """What passes through the pipeline.
+class Job:
+    """What passes through the pipeline; each stage does nothing unless a kind of job says otherwise.
 
     Once something failed, jobs pass without their stages being run, and `abandon` comes at the very end: no
     thread can be in the middle of an earlier job by then.
     """
 
-    @property
-    def files(self) -> int:
-        """How many open files go with the job, and are closed at its end."""
+    # How many open files go with the job, and are closed at its end.
+    files = 0
 
     def digest(self) -> None:
         """Checksum and statistics; of one job at a time, in order."""
@@ -130,19 +129,11 @@ class Ring:
         self._slots.clear()
 
 
-class _Barrier:
+class _Barrier(Job):
     """A job that does nothing, and says when everything before it is done."""
-
-    files = 0
 
     def __init__(self) -> None:
         self.done = threading.Event()
-
-    def digest(self) -> None:
-        """Nothing to do."""
-
-    def write(self) -> None:
-        """Nothing to do."""
 
     def publish(self) -> None:
         """Everything before has been published."""
@@ -177,7 +168,7 @@ class Pipeline:
         self._fewer_files = threading.Condition()
 
     def check(self) -> None:
-        """Raise what failed behind the caller's back, if anything did."""
+        """Raise what failed in the background, if anything did."""
         failure = self._failure
         if failure is None:
             return

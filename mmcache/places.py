@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mmcache.bucket_listing import manifest_of, read_if_there
 from mmcache.draft import publish
-from mmcache.errors import BucketNotFoundError, CorruptError, StoreNotFoundError
+from mmcache.errors import CorruptError, StoreNotFoundError
 from mmcache.files import make_folder, open_file, read_file
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.listing import listed_shards
-from mmcache.manifest import Manifest, array_json
+from mmcache.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
 from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_bytes import FileBytes
-from mmcache.signed import ROOT, check_signed, read_signed
+from mmcache.signed import ROOT, read_signed
 from mmcache.summary import load_summary
 from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
@@ -28,14 +28,10 @@ if TYPE_CHECKING:
 
     from mmcache.bucket import Bucket
 
-__all__ = ["METADATA_LIMIT", "SUMMARY", "BucketPlace", "FolderPlace", "Glance", "Place", "expected_bytes", "metadata"]
+__all__ = ["SUMMARY", "BucketPlace", "FolderPlace", "Glance", "Place", "expected_bytes", "metadata"]
 
-# Tokenizers and merged statistics are the largest; what is larger is no store's.
-METADATA_LIMIT = 256 << 20
 # The files of a site's merged statistics, in the order in which they are written.
 SUMMARY = ("dimensions/c/0/0/0", "dimensions/zarr.json", "layers/c/0/0", "layers/zarr.json", ROOT)
-# What an array's metadata says whatever its number of rows.
-_FIXED = ("zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
 
 
 @dataclass(frozen=True)
@@ -169,23 +165,12 @@ class BucketPlace:
             CorruptError, VersionError: it describes no store.
             StoreNotFoundError: there is no such bucket. AccessError, RemoteError: as `Bucket.read`.
         """
-        text = self._small(ROOT)
-        if text is None:
-            return None
-        where = self.where(ROOT)
-        return Manifest.from_attributes(check_signed(text, where), where), text
-
-    def _small(self, key: str) -> bytes | None:
-        try:
-            return self._bucket.read_whole(key, METADATA_LIMIT)
-        except BucketNotFoundError:
-            raise
-        except StoreNotFoundError:
-            return None
+        text = read_if_there(self._bucket, ROOT)
+        return None if text is None else (manifest_of(self._bucket, text), text)
 
     def fetch(self, key: str, folder: Path) -> bool:
         """Put a small object into a folder that is thrown away, to be checked as a store's file; False if none."""
-        data = self._small(key)
+        data = read_if_there(self._bucket, key)
         if data is None:
             return False
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
@@ -253,13 +238,6 @@ def _required(file: Path) -> Iterator[None]:
 
 def _array_metadata(folder: Path, manifest: Manifest, array: str) -> bytes:
     """Read an array's metadata, and compare it with what the root says; it may be ahead of a grown store's commit."""
-    _, text = read_signed(folder / array / ROOT, METADATA_LIMIT)
     if manifest.rows(array):
-        found, wanted = json.loads(text), json.loads(array_json(manifest, array, manifest.rows(array)))
-        wrong = [name for name in _FIXED if found.get(name) != wanted[name]]
-        if wrong:
-            raise CorruptError(
-                f"{folder / array / ROOT}: {', '.join(wrong)} differ from what the root says; `mmcache repair` writes "
-                f"it anew"
-            )
-    return text
+        return read_array(folder, manifest, array)
+    return read_signed(folder / array / ROOT, ARRAY_LIMIT)[1]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.claims import claimed
 from mmcache.draft import publish, remove_drafts
-from mmcache.errors import LockedError, PlanMismatchError, StoreExistsError
+from mmcache.errors import CorpusError, LockedError, PlanMismatchError, StoreExistsError
 from mmcache.features import NEW_STORES
 from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.fingerprint import with_sites
@@ -115,7 +115,7 @@ def _begun(path: Path) -> Iterator[None]:
     """Leaves a path as free as it was where a new plan fails before any of the corpus is in it."""
     try:
         yield
-    except BaseException:
+    except CorpusError:
         # What cannot be removed would only hide why.
         with contextlib.suppress(OSError):
             if "tokenised" not in read_manifest(path).source:

@@ -70,7 +70,7 @@ class Repaired:
     remade_by_extract: bool
 
 
-@public(path=a_path, level=choice("full", "quick"), progress=optional(a_callable))
+@public(path=a_path, level=choice("quick", "full"), progress=optional(a_callable))
 def repair(
     path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Repaired:

@@ -12,6 +12,7 @@ import numpy as np
 from mmcache.draft import Draft
 from mmcache.files import sync_folder
 from mmcache.format import HEADER_BYTES, Layout
+from mmcache.pipeline import Job
 from mmcache.statistics import block_rows, shard_moments
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class ShardWriter:
             self._draft.discard()
 
 
-class Seal:
+class Seal(Job):
     """The job that finishes shards, publishes them, and makes their folders durable if asked to.
 
     `done` is set once they are in place, or abandoned. `published` is told where they are once they all are in place,
@@ -197,9 +198,6 @@ class Seal:
         """Compute checksums and statistics."""
         for shard in self._shards:
             shard.finish_digest()
-
-    def write(self) -> None:
-        """Nothing to do: what stands around the rows is written once they all are."""
 
     def publish(self) -> None:
         """Write headers and tails, sync, rename, sync the folders."""

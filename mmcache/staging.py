@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mmcache.geometry import PAGE
+from mmcache.pipeline import Job
 from mmcache.statistics import WHOLE_ROWS, block_rows
 
 if TYPE_CHECKING:
@@ -45,10 +46,8 @@ class _Piece:
         return np.concatenate([np.ones(rows, np.bool_) if kept is None else kept for rows, kept in self.kept])
 
 
-class _SlotJob:
+class _SlotJob(Job):
     """The job that empties one slot."""
-
-    files = 0
 
     def __init__(self, slot: Slot, pipeline: Pipeline) -> None:
         self.slot, self.used = slot, 0
@@ -99,12 +98,6 @@ class _SlotJob:
         for write, data in self._writes:
             write(data)
         self._pipeline.ring.release(self.slot)
-
-    def publish(self) -> None:
-        """Nothing to do: a shard is published by its seal."""
-
-    def abandon(self) -> None:
-        """Nothing to do: the pipeline has failed, and takes its ring with it."""
 
 
 class Stager:

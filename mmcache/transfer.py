@@ -27,10 +27,10 @@ from mmcache.errors import (
 )
 from mmcache.files import free_bytes, make_folder, read_file, sync_folder
 from mmcache.lock import FolderLock
-from mmcache.manifest import read_manifest
+from mmcache.manifest import METADATA_LIMIT, read_manifest
 from mmcache.names import RESERVED, check_no_links
 from mmcache.part import ALL, blocks_of, chosen_sites, joined
-from mmcache.places import METADATA_LIMIT, BucketPlace, FolderPlace, metadata
+from mmcache.places import BucketPlace, FolderPlace, metadata
 from mmcache.receiver import Receiver
 from mmcache.sender import Sender
 from mmcache.signed import ROOT

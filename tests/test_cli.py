@@ -237,11 +237,11 @@ def test_rows_that_are_not_there_yet_are_a_finding(model, corpus, tmp_path):
     run("show", str(out), "1", "100", "--site", "mlp_in")
 
 
-def test_a_plan_without_tokens_yet_is_a_finding(model, corpus, tmp_path):
+def test_a_plan_without_any_token_leaves_the_path_free(model, corpus, tmp_path):
     arguments = ["extract", model, corpus, "--out", str(tmp_path / "acts"), "--max-tokens"]
     assert "no room for the first context: raise it" in run(*arguments, "3", code=2).stderr
-    assert "still being planned: run the same `mmcache extract` again" in run("info", arguments[4], code=1).stderr
-    run(*arguments, "300")
+    assert "no mmcache store there" in run("info", arguments[4], code=2).stderr
+    run(*arguments, "300", "--context-length", "16")
     assert mmcache.open(tmp_path / "acts").n_tokens <= 300
 
 

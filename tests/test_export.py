@@ -332,7 +332,7 @@ def test_the_store_is_not_touched(tmp_path):
 @pytest.mark.parametrize(
     ("out", "options", "error", "said"),
     [
-        ("out", {"to": "zarr"}, mmcache.ArgumentError, "'zarr': expected one of safetensors, npy"),
+        ("out", {"to": "zarr"}, mmcache.ArgumentError, "'zarr': expected 'safetensors' or 'npy'"),
         ("acts", {"to": "npy"}, mmcache.ArgumentError, "lies in the store"),
         ("acts/out", {"to": "npy"}, mmcache.ArgumentError, "lies in the store"),
         ("taken", {"to": "npy"}, mmcache.StoreExistsError, "something there already"),

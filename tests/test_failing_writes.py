@@ -51,7 +51,7 @@ def refused(error):
     """Check that an error is the one that was made, or says what to do, and accuses no file."""
     if isinstance(error, (KeyboardInterrupt, MemoryError)) or type(error) is OSError:
         return
-    if not isinstance(error, mmcache.WriteError) or "aside" in str(error):
+    if not isinstance(error, (mmcache.WriteError, mmcache.ReadError)) or "aside" in str(error):
         raise ToldError(repr(error)) from error
 
 

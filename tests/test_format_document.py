@@ -89,7 +89,7 @@ def test_the_limits_that_the_page_gives():
     limits = {
         "below 2^48": 2**48,
         "below 2^31": 2**31,
-        "larger than 16 MiB": manifest._ROOT_LIMIT,
+        "larger than 16 MiB": manifest.ROOT_LIMIT,
         "within 256 MiB": geometry.SHARD_BYTES,
         "within 4 MiB": geometry.CHUNK_BYTES,
         "header of 4096": format.HEADER_BYTES,
