@@ -41,6 +41,7 @@ __all__ = [
     "layer_numbers",
     "names",
     "optional",
+    "outside",
     "public",
     "shown",
     "token_ids",
@@ -56,6 +57,8 @@ _NAME, _PATH = 255, 4095
 # Numbers of a list that is kept in a root, or asked for at once; no model has as many layers.
 _MOST = 1 << 20
 _LARGEST = 2**63 - 1
+# What is raised as it is.
+_NOT_OURS = (MmcacheError, ConnectionError, TimeoutError, InterruptedError, ChildProcessError)
 
 
 def shown(value: object) -> str:
@@ -66,6 +69,15 @@ def shown(value: object) -> str:
         # Of numbers with thousands of digits Python writes none.
         text = f"a {type(value).__name__} too long to be written"
     return text if len(text) <= 100 else f"{text[:97]}…"
+
+
+def outside() -> int:
+    """The `stacklevel` by which a warning names the line that called this package."""
+    level, frame = 1, inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def public(**checks: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -88,7 +100,8 @@ def public(**checks: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
             try:
                 return function(*given, **kwargs)
             except OSError as error:
-                if isinstance(error, MmcacheError):
+                # One without a number is not the system's: a callback of the caller's has raised it, or a network.
+                if isinstance(error, _NOT_OURS) or error.errno is None:
                     raise
                 raise our_error(error) from error
 

@@ -15,6 +15,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmcache.addresses import SCHEMES, address, is_url
+from mmcache.arguments import outside
 from mmcache.connection import client_library, connect
 from mmcache.errors import ArgumentError, MmcacheError, RemoteError, StoreNotFoundError
 from mmcache.local_objects import LocalObjects
@@ -101,7 +102,7 @@ class Bucket(ObjectReads):
             warnings.warn(
                 f"{self.url} has keys that no store has: {', '.join(map(repr, keys[:_SHOWN]))}{more}. Nothing reads "
                 f"them; remove these objects",
-                stacklevel=3,
+                stacklevel=outside(),
             )
 
     def put(self, key: str, data: bytes, alive: Callable[[], None] = lambda: None, *, replace: bool = True) -> bool:

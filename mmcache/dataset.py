@@ -13,7 +13,6 @@ from mmcache.arguments import a_device, a_switch, choice, count, layer_numbers, 
 from mmcache.batch_feed import BatchFeed
 from mmcache.buffers import Buffers
 from mmcache.conversion import Conversion
-from mmcache.devices import is_cpu
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError
 from mmcache.feed_options import (
@@ -214,7 +213,7 @@ class ActivationDataset(IterableDataset[Batch]):
             self._settle()
         info = get_worker_info()
         worker = (0, 1) if info is None else (info.id, info.num_workers)
-        if info is not None and not is_cpu(self._source.device):
+        if info is not None and self._source.device.type != "cpu":
             raise ArgumentError(
                 f"device is {self._source.device} in a DataLoader's worker: leave it at 'cpu', give the DataLoader "
                 f"pin_memory=True, and take batch.to(device, non_blocking=True)"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from mmcache.arguments import outside
 from mmcache.devices import is_cpu
 from mmcache.dlpack import tensor_over
 from mmcache.held import pieces
@@ -86,7 +87,7 @@ class Source:
                 f"{self.store.where}: two pools of the block shuffle, and what is fetched ahead, take {needed} bytes, "
                 f"and the cache may take {remote.cache.most_bytes}: rows are fetched one by one, far slower. Give a "
                 f"larger cache_bytes, or a smaller buffer_bytes",
-                stacklevel=4,
+                stacklevel=outside(),
             )
         return needed <= remote.cache.most_bytes
 

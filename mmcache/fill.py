@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from mmcache.arguments import outside
 from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.format import Layout
@@ -313,5 +314,5 @@ class Fill:
                 f"{self._where}: {self._bad[0]}. Such rows are stored, counted and left out of the statistics; "
                 f"`mmcache stats` lists them all",
                 NonFiniteWarning,
-                stacklevel=4,
+                stacklevel=outside(),
             )

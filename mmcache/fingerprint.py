@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmcache.arguments import outside
 from mmcache.capture import capture, site_width
 from mmcache.errors import CorruptError, PlanMismatchError, UnsupportedModelError
 from mmcache.fill import forward
@@ -117,7 +118,7 @@ def probe_model(
             f"{type(model).__name__} gives other activations each time it sees the same tokens (dropout that stays on, "
             f"noise): a resume cannot be told from another model's, and no two runs make the same bytes",
             ProvenanceWarning,
-            stacklevel=4,
+            stacklevel=outside(),
         )
     return Probe(widths, fingerprint if steady else None, digest if steady else None, shows)
 

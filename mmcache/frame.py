@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from mmcache.arguments import outside
 from mmcache.errors import ArgumentError, CorpusError
 from mmcache.tokenizer_calls import check_growth, ids_of_letter
 
@@ -125,7 +126,7 @@ def warn_of_missing(frame: Frame) -> None:
             f"the model's configuration has a BOS (id {frame.missing}), and its tokenizer puts none before a text, so "
             f"contexts begin without one: bos='add' (--bos add) puts it there, bos='none' says that none is wanted",
             BosWarning,
-            stacklevel=3,
+            stacklevel=outside(),
         )
 
 
@@ -136,5 +137,5 @@ def warn_of_framed(framed: int, documents: int) -> None:
             f"{framed:,} of {documents:,} documents begin or end with special tokens that would be put around them, as "
             f"chat templates write them: they have them once, not twice",
             BosWarning,
-            stacklevel=3,
+            stacklevel=outside(),
         )

@@ -10,7 +10,7 @@ import crc32c
 import numpy as np
 import torch
 
-from mmcache.arguments import a_list, shown
+from mmcache.arguments import a_list, outside, shown
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
 from mmcache.flags import counted, known_flags
 from mmcache.held import pieces
@@ -180,7 +180,7 @@ def _said(drop: Drop) -> str:
 def _warn_once() -> None:
     warnings.warn(
         "a store without flags, such as a cache, has no BOS, special or first tokens marked: drop= leaves nothing out",
-        stacklevel=2,
+        stacklevel=outside(),
     )
 
 

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mmcache.arguments import outside
 from mmcache.draft import publish
 from mmcache.errors import ReadOnlyError
 from mmcache.fingerprint import ProvenanceWarning, check_fingerprint
@@ -149,7 +150,7 @@ def with_recorded(path: Path, manifest: Manifest, settings: Settings) -> Manifes
             f"{path} was planned by an older mmcache, which did not record what its model computes: that of now is "
             f"taken for the same, and recorded (configuration, adapters, fingerprint)",
             ProvenanceWarning,
-            stacklevel=5,
+            stacklevel=outside(),
         )
     manifest = replace(manifest, source=source)
     publish(path, ROOT, manifest.to_json())

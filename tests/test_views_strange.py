@@ -138,7 +138,7 @@ def test_norms_that_are_left_out_since_their_file_is_ahead_of_the_commit_are_tol
     ],
 )
 def test_a_number_below_zero_is_refused(tmp_path, ask):
-    with pytest.raises(mmcache.ArgumentError, match="is -1: expected 0 or more"):
+    with pytest.raises(mmcache.ArgumentError, match="is -1: expected a whole number"):
         ask(planted.planted(tmp_path / "acts"))
 
 

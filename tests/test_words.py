@@ -16,7 +16,7 @@ from mmcache.view.words import Words, surroundings
 TEXT = "The quick brown fox — naïve, 東京 and 🦊🦊 — jumps\n\tover  two  spaces.\n"
 
 
-class Kept:
+class Kept(mmcache.Store):
     """A store, as far as words go."""
 
     where = "acts"

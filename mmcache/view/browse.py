@@ -32,7 +32,7 @@ _LARGEST = 10
     layer=an_index,
     number=an_index,
     by=choice("norm", "value", "difference"),
-    start=count(0),
+    start=an_index,
     words=optional(a_words),
 )
 def sequence(

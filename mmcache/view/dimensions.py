@@ -66,7 +66,7 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
     return View("dimensions", f"Outlier dimensions of {site}", python, data, sampled, look.bytes_read)
 
 
-@public(store=a_store, site=a_name, layer=an_index, dimension=count(0), budget=count(1))
+@public(store=a_store, site=a_name, layer=an_index, dimension=an_index, budget=count(1))
 def dimension(store: Store, site: str, layer: int, dimension: int, *, budget: int = BUDGET) -> View:
     """Show how the values of one dimension are spread: mean and deviation of all tokens, and a histogram.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmcache.arguments import a_name, an_index, count, instance, layer_numbers, optional, public
+from mmcache.arguments import a_name, an_index, instance, layer_numbers, optional, public
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
 from mmcache.loading import load_model
 from mmcache.model_use import text_config
@@ -103,7 +103,7 @@ class Unembedding:
     position=an_index,
     unembedding=instance(Unembedding, "mmcache.view.Unembedding"),
     layers=optional(layer_numbers),
-    k=count(1),
+    k=an_index,
     words=optional(a_words),
 )
 def lens(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, count, layer_numbers, optional, public
+from mmcache.arguments import a_name, an_index, count, layer_numbers, optional, public
 from mmcache.errors import ArgumentError
 from mmcache.flags import BOS, SPECIAL
 from mmcache.shard_statistics import brief_statistics
@@ -34,8 +34,8 @@ _APART = 64
     store=a_store,
     site=a_name,
     layers=optional(layer_numbers),
-    start=count(0),
-    stop=optional(count(0)),
+    start=an_index,
+    stop=optional(an_index),
     bins=count(1),
     words=optional(a_words),
 )
