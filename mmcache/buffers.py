@@ -7,8 +7,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from mmcache.geometry import PAGE
-from mmcache.memory import anonymous
+from mmcache.memory import PAGE, anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

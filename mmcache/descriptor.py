@@ -13,7 +13,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 from mmcache.syscalls import LIBC, LINUX
 
 __all__ = ["Descriptor", "FileStatus", "close_read", "file_status", "open_known"]

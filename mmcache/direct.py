@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 from mmcache.aio import deepest
-from mmcache.geometry import PAGE
 from mmcache.held import HELD
-from mmcache.memory import anonymous
+from mmcache.memory import PAGE, anonymous
 from mmcache.runs import RUN_BYTES, Reads, Source, apart, runs_of
 from mmcache.syscalls import READ
 

@@ -21,7 +21,7 @@ import numpy as np
 from mmcache.beneath import NO_FOLLOW, opened_folder, opened_parent, status_in
 from mmcache.errors import CorruptError
 from mmcache.files import O_DIRECT, explained, name_batches, sync_folder
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 from mmcache.syscalls import LINUX, PORTABLE
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mmcache.descriptor import close_read
 from mmcache.errors import IncompleteError
 from mmcache.files import map_file, open_file
 from mmcache.format import HEADER_BYTES
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 from mmcache.mirror import CHECKSUM_BYTES
 from mmcache.syscalls import LINUX, map_over, release, reserve
 

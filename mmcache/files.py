@@ -17,8 +17,7 @@ import numpy as np
 from mmcache.beneath import NO_FOLLOW, make_below, move_below, opened_parent, refuse_link, status_in
 from mmcache.descriptor import FileStatus, close_read, file_status, open_known
 from mmcache.errors import CorruptError, DiskFullError, IncompleteError, StoreNotFoundError, WriteError
-from mmcache.geometry import PAGE
-from mmcache.memory import anonymous
+from mmcache.memory import PAGE, anonymous
 from mmcache.refusals import FULL, our_error, read_at
 from mmcache.syscalls import PORTABLE
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "O_DIRECT",
+    "REFUSALS",
     "advise_random",
     "count_names",
     "explained",
@@ -46,6 +46,9 @@ __all__ = [
     "set_aside",
     "sync_folder",
 ]
+
+# How a kernel or a file system says that it has no direct or asynchronous reads, or no more of them.
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.EMFILE)
 
 O_DIRECT: int = 0 if PORTABLE else getattr(os, "O_DIRECT", 0)
 # Non-blocking, so that a pipe put there by a stranger cannot hang the reader; and a store's files are no links, which

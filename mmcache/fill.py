@@ -14,9 +14,9 @@ from mmcache.arguments import outside
 from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.format import Layout
-from mmcache.geometry import PAGE
 from mmcache.listing import is_there
 from mmcache.manifest import read_manifest
+from mmcache.memory import PAGE
 from mmcache.model_use import running
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline

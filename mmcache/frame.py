@@ -10,7 +10,8 @@ import numpy as np
 
 from mmcache.arguments import outside
 from mmcache.errors import ArgumentError, CorpusError
-from mmcache.tokenizer_calls import check_growth, ids_of_letter
+from mmcache.panics import check_growth
+from mmcache.tokenizer_calls import ids_of_letter
 
 __all__ = [
     "BOS_CHOICES",

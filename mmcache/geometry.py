@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from mmcache.arguments import count
 from mmcache.errors import ArgumentError
+from mmcache.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["CHUNK_BYTES", "MOST_ROWS", "PAGE", "SHARD_BYTES", "inner_rows", "shard_rows"]
+__all__ = ["CHUNK_BYTES", "MOST_ROWS", "SHARD_BYTES", "inner_rows", "shard_rows"]
 
-PAGE = 4096
 SHARD_BYTES = 256 << 20
 CHUNK_BYTES = 4 << 20
 # An explicit shard_tokens whose best inner chunk is below this is refused: readers would drown in chunks.

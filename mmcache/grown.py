@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from mmcache.draft import publish, remove_drafts
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
 from mmcache.files import list_names, make_folder, remove_file
-from mmcache.geometry import PAGE
 from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, is_store
+from mmcache.memory import PAGE
 from mmcache.names import RESERVED, TOKENIZER_FOLDER, check_no_links
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.signed import ROOT

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmcache.buffers import Buffers
 from mmcache.crew import Crew, let_end
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

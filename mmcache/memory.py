@@ -10,7 +10,9 @@ import time
 
 import numpy as np
 
-__all__ = ["anonymous", "available_memory"]
+__all__ = ["PAGE", "anonymous", "available_memory"]
+
+PAGE = 4096
 
 _HUGE_PAGE = 2 << 20
 

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mmcache.sites import ResolvedSite
-
-__all__ = ["json_ready", "sites_table"]
-
-
-def sites_table(sites: tuple[ResolvedSite, ...], widths: dict[str, int]) -> list[dict[str, Any]]:
-    """Say, for each site of a model, which module's input or output it is, and its shape."""
-    return [
-        {
-            "site": site.name,
-            "modules": f"{site.modules[0]}:{site.side}"
-            + (f" … {site.modules[-1]}:{site.side}" if len(site.modules) > 1 else ""),
-            "n_layers": len(site.layers),
-            "shape": ["batch", "seq", widths[site.name]],
-        }
-        for site in sites
-    ]
+__all__ = ["json_ready"]
 
 
 def json_ready(data: Any) -> Any:

@@ -6,8 +6,8 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mmcache.direct import borrowed
+from mmcache.files import REFUSALS
 from mmcache.refusals import our_error
-from mmcache.site_map import REFUSALS
 from mmcache.syscalls import will_need_all
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mmcache.descriptor import close_read
 from mmcache.files import advise_random, read_page
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 from mmcache.refusals import read_at
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from mmcache.crew import Crew
 from mmcache.draft import Draft, remove_drafts
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.files import explained, make_folder, remove_file
-from mmcache.geometry import PAGE
 from mmcache.lock import locked
+from mmcache.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

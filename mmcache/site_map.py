@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from mmcache.descriptor import Descriptor, close_read
+from mmcache.files import REFUSALS
 from mmcache.format import HEADER_BYTES
-from mmcache.geometry import PAGE
 from mmcache.held import pieces
+from mmcache.memory import PAGE
 from mmcache.refusals import our_error
 from mmcache.syscalls import Residency, populate
 from mmcache.window import Window
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 
     from mmcache.shards import ShardFolder
 
-__all__ = ["REFUSALS", "SAMPLES", "Files", "SiteMap", "Table"]
+__all__ = ["SAMPLES", "Files", "SiteMap", "Table"]
 
-# How a kernel or a file system says that it has no direct or asynchronous reads, or no more of them.
-REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.EMFILE)
 # How many places are looked at to tell whether all is in memory.
 SAMPLES = 8
 # Shards that a window has places for, two bytes each; a root that counts more is hardly true.

@@ -17,16 +17,16 @@ import torch
 
 from mmcache.checked_rows import CheckedRows
 from mmcache.direct import Wanted
+from mmcache.files import REFUSALS
 from mmcache.format import HEADER_BYTES
-from mmcache.geometry import PAGE
 from mmcache.held import HELD, pieces
-from mmcache.memory import anonymous, available_memory
+from mmcache.memory import PAGE, anonymous, available_memory
 from mmcache.refusals import our_error
 from mmcache.remote_rows import RemoteRows
 from mmcache.row_pieces import Piece, Way, take_pieces
 from mmcache.runs import GAP_BYTES, apart, runs_of
 from mmcache.shard_maps import ShardMaps
-from mmcache.site_map import REFUSALS, SAMPLES, Files, SiteMap
+from mmcache.site_map import SAMPLES, Files, SiteMap
 from mmcache.syscalls import AIO, LINUX, will_need, will_need_all
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 from mmcache.pipeline import Job
 from mmcache.statistics import WHOLE_ROWS, block_rows
 

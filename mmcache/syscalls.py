@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,10 @@ from mmcache.panics import panics_as_errors, said
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["check_growth", "growth", "ids_of_letter", "ids_of_texts"]
+__all__ = ["ids_of_letter", "ids_of_texts"]
 
 # Seconds for any call, and for a million characters more; measured, a million characters take 1 to 12.
 _SECONDS, _SECONDS_A_MILLION = 60.0, 600.0
-# How many times as long a normalizer may make a text; the usual ones at most double it.
-_GROWTH = 1 << 10
 
 
 def ids_of_texts(tokenizer: Any, texts: Sequence[str], first: int) -> list[list[int]]:
@@ -95,35 +91,4 @@ def _ids(tokenizer: Any, texts: str | Sequence[str], seconds: float, **options: 
     thread.join()
     if error is not None:
         raise error
-    return found
-
-
-def check_growth(tokenizer: Any) -> None:
-    """Refuse a tokenizer that blows texts up before it looks at them.
-
-    Raises:
-        UnsupportedModelError: how many times as long they may get.
-    """
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    times = 1 if normalizer is None else growth(json.loads(normalizer.__getstate__()))
-    if times > _GROWTH:
-        raise UnsupportedModelError(
-            f"the tokenizer's normalizer may make a text {times:,} times as long, expected at most {_GROWTH:,}: give "
-            f"the model's own tokenizer"
-        )
-
-
-def growth(part: Any) -> int:
-    """How many times as long a text can get by the replacements of a tokenizer's normalizer or decoder, in JSON."""
-    if not isinstance(part, dict):
-        return 1
-    inner = [*(part.get("normalizers") or ()), *(part.get("decoders") or ())]
-    found = math.prod(map(growth, inner))
-    if isinstance(added := part.get("prepend"), str):
-        found *= 1 + len(added)
-    if isinstance(content := part.get("content"), str):
-        pattern = part.get("pattern")
-        replaced = pattern.get("String") if isinstance(pattern, dict) else None
-        # Another pattern, or an empty one, may match between any two letters.
-        found *= max(1, -(-len(content) // len(replaced))) if replaced else 1 + len(content)
     return found

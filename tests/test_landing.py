@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmcache import landing
 from mmcache.draft import Draft
-from mmcache.geometry import PAGE
+from mmcache.memory import PAGE
 
 
 @pytest.mark.parametrize("window", [PAGE, 3 * PAGE, 4 << 20])

@@ -14,8 +14,8 @@ import mmcache
 from mmcache import corpus, tokenizer_calls
 from mmcache.contexts import Contexts
 from mmcache.errors import CorpusError, CorruptError, UnsupportedModelError
-from mmcache.panics import panics_as_errors
-from mmcache.tokenizer_calls import growth, ids_of_texts
+from mmcache.panics import growth, panics_as_errors
+from mmcache.tokenizer_calls import ids_of_texts
 from mmcache.view.words import Words
 
 # A panic says on stderr where it was.

@@ -25,7 +25,6 @@ from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.outgoing import planned_in_bucket, staging_folder
 from mmcache.overview import overview
-from mmcache.plain import sites_table
 from mmcache.progress import ProgressBar
 from mmcache.ranks import find_rank
 from mmcache.signals import stoppable
@@ -36,6 +35,7 @@ from mmcache.threads import plan_threads
 
 if TYPE_CHECKING:
     from mmcache.ranks import Rank
+    from mmcache.sites import ResolvedSite
     from mmcache.store import Store
     from mmcache.survey import Survey
 
@@ -231,8 +231,22 @@ def sites(model: str, sites: str | None, trust_remote_code: bool, as_json: bool)
     """List the sites of MODEL, with their modules and shapes."""
     loaded = load_model(model, None, trust_remote_code=trust_remote_code)
     found = resolve(loaded, names(sites)) if sites else describe(loaded)
-    rows = sites_table(found, probe(loaded, [site.name for site in found]))
+    rows = _sites_table(found, probe(loaded, [site.name for site in found]))
     if as_json:
         print_json(rows)
     else:
         draw_rows(Console(), f"{type(loaded).__name__}", rows)
+
+
+def _sites_table(sites: tuple[ResolvedSite, ...], widths: dict[str, int]) -> list[dict[str, Any]]:
+    """Say, for each site of a model, which module's input or output it is, and its shape."""
+    return [
+        {
+            "site": site.name,
+            "modules": f"{site.modules[0]}:{site.side}"
+            + (f" … {site.modules[-1]}:{site.side}" if len(site.modules) > 1 else ""),
+            "n_layers": len(site.layers),
+            "shape": ["batch", "seq", widths[site.name]],
+        }
+        for site in sites
+    ]

@@ -10,9 +10,8 @@ import numpy as np
 
 from mmcache.arguments import instance, public
 from mmcache.errors import ArgumentError, CorruptError
-from mmcache.panics import panics_as_errors
+from mmcache.panics import growth, panics_as_errors
 from mmcache.store import a_store
-from mmcache.tokenizer_calls import growth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
