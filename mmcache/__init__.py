@@ -26,7 +26,6 @@ if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.defa
 from mmcache.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
-    from mmcache import cluster, view
     from mmcache.cache import FullActivationCache
     from mmcache.capture import Captured, capture
     from mmcache.corpus import read_texts

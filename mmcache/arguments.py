@@ -19,9 +19,9 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
-from mmcache.addresses import is_url
 from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.refusals import our_error
+from mmcache.urls import is_url
 
 __all__ = [
     "Check",

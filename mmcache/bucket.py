@@ -14,7 +14,6 @@ import secrets
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmcache.addresses import SCHEMES, address, is_url
 from mmcache.arguments import outside
 from mmcache.connection import client_library, connect
 from mmcache.errors import ArgumentError, MmcacheError, RemoteError, StoreNotFoundError
@@ -22,6 +21,7 @@ from mmcache.local_objects import LocalObjects
 from mmcache.object_names import UPLOADS, ObjectNames
 from mmcache.object_reads import ObjectReads
 from mmcache.retries import try_again
+from mmcache.urls import SCHEMES, address, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

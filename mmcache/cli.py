@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from mmcache.addresses import redacted
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
 from mmcache.signals import Stopped
+from mmcache.urls import redacted
 from mmcache.visible import visible_lines
 
 __all__ = ["main"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mmcache.addresses import SCHEMES, address, concealed, is_url
 from mmcache.errors import AccessError, ArgumentError
+from mmcache.urls import SCHEMES, address, concealed, is_url
 
 if TYPE_CHECKING:
     from types import ModuleType

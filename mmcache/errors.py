@@ -33,7 +33,7 @@ Every message names the object, what was found, what was expected and what to do
 
 from __future__ import annotations
 
-from mmcache.addresses import redacted
+from mmcache.urls import redacted
 
 __all__ = [
     "AccessError",

@@ -11,9 +11,9 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from mmcache.addresses import concealed
 from mmcache.connection import said
 from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, RemoteError
+from mmcache.urls import concealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

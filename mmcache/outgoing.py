@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.addresses import is_url
 from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
 from mmcache.bucket_listing import manifest_of, read_if_there, read_planned
@@ -26,6 +25,7 @@ from mmcache.room import bytes_to_write
 from mmcache.signed import ROOT
 from mmcache.summary import load_summary, save_summary
 from mmcache.uploads import Uploads
+from mmcache.urls import is_url
 
 if TYPE_CHECKING:
     import os

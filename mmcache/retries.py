@@ -7,9 +7,9 @@ import re
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from mmcache.addresses import concealed
 from mmcache.connection import said
 from mmcache.errors import AccessError, BucketNotFoundError, RemoteError, StoreNotFoundError
+from mmcache.urls import concealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

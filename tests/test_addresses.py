@@ -13,9 +13,9 @@ from support import without_sync
 
 import mmcache
 from mmcache import bucket, errors
-from mmcache.addresses import address, concealed, is_url, redacted
 from mmcache.bucket import Bucket
 from mmcache.cli import main
+from mmcache.urls import address, concealed, is_url, redacted
 from mmcache.view.panels import Source
 
 SECRET = "pa55w0rd"  # noqa: S105 -- planted

@@ -8,9 +8,9 @@ import pytest
 import s3
 
 from mmcache import bucket
-from mmcache.addresses import is_url
 from mmcache.bucket import Bucket
 from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, StoreNotFoundError
+from mmcache.urls import is_url
 
 SMALL = b"0123456789"
 # What is asked of a bucket.

@@ -13,7 +13,6 @@ import click
 import torch
 from rich.console import Console
 
-from mmcache.addresses import is_url, redacted
 from mmcache.capture import probe
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
@@ -32,6 +31,7 @@ from mmcache.sites import describe, resolve
 from mmcache.tables import draw_rows
 from mmcache.terminal import draw_overview, draw_survey
 from mmcache.threads import plan_threads
+from mmcache.urls import is_url, redacted
 
 if TYPE_CHECKING:
     from mmcache.ranks import Rank
