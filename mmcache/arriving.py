@@ -12,10 +12,10 @@ import crc32c
 import numpy as np
 
 from mmcache.errors import CorruptError
-from mmcache.files import open_file
 from mmcache.format import HEADER_BYTES, STATISTICS
-from mmcache.memory import anonymous
 from mmcache.shard_bytes import FileBytes
+from mmcache.system.files import open_file
+from mmcache.system.memory import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.devices import check_dense
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, DtypeError, ShapeError, UnknownSiteError
 from mmcache.flags import FIRST
+from mmcache.system.devices import check_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

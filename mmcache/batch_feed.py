@@ -11,8 +11,8 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from mmcache.crew import Crew
 from mmcache.errors import ClosedError
+from mmcache.system.crew import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from mmcache.files import make_folder
 from mmcache.shard_statistics import overflow
 from mmcache.shard_writer import Seal, ShardWriter
+from mmcache.system.files import make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

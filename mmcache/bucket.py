@@ -14,13 +14,13 @@ import secrets
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmcache.arguments import outside
 from mmcache.connection import client_library, connect
 from mmcache.errors import ArgumentError, MmcacheError, RemoteError, StoreNotFoundError
 from mmcache.local_objects import LocalObjects
 from mmcache.object_names import UPLOADS, ObjectNames
 from mmcache.object_reads import ObjectReads
 from mmcache.retries import try_again
+from mmcache.system.arguments import outside
 from mmcache.urls import SCHEMES, address, is_url
 
 if TYPE_CHECKING:

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.beneath import make_empty
 from mmcache.bucket_listing import Listing, is_column, manifest_of, read_if_there, shard_numbers
 from mmcache.claims import MARKER, STAGING, is_staging
-from mmcache.crew import Crew
-from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreExistsError
-from mmcache.files import list_names, make_folder, read_file, remove_file, remove_tree
 from mmcache.listed import Listed
 from mmcache.listing import in_order, present_shards
 from mmcache.manifest import METADATA_LIMIT, is_store, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.signed import ROOT
+from mmcache.system.crew import Crew
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import list_names, make_folder, read_file, remove_file, remove_tree
+from mmcache.system.no_symlinks import make_empty
 from mmcache.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:

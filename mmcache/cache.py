@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from mmcache.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import (
     ArgumentError,
@@ -22,7 +21,6 @@ from mmcache.errors import (
     OutOfRangeError,
     ReadOnlyError,
 )
-from mmcache.files import remove_tree
 from mmcache.geometry import MOST_ROWS
 from mmcache.grown import claim, close_after
 from mmcache.html import cache_html
@@ -32,6 +30,8 @@ from mmcache.names import check_site_name
 from mmcache.opening import open_store
 from mmcache.shards import ShardFolder
 from mmcache.site_view import SiteView
+from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
+from mmcache.system.files import remove_tree
 
 if TYPE_CHECKING:
     import os

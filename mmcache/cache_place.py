@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from mmcache.errors import ArgumentError
-from mmcache.files import explained, make_folder, sync_folder
+from mmcache.system.files import explained, make_folder, sync_folder
 
 __all__ = ["cache_folder", "private_folder"]
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mmcache.crew import Crew
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.format import ids_digest
 from mmcache.names import RESERVED
 from mmcache.shard_check import check_shard
 from mmcache.shards import ShardFolder
 from mmcache.store import Store
+from mmcache.system.crew import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

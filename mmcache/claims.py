@@ -11,9 +11,9 @@ import os
 import secrets
 from typing import TYPE_CHECKING
 
-from mmcache.beneath import open_in, opened_folder
-from mmcache.files import explained, list_names, make_folder, remove_file
-from mmcache.lock import locked
+from mmcache.system.files import explained, list_names, make_folder, remove_file
+from mmcache.system.locks import locked
+from mmcache.system.no_symlinks import open_in, opened_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

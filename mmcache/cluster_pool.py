@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mmcache.cluster_worker import Worker
-from mmcache.draft import remove_drafts
 from mmcache.errors import ArgumentError, ClusterError, MmcacheError
-from mmcache.files import sync_folder
 from mmcache.fill import NonFiniteWarning
 from mmcache.job import Progress
 from mmcache.manifest import is_store, read_manifest
-from mmcache.ranks import Rank
+from mmcache.system.draft import remove_drafts
+from mmcache.system.files import sync_folder
+from mmcache.system.launcher import Rank
 from mmcache.turns import Turns
 
 if TYPE_CHECKING:

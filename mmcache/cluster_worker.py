@@ -21,8 +21,8 @@ from mmcache.frame import BosWarning
 from mmcache.job import Extraction
 from mmcache.loading import is_spread
 from mmcache.manifest import is_store, read_manifest
-from mmcache.ranks import Rank
 from mmcache.survey import survey_plan
+from mmcache.system.launcher import Rank
 from mmcache.threads import plan_threads
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.draft import remove_drafts
 from mmcache.format import encode
 from mmcache.shards import ShardFolder
-from mmcache.small_files import publish_all
+from mmcache.system.draft import remove_drafts
+from mmcache.system.small_files import publish_all
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -12,10 +12,10 @@ import stat
 import time
 from typing import TYPE_CHECKING, TypeAlias
 
-from mmcache.beneath import open_in_place
-from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, MmcacheError
-from mmcache.files import make_folder, read_file, remove_file
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import make_folder, read_file, remove_file
+from mmcache.system.no_symlinks import open_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Collection

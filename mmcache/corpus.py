@@ -14,10 +14,10 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import zarr
 
-from mmcache.arguments import shown
 from mmcache.errors import CorpusError
 from mmcache.file_kinds import HEAD, check_kind
-from mmcache.memory import available_memory
+from mmcache.system.arguments import shown
+from mmcache.system.memory import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

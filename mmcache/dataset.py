@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmcache.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public
 from mmcache.batch_feed import BatchFeed
-from mmcache.buffers import Buffers
 from mmcache.conversion import Conversion
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError
@@ -27,6 +25,8 @@ from mmcache.kept import Drop, Kept
 from mmcache.order import BlockOrder, block_geometry
 from mmcache.read_ahead import BringAll, ReadAhead
 from mmcache.store import Store, a_store
+from mmcache.system.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public
+from mmcache.system.buffers import Buffers
 from mmcache.training_batch import Batch
 
 if TYPE_CHECKING:

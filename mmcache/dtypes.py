@@ -11,8 +11,8 @@ import numpy as np
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.dtype import Float32, ZDType, data_type_registry
 
-from mmcache.arguments import shown
 from mmcache.errors import DtypeError
+from mmcache.system.arguments import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

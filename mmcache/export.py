@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mmcache.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
-from mmcache.draft import publish
 from mmcache.errors import ArgumentError, DiskFullError
-from mmcache.files import free_bytes, make_folder, open_file, read_page
 from mmcache.format import parse_header
 from mmcache.headers import npy_header, safetensors_header
 from mmcache.opening import open_store
-from mmcache.outbox import Outbox
 from mmcache.selection import Selection, bytes_of
 from mmcache.store import Store
+from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
+from mmcache.system.atomic_folder import Outbox
+from mmcache.system.draft import publish
+from mmcache.system.files import free_bytes, make_folder, open_file, read_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
-    from mmcache.draft import Draft
     from mmcache.site_view import SiteView
+    from mmcache.system.draft import Draft
 
 __all__ = ["Exported", "Kind", "export"]
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from mmcache.copy_records import identity
-from mmcache.descriptor import close_read
 from mmcache.errors import IncompleteError
-from mmcache.files import map_file, open_file
 from mmcache.format import HEADER_BYTES
-from mmcache.memory import PAGE
 from mmcache.mirror import CHECKSUM_BYTES
-from mmcache.syscalls import LINUX, map_over, release, reserve
+from mmcache.system.descriptor import close_read
+from mmcache.system.files import map_file, open_file
+from mmcache.system.memory import PAGE
+from mmcache.system.syscalls import LINUX, map_over, release, reserve
 
 if TYPE_CHECKING:
     from pathlib import Path

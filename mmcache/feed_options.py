@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from mmcache.arguments import count, shown
 from mmcache.errors import ArgumentError
+from mmcache.system.arguments import count, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

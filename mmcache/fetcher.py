@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.arguments import outside
-from mmcache.devices import is_cpu
 from mmcache.dlpack import tensor_over
-from mmcache.held import pieces
 from mmcache.opening import reopened
+from mmcache.system.arguments import outside
+from mmcache.system.devices import is_cpu
+from mmcache.system.held import pieces
 from mmcache.together import Gather, gather_together
 from mmcache.training_batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mmcache.buffers import Buffers
     from mmcache.conversion import Conversion
     from mmcache.feed_plan import State
     from mmcache.kept import Kept
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from mmcache.read_ahead import BringAll, ReadAhead
     from mmcache.site_view import SiteView
     from mmcache.store import Store
+    from mmcache.system.buffers import Buffers
 
 __all__ = ["Fetched", "Fetcher", "Source", "Span"]
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from mmcache.arguments import outside
 from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.format import Layout
 from mmcache.listing import is_there
 from mmcache.manifest import read_manifest
-from mmcache.memory import PAGE
 from mmcache.model_use import running
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
 from mmcache.staging import Stager
 from mmcache.statistics import WHOLE_ROWS
+from mmcache.system.arguments import outside
+from mmcache.system.memory import PAGE
 from mmcache.turns import Turns
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mmcache.capture import Captured
     from mmcache.manifest import Manifest
     from mmcache.outgoing import Outgoing
-    from mmcache.ranks import Rank
+    from mmcache.system.launcher import Rank
     from mmcache.token_batches import Batches
 
 __all__ = ["Fill", "NonFiniteWarning", "forward"]

@@ -32,11 +32,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmcache.arguments import outside
 from mmcache.capture import capture, site_width
 from mmcache.errors import CorruptError, PlanMismatchError, UnsupportedModelError
 from mmcache.fill import forward
 from mmcache.model_use import context_length, vocabulary
+from mmcache.system.arguments import outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -22,7 +22,7 @@ import crc32c
 import numpy as np
 
 from mmcache.errors import CorruptError
-from mmcache.memory import PAGE
+from mmcache.system.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,9 +10,9 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from mmcache.arguments import count
 from mmcache.errors import ArgumentError
-from mmcache.memory import PAGE
+from mmcache.system.arguments import count
+from mmcache.system.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from mmcache.draft import publish, remove_drafts
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
-from mmcache.files import list_names, make_folder, remove_file
-from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, is_store
-from mmcache.memory import PAGE
 from mmcache.names import RESERVED, TOKENIZER_FOLDER, check_no_links
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.signed import ROOT
 from mmcache.staging import Stager
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import list_names, make_folder, remove_file
+from mmcache.system.locks import FolderLock
+from mmcache.system.memory import PAGE
 from mmcache.tokenizer_file import TOKENIZER, save_tokenizer
 
 if TYPE_CHECKING:

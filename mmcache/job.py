@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mmcache.arguments import a_callable, a_path, a_switch, a_tokenizer, optional, public
 from mmcache.capture import capture
 from mmcache.contexts import checked_texts
 from mmcache.dtypes import activation_dtype
@@ -19,7 +18,6 @@ from mmcache.errors import LockedError
 from mmcache.fill import Fill, forward
 from mmcache.fingerprint import probe_model
 from mmcache.frame import special_ids
-from mmcache.lock import FolderLock
 from mmcache.manifest import is_store, read_manifest
 from mmcache.model_identity import hooked_modules, model_identity
 from mmcache.model_use import bos_token_id, device_of, evaluating, vocabulary
@@ -29,11 +27,13 @@ from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
 from mmcache.plan_compare import check_plan, is_recorded, known_plan
 from mmcache.provenance import model_record, numerics, site_modules
-from mmcache.ranks import find_rank
 from mmcache.settings import OPTIONS, Settings
 from mmcache.sites import resolve, unwrap
 from mmcache.summary import load_summary, save_summary
 from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
+from mmcache.system.arguments import a_callable, a_path, a_switch, a_tokenizer, optional, public
+from mmcache.system.launcher import find_rank
+from mmcache.system.locks import FolderLock
 from mmcache.token_batches import Batches
 from mmcache.tokenizer_file import tokenizer_identity
 
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from mmcache.corpus import Document
     from mmcache.frame import Bos
     from mmcache.manifest import Manifest
-    from mmcache.ranks import Rank
     from mmcache.store import Store
+    from mmcache.system.launcher import Rank
 
 __all__ = ["Extraction", "Progress", "complete"]
 

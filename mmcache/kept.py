@@ -10,11 +10,11 @@ import crc32c
 import numpy as np
 import torch
 
-from mmcache.arguments import a_list, outside, shown
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
 from mmcache.flags import counted, known_flags
-from mmcache.held import pieces
 from mmcache.split import Split, as_split, members
+from mmcache.system.arguments import a_list, outside, shown
+from mmcache.system.held import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.buffers import Buffers
-from mmcache.crew import Crew, let_end
-from mmcache.memory import PAGE
+from mmcache.system.buffers import Buffers
+from mmcache.system.crew import Crew, let_end
+from mmcache.system.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
-    from mmcache.draft import Draft
+    from mmcache.system.draft import Draft
 
 __all__ = ["Landing"]
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.devices import check_dense
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ClosedError, DtypeError, ShapeError
-from mmcache.files import make_folder
 from mmcache.geometry import shard_rows
 from mmcache.grown import GrownStore
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shard_writer import Seal, ShardWriter
+from mmcache.system.devices import check_dense
+from mmcache.system.files import make_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.beneath import check_path
-from mmcache.files import name_batches
 from mmcache.names import RESERVED
+from mmcache.system.files import name_batches
+from mmcache.system.no_symlinks import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

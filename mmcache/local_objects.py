@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from mmcache.beneath import check_path
 from mmcache.errors import ArgumentError
-from mmcache.files import explained, make_folder, sync_folder
+from mmcache.system.files import explained, make_folder, sync_folder
+from mmcache.system.no_symlinks import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

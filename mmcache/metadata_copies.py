@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import crc32c
 
-from mmcache.beneath import make_empty
-from mmcache.draft import publish
 from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
-from mmcache.files import list_names, make_folder, read_file, remove_file
 from mmcache.listed import FOLDERS, Listed, is_metadata
 from mmcache.manifest import METADATA_LIMIT, read_manifest
 from mmcache.names import RESERVED
 from mmcache.signed import ROOT
+from mmcache.system.draft import publish
+from mmcache.system.files import list_names, make_folder, read_file, remove_file
+from mmcache.system.no_symlinks import make_empty
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,22 +20,22 @@ import numpy as np
 from mmcache.arriving import Arriving, check_copy
 from mmcache.bucket import Bucket
 from mmcache.cache_place import cache_folder, private_folder
-from mmcache.crew import Crew, let_end
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
-from mmcache.files import free_bytes, read_file
 from mmcache.landing import Landing
-from mmcache.lock import locked
 from mmcache.metadata_copies import MetadataCopies
 from mmcache.shard_cache import ShardCache
 from mmcache.shard_objects import ShardObjects
+from mmcache.system.crew import Crew, let_end
+from mmcache.system.files import free_bytes, read_file
+from mmcache.system.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from concurrent.futures import Future
 
     from mmcache.arriving import ArrivingPart
-    from mmcache.draft import Draft
     from mmcache.format import Layout
+    from mmcache.system.draft import Draft
 
 __all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmcache.arguments import shown
-from mmcache.beneath import check_links
 from mmcache.errors import ArgumentError
 from mmcache.signed import ROOT
+from mmcache.system.arguments import shown
+from mmcache.system.no_symlinks import check_links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mmcache.arguments import count, shown
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import ArgumentError, CorruptError
 from mmcache.format import Layout
 from mmcache.manifest import ARRAY_LIMIT, ROOT_LIMIT, Manifest, array_json
 from mmcache.names import check_site_name
 from mmcache.signed import check_signed
+from mmcache.system.arguments import count, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmcache.arguments import a_folder, a_path, a_switch, count, optional, public
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.manifest import read_manifest
 from mmcache.mirror import Mirror
 from mmcache.store import Store
+from mmcache.system.arguments import a_folder, a_path, a_switch, count, optional, public
 
 if TYPE_CHECKING:
     import os

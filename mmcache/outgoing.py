@@ -16,14 +16,14 @@ from mmcache.cache_place import cache_folder, private_folder
 from mmcache.claims import STAGING, Claims
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
-from mmcache.files import free_bytes
 from mmcache.format import Layout
-from mmcache.lock import FolderLock
 from mmcache.manifest import read_manifest
 from mmcache.opening import open_store
 from mmcache.room import bytes_to_write
 from mmcache.signed import ROOT
 from mmcache.summary import load_summary, save_summary
+from mmcache.system.files import free_bytes
+from mmcache.system.locks import FolderLock
 from mmcache.uploads import Uploads
 from mmcache.urls import is_url
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_path, public
 from mmcache.connection import placed
 from mmcache.errors import IncompleteError
 from mmcache.listing import listed_shards
 from mmcache.manifest import read_manifest
 from mmcache.mirror import Mirror
+from mmcache.system.arguments import a_path, public
 
 if TYPE_CHECKING:
     import os

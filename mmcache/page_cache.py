@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmcache.memory import available_memory
+from mmcache.system.memory import available_memory
 
 __all__ = ["PageCachePolicy"]
 

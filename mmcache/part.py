@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mmcache.arguments import shown
 from mmcache.errors import ArgumentError, OutOfRangeError, StoreExistsError, UnknownSiteError
+from mmcache.system.arguments import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

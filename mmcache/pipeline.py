@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmcache.crew import Crew
 from mmcache.errors import ClosedError, MmcacheError, WriteError
-from mmcache.memory import anonymous
+from mmcache.system.crew import Crew
+from mmcache.system.memory import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mmcache.bucket_listing import manifest_of, read_if_there
-from mmcache.draft import publish
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import make_folder, open_file, read_file
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.listing import listed_shards
 from mmcache.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
@@ -20,6 +18,8 @@ from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_bytes import FileBytes
 from mmcache.signed import ROOT, read_signed
 from mmcache.summary import load_summary
+from mmcache.system.draft import publish
+from mmcache.system.files import make_folder, open_file, read_file
 from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:

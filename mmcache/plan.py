@@ -15,16 +15,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mmcache.claims import claimed
-from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorpusError, LockedError, PlanMismatchError, StoreExistsError
 from mmcache.features import NEW_STORES
-from mmcache.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.fingerprint import with_sites
 from mmcache.format import ids_digest
 from mmcache.geometry import shard_rows
 from mmcache.grown import claim
 from mmcache.listing import in_order
-from mmcache.lock import FolderLock
 from mmcache.manifest import Manifest, array_json, is_store, read_manifest
 from mmcache.names import RESERVED, check_no_links
 from mmcache.new_store import check_new, row_sizes
@@ -32,7 +29,10 @@ from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_r
 from mmcache.room import check_room, shards_from
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
-from mmcache.small_files import publish_all
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder
+from mmcache.system.locks import FolderLock
+from mmcache.system.small_files import publish_all
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
 from mmcache.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
 

@@ -6,8 +6,6 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mmcache.arguments import outside
-from mmcache.draft import publish
 from mmcache.errors import ReadOnlyError
 from mmcache.fingerprint import ProvenanceWarning, check_fingerprint
 from mmcache.manifest import read_manifest
@@ -15,6 +13,8 @@ from mmcache.names import check_no_links
 from mmcache.provenance import compare, recorded
 from mmcache.room import missing_of
 from mmcache.signed import ROOT
+from mmcache.system.arguments import outside
+from mmcache.system.draft import publish
 from mmcache.tokenise import Tokenised
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, SupportsIndex, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from mmcache.arguments import shown
-from mmcache.devices import is_cpu
 from mmcache.errors import DtypeError, OutOfRangeError, ShapeError
-from mmcache.held import pieces
+from mmcache.system.arguments import shown
+from mmcache.system.devices import is_cpu
+from mmcache.system.held import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -9,8 +9,8 @@ from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mmcache.crew import Crew
 from mmcache.errors import AccessError, RemoteError
+from mmcache.system.crew import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from mmcache.arriving import ArrivingPart, tail_problems
 from mmcache.carrier import Carrier, Shard
-from mmcache.draft import Draft
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
-from mmcache.files import open_file
 from mmcache.format import HEADER_BYTES, Layout
 from mmcache.landing import Landing
 from mmcache.mirror import STREAMS
@@ -22,6 +20,8 @@ from mmcache.shard_bytes import FileBytes
 from mmcache.shard_check import check_ids
 from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT
+from mmcache.system.draft import Draft
+from mmcache.system.files import open_file
 from mmcache.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:

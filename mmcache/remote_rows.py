@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.crew import let_end
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
 from mmcache.extents import Extents
 from mmcache.format import HEADER_BYTES, Layout
 from mmcache.mirror import STREAMS
 from mmcache.scatter import Part, begins_of, parts_of, scatter
+from mmcache.system.crew import let_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from mmcache.arguments import a_callable, a_path, choice, optional, public
 from mmcache.connection import placed
-from mmcache.draft import publish
 from mmcache.errors import ArgumentError, MmcacheError
-from mmcache.files import set_aside
-from mmcache.lock import FolderLock
 from mmcache.manifest import array_json, read_manifest
 from mmcache.names import RESERVED, STATISTICS_FOLDER, check_no_links
 from mmcache.signed import ROOT
 from mmcache.store import Store
+from mmcache.system.arguments import a_callable, a_path, choice, optional, public
+from mmcache.system.draft import publish
+from mmcache.system.files import set_aside
+from mmcache.system.locks import FolderLock
 from mmcache.tokenizer_file import TOKENIZER
 from mmcache.verify import verify
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from mmcache.claims import is_staging
 from mmcache.errors import DiskFullError
-from mmcache.files import free_bytes
 from mmcache.format import Layout
 from mmcache.listing import present_shards
+from mmcache.system.files import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from mmcache.direct import borrowed
-from mmcache.files import REFUSALS
-from mmcache.refusals import our_error
-from mmcache.syscalls import will_need_all
+from mmcache.system.direct import borrowed
+from mmcache.system.files import REFUSALS
+from mmcache.system.os_errors import our_error
+from mmcache.system.syscalls import will_need_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mmcache.direct import Wanted
     from mmcache.site_map import Table
-    from mmcache.syscalls import Ranges
+    from mmcache.system.direct import Wanted
+    from mmcache.system.syscalls import Ranges
 
 __all__ = ["Piece", "Taker", "Way", "take_pieces"]
 

@@ -8,7 +8,7 @@ import torch
 
 from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
-from mmcache.memory import anonymous
+from mmcache.system.memory import anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from mmcache.arguments import shown
 from mmcache.errors import OutOfRangeError
 from mmcache.positions import whole_number
+from mmcache.system.arguments import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcache.arguments import (
+from mmcache.contexts import Contexts
+from mmcache.dtypes import BY_NAME
+from mmcache.frame import BOS_CHOICES
+from mmcache.geometry import MOST_ROWS
+from mmcache.system.arguments import (
     Check,
     a_device,
     a_folder,
@@ -17,10 +21,6 @@ from mmcache.arguments import (
     names,
     optional,
 )
-from mmcache.contexts import Contexts
-from mmcache.dtypes import BY_NAME
-from mmcache.frame import BOS_CHOICES
-from mmcache.geometry import MOST_ROWS
 from mmcache.user_metadata import check_user_metadata
 
 __all__ = ["OPTIONS", "Settings"]

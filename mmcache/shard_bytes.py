@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from mmcache.descriptor import close_read
-from mmcache.files import advise_random, read_page
-from mmcache.memory import PAGE
-from mmcache.refusals import read_at
+from mmcache.system.descriptor import close_read
+from mmcache.system.files import advise_random, read_page
+from mmcache.system.memory import PAGE
+from mmcache.system.os_errors import read_at
 
 if TYPE_CHECKING:
     from mmcache.shard_objects import ShardObjects

@@ -18,14 +18,14 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
-from mmcache.beneath import open_in_place
 from mmcache.copy_records import RECORDS, CopyRecords, Identity, identity
-from mmcache.crew import Crew
-from mmcache.draft import Draft, remove_drafts
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
-from mmcache.files import explained, make_folder, remove_file
-from mmcache.lock import locked
-from mmcache.memory import PAGE
+from mmcache.system.crew import Crew
+from mmcache.system.draft import Draft, remove_drafts
+from mmcache.system.files import explained, make_folder, remove_file
+from mmcache.system.locks import locked
+from mmcache.system.memory import PAGE
+from mmcache.system.no_symlinks import open_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from mmcache.arriving import index_start, read_whole, tail_problems
 from mmcache.errors import CorruptError
-from mmcache.files import REFUSALS
 from mmcache.format import HEADER_BYTES, said_ids
+from mmcache.system.files import REFUSALS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

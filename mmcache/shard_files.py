@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from mmcache.beneath import check_path
-from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.files import count_names, map_file, open_file, read_page
 from mmcache.format import HEADER_BYTES, Layout, parse_header
 from mmcache.listing import count_shards, present_shards
 from mmcache.names import RESERVED
 from mmcache.shard_bytes import FileBytes, ObjectBytes
+from mmcache.system.descriptor import close_read
+from mmcache.system.files import count_names, map_file, open_file, read_page
+from mmcache.system.no_symlinks import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mmcache.descriptor import FileStatus
     from mmcache.manifest import Manifest
     from mmcache.mirror import Mirror
     from mmcache.shard_bytes import ShardBytes
+    from mmcache.system.descriptor import FileStatus
 
 __all__ = ["MANY", "ShardFiles"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.runs import alike
+from mmcache.system.runs import alike
 
 if TYPE_CHECKING:
     from mmcache.shards import ShardFolder

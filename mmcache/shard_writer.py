@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import crc32c
 import numpy as np
 
-from mmcache.draft import Draft
-from mmcache.files import sync_folder
 from mmcache.format import HEADER_BYTES, Layout
 from mmcache.pipeline import Job
 from mmcache.statistics import block_rows, shard_moments
+from mmcache.system.draft import Draft
+from mmcache.system.files import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

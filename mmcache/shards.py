@@ -10,12 +10,12 @@ import crc32c
 import numpy as np
 import torch
 
-from mmcache.descriptor import close_read
 from mmcache.errors import CorruptError
-from mmcache.files import read_through
 from mmcache.format import HEADER_BYTES
 from mmcache.shard_bytes import ObjectBytes
 from mmcache.shard_files import ShardFiles
+from mmcache.system.descriptor import close_read
+from mmcache.system.files import read_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

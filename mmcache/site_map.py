@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmcache.descriptor import Descriptor, close_read
-from mmcache.files import REFUSALS
 from mmcache.format import HEADER_BYTES
-from mmcache.held import pieces
-from mmcache.memory import PAGE
-from mmcache.refusals import our_error
-from mmcache.syscalls import Residency, populate
+from mmcache.system.descriptor import Descriptor, close_read
+from mmcache.system.files import REFUSALS
+from mmcache.system.held import pieces
+from mmcache.system.memory import PAGE
+from mmcache.system.os_errors import our_error
+from mmcache.system.syscalls import Residency, populate
 from mmcache.window import Window
 
 if TYPE_CHECKING:

@@ -16,25 +16,25 @@ import numpy as np
 import torch
 
 from mmcache.checked_rows import CheckedRows
-from mmcache.direct import Wanted
-from mmcache.files import REFUSALS
 from mmcache.format import HEADER_BYTES
-from mmcache.held import HELD, pieces
-from mmcache.memory import PAGE, anonymous, available_memory
-from mmcache.refusals import our_error
 from mmcache.remote_rows import RemoteRows
 from mmcache.row_pieces import Piece, Way, take_pieces
-from mmcache.runs import GAP_BYTES, apart, runs_of
 from mmcache.shard_maps import ShardMaps
 from mmcache.site_map import SAMPLES, Files, SiteMap
-from mmcache.syscalls import AIO, LINUX, will_need, will_need_all
+from mmcache.system.direct import Wanted
+from mmcache.system.files import REFUSALS
+from mmcache.system.held import HELD, pieces
+from mmcache.system.memory import PAGE, anonymous, available_memory
+from mmcache.system.os_errors import our_error
+from mmcache.system.runs import GAP_BYTES, apart, runs_of
+from mmcache.system.syscalls import AIO, LINUX, will_need, will_need_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mmcache.shards import ShardFolder
     from mmcache.site_map import Table
-    from mmcache.syscalls import Ranges
+    from mmcache.system.syscalls import Ranges
 
 __all__ = ["Reader", "SiteRows", "best_reader", "bring_near"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from mmcache.arguments import choice
 from mmcache.errors import IncompleteError
 from mmcache.listing import in_order
 from mmcache.shard_statistics import overflow, shard_statistics
 from mmcache.statistics import merge_moments, shard_moments
+from mmcache.system.arguments import choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import torch
 
-from mmcache.arguments import a_device, shown
-from mmcache.devices import check_target, fill_device, is_cpu, own_copy
 from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.html import site_html
 from mmcache.positions import Positions, listed, slice_range, span_of, whole_number, whole_positions
 from mmcache.site_rows import best_reader, bring_near
 from mmcache.site_statistics import merge_site
+from mmcache.system.arguments import a_device, shown
+from mmcache.system.devices import check_target, fill_device, is_cpu, own_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from mmcache.arguments import layer_numbers, names
 from mmcache.errors import ArgumentError, OutOfRangeError, UnknownSiteError, UnsupportedModelError
 from mmcache.families import ABSENT, ALIASES, NOT_ALIASES, SITES, TABLE
+from mmcache.system.arguments import layer_numbers, names
 from mmcache.wrappers import unwrap
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mmcache.arguments import choice, count, shown
 from mmcache.errors import ArgumentError
 from mmcache.permutation import hashed, mixed
+from mmcache.system.arguments import choice, count, shown
 
 if TYPE_CHECKING:
     from mmcache.store import Store

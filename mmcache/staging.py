@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.memory import PAGE
 from mmcache.pipeline import Job
 from mmcache.statistics import WHOLE_ROWS, block_rows
+from mmcache.system.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

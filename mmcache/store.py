@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from mmcache.arguments import instance, shown
 from mmcache.dtypes import BY_NAME
 from mmcache.errors import IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.flags import counted
@@ -19,6 +18,7 @@ from mmcache.sequences import Location, Sequences
 from mmcache.shards import ShardFolder
 from mmcache.site_view import MAX_MAPS, SiteView
 from mmcache.summary import load_summary
+from mmcache.system.arguments import instance, shown
 from mmcache.token_arrays import TokenArrays
 from mmcache.tokenizer_file import read_tokenizer
 

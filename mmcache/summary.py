@@ -18,14 +18,14 @@ import zarr.storage
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
-from mmcache.beneath import check_path
-from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.files import list_names, read_file
 from mmcache.names import STATISTICS_FOLDER
 from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
 from mmcache.site_statistics import SiteStatistics
-from mmcache.small_files import publish_all
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import list_names, read_file
+from mmcache.system.no_symlinks import check_path
+from mmcache.system.small_files import publish_all
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from mmcache.kernel import load_kernel
-from mmcache.memory import anonymous
+from mmcache.system.memory import anonymous
 
 __all__ = ["SPAN", "Sums", "sum_block", "together"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from mmcache.features import NEW_STORES
-from mmcache.files import free_bytes
 from mmcache.fill import forward
 from mmcache.frame import warn_of_missing
 from mmcache.geometry import shard_rows
 from mmcache.manifest import Manifest
+from mmcache.system.files import free_bytes
 from mmcache.tokenise import Tokenised
 
 if TYPE_CHECKING:

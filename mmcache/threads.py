@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.manifest import Manifest
-    from mmcache.ranks import Rank
+    from mmcache.system.launcher import Rank
 
 __all__ = ["plan_threads"]
 

@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmcache.beneath import check_path
-from mmcache.draft import publish, remove_drafts
 from mmcache.errors import CorruptError
-from mmcache.files import list_names, make_folder, read_file
 from mmcache.names import TOKENIZER_FOLDER
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import list_names, make_folder, read_file
+from mmcache.system.no_symlinks import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,10 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mmcache.arguments import a_callable, a_path, names, optional, public
 from mmcache.bucket import Bucket
 from mmcache.connection import placed
-from mmcache.draft import remove_drafts
 from mmcache.errors import (
     ArgumentError,
     CorruptError,
@@ -25,8 +23,6 @@ from mmcache.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from mmcache.files import free_bytes, make_folder, read_file, sync_folder
-from mmcache.lock import FolderLock
 from mmcache.manifest import METADATA_LIMIT, read_manifest
 from mmcache.names import RESERVED, check_no_links
 from mmcache.part import ALL, blocks_of, chosen_sites, joined
@@ -35,6 +31,10 @@ from mmcache.receiver import Receiver
 from mmcache.sender import Sender
 from mmcache.signed import ROOT
 from mmcache.store import Store
+from mmcache.system.arguments import a_callable, a_path, names, optional, public
+from mmcache.system.draft import remove_drafts
+from mmcache.system.files import free_bytes, make_folder, read_file, sync_folder
+from mmcache.system.locks import FolderLock
 
 if TYPE_CHECKING:
     import os

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.draft import remove_drafts
 from mmcache.room import missing_of
+from mmcache.system.draft import remove_drafts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from mmcache.manifest import Manifest
-    from mmcache.ranks import Rank
+    from mmcache.system.launcher import Rank
 
 __all__ = ["Turns"]
 

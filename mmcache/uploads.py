@@ -6,12 +6,12 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from mmcache.crew import Crew
-from mmcache.draft import Draft
 from mmcache.errors import CorruptError, MmcacheError, RemoteError, StoreNotFoundError, WriteError
-from mmcache.files import remove_file
 from mmcache.shard_check import check_shard
 from mmcache.shards import ShardFolder
+from mmcache.system.crew import Crew
+from mmcache.system.draft import Draft
+from mmcache.system.files import remove_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

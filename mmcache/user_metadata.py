@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mmcache.arguments import shown
 from mmcache.errors import ArgumentError
+from mmcache.system.arguments import shown
 
 __all__ = ["check_user_metadata"]
 

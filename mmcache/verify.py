@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_callable, a_path, choice, optional, public
-from mmcache.beneath import check_path
 from mmcache.connection import placed
-from mmcache.crew import Crew
 from mmcache.errors import AccessError, CorruptError, IncompleteError, LinkError, MmcacheError, RemoteError
-from mmcache.files import count_names, list_names
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format import ids_digest
 from mmcache.listing import listed_shards, present_shards
@@ -30,6 +26,10 @@ from mmcache.shards import ShardFolder
 from mmcache.signed import ROOT, read_signed
 from mmcache.store import Store
 from mmcache.summary import load_summary
+from mmcache.system.arguments import a_callable, a_path, choice, optional, public
+from mmcache.system.crew import Crew
+from mmcache.system.files import count_names, list_names
+from mmcache.system.no_symlinks import check_path
 from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcache.memory import available_memory
-from mmcache.refusals import our_error
-from mmcache.syscalls import map_over, page_table_bytes, release, reserve, unmap_over
+from mmcache.system.memory import available_memory
+from mmcache.system.os_errors import our_error
+from mmcache.system.syscalls import map_over, page_table_bytes, release, reserve, unmap_over
 
 __all__ = ["Window"]
 

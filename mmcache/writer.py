@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from mmcache.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.batch import check_batch, runs_by_block
 from mmcache.block import Block
 from mmcache.columns import Column, publish_columns
-from mmcache.draft import remove_drafts
 from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, ReadOnlyError
 from mmcache.features import NEW_STORES
@@ -28,6 +26,8 @@ from mmcache.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shards import ShardFolder
+from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
+from mmcache.system.draft import remove_drafts
 from mmcache.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.user_metadata import check_user_metadata
 

@@ -35,7 +35,7 @@ from clt.run import Run
 from rich.console import Console
 
 import mmcache
-from mmcache.draft import publish
+from mmcache.system.draft import publish
 from mmcache.tables import draw_rows
 
 

@@ -6,10 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from mmcache import aio
-from mmcache.aio import Queue, deepest
-from mmcache.memory import anonymous
-from mmcache.syscalls import AIO, READ, WRITE
+from mmcache.system import aio
+from mmcache.system.aio import Queue, deepest
+from mmcache.system.memory import anonymous
+from mmcache.system.syscalls import AIO, READ, WRITE
 
 pytestmark = pytest.mark.skipif(not AIO, reason="no asynchronous I/O here, or the fast paths are switched off")
 PIECE = 4096

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import mmcache
 from mmcache import cli, view
-from mmcache.arguments import a_path, count, names, shown
+from mmcache.system.arguments import a_path, count, names, shown
 
 # What is given in place of every argument. Of what can be used up there is a new one each time.
 ODD = {

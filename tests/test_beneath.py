@@ -6,13 +6,13 @@ import socket
 import pytest
 from support import file_descriptors, path_at
 
-from mmcache import beneath
-from mmcache.beneath import check_links, check_path, make_empty, open_in_place, opened_folder, opened_parent
-from mmcache.draft import Draft, publish, remove_drafts
 from mmcache.errors import CorruptError, LinkError, WriteError
-from mmcache.files import make_folder, make_folders, remove_file, set_aside
-from mmcache.lock import FolderLock, locked
-from mmcache.small_files import publish_all
+from mmcache.system import no_symlinks
+from mmcache.system.draft import Draft, publish, remove_drafts
+from mmcache.system.files import make_folder, make_folders, remove_file, set_aside
+from mmcache.system.locks import FolderLock, locked
+from mmcache.system.no_symlinks import check_links, check_path, make_empty, open_in_place, opened_folder, opened_parent
+from mmcache.system.small_files import publish_all
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def root(tmp_path):
 def system(request, monkeypatch):
     """A system whose `open` can be told to follow no link, and one that knows no such thing."""
     if not request.param:
-        monkeypatch.setattr(beneath, "NO_FOLLOW", 0)
-    elif not beneath.NO_FOLLOW:
+        monkeypatch.setattr(no_symlinks, "NO_FOLLOW", 0)
+    elif not no_symlinks.NO_FOLLOW:
         pytest.skip("this system has no O_NOFOLLOW")
 
 

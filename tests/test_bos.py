@@ -12,8 +12,8 @@ import mmcache
 from mmcache import plan as planning
 from mmcache import tokenise
 from mmcache.cli import main
-from mmcache.draft import publish
 from mmcache.manifest import read_manifest
+from mmcache.system.draft import publish
 from mmcache.tokenise import Tokenised
 
 pytest.importorskip("transformers")

@@ -28,10 +28,10 @@ from support import (
 
 import mmcache
 from mmcache import FullActivationCache
-from mmcache.draft import Draft
 from mmcache.opening import open_store
 from mmcache.shard_statistics import shard_statistics
 from mmcache.shards import ShardFolder
+from mmcache.system.draft import Draft
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from support import same, widened, without_sync
 import mmcache
 from mmcache import mirror, shard_cache
 from mmcache.copy_records import identity
-from mmcache.draft import Draft
 from mmcache.format import HEADER_BYTES
 from mmcache.shard_cache import ShardCache
+from mmcache.system.draft import Draft
 
 KINDS = ("planned, token", "grown, layer", "cache")
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmcache import descriptor
-from mmcache.descriptor import Descriptor, close_read, file_status, open_known
-from mmcache.syscalls import LINUX
+from mmcache.system import descriptor
+from mmcache.system.descriptor import Descriptor, close_read, file_status, open_known
+from mmcache.system.syscalls import LINUX
 
 
 def test_a_file_is_closed_with_its_last_reference(tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmcache import aio, direct
-from mmcache.descriptor import Descriptor
-from mmcache.direct import DirectReader, Wanted, borrowed
-from mmcache.runs import GAP_BYTES
-from mmcache.syscalls import AIO
+from mmcache.system import aio, direct
+from mmcache.system.descriptor import Descriptor
+from mmcache.system.direct import DirectReader, Wanted, borrowed
+from mmcache.system.runs import GAP_BYTES
+from mmcache.system.syscalls import AIO
 
 needs_aio = pytest.mark.skipif(not AIO, reason="no asynchronous I/O here, or the fast paths are switched off")
 

@@ -10,8 +10,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmcache import files
-from mmcache.draft import Draft, publish, remove_drafts
 from mmcache.errors import (
     CorruptError,
     DiskFullError,
@@ -19,8 +17,10 @@ from mmcache.errors import (
     StoreNotFoundError,
     WriteError,
 )
-from mmcache.files import map_file, read_file
-from mmcache.memory import anonymous
+from mmcache.system import files
+from mmcache.system.draft import Draft, publish, remove_drafts
+from mmcache.system.files import map_file, read_file
+from mmcache.system.memory import anonymous
 
 PAGE = 4096
 NUMBERS = r"no room while .*: [0-9]+ bytes needed, [0-9]+ free there"

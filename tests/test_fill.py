@@ -7,9 +7,9 @@ import pytest
 
 import mmcache
 from mmcache import fill, turns
-from mmcache.draft import Draft, publish
 from mmcache.errors import LockedError, PlanMismatchError
 from mmcache.signed import ROOT
+from mmcache.system.draft import Draft, publish
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

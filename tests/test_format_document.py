@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import mmcache
-from mmcache import draft, dtypes, features, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
+from mmcache import dtypes, features, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
 from mmcache.errors import VersionError
 from mmcache.flags import BOS, FIRST, SPECIAL, known_flags
 from mmcache.format import Layout
 from mmcache.manifest import Manifest, array_json
+from mmcache.system import draft
 
 PAGE = (Path(mmcache.__file__).parent / "FORMAT.md").read_text()
 PROSE = " ".join(PAGE.split())

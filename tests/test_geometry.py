@@ -6,7 +6,7 @@ from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.errors import ArgumentError
 from mmcache.format import Layout, ShardSpec
 from mmcache.geometry import CHUNK_BYTES, SHARD_BYTES, inner_rows, shard_rows
-from mmcache.memory import PAGE
+from mmcache.system.memory import PAGE
 
 # Bytes a row: numbers of 2, 4 or 8 bytes, from one number to a token's 100 layers of 16,384.
 ROW_BYTES = st.builds(lambda numbers, size: numbers * size, st.integers(1, 1 << 21), st.sampled_from([2, 4, 8]))

@@ -31,8 +31,9 @@ def serve():
     """Run commands for `Runner`, each in a fork."""
     import transformers  # noqa: PLC0415 -- in the process that forks only
 
-    from mmcache import bucket, cli, draft, tokenise  # noqa: PLC0415
+    from mmcache import bucket, cli, tokenise  # noqa: PLC0415
     from mmcache.commands import extraction  # noqa: PLC0415
+    from mmcache.system import draft  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     tokenise._TOKENS_A_COMMIT = 300  # so that tokenising, too, is killed between two commits

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache import landing
-from mmcache.draft import Draft
-from mmcache.memory import PAGE
+from mmcache.system.draft import Draft
+from mmcache.system.memory import PAGE
 
 
 @pytest.mark.parametrize("window", [PAGE, 3 * PAGE, 4 << 20])

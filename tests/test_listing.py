@@ -14,12 +14,12 @@ from hypothesis import example, given
 from support import python, widened
 
 import mmcache
-from mmcache import files
 from mmcache.listing import count_shards, in_order, is_there, listed_shards, present_shards
 from mmcache.manifest import Manifest
 from mmcache.overview import overview
 from mmcache.shards import ShardFolder
 from mmcache.store import Store
+from mmcache.system import files
 
 # Files in the suite, and with --slow.
 MANY = (20_000, 4_000_000)
@@ -148,12 +148,12 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import mmcache
-import mmcache.files
+import mmcache.system.files
 import mmcache.room
 from mmcache.columns import Column, publish_columns
 from mmcache.fill import Fill
 from mmcache.manifest import Manifest, array_json, read_manifest
-from mmcache.ranks import Rank
+from mmcache.system.launcher import Rank
 from mmcache.survey import survey_plan
 from mmcache.token_batches import Batches
 
@@ -177,7 +177,7 @@ del columns, column, starts
 for block in range(shards):
     (path / "x" / f"c.0.{block}.0").touch()
 # As small a part of the names at a time as of four millions of them.
-mmcache.files._NAMES = max(1, mmcache.files._NAMES * shards // 4_000_000)
+mmcache.system.files._NAMES = max(1, mmcache.system.files._NAMES * shards // 4_000_000)
 # There is more to do than this disk has room for.
 mmcache.room.free_bytes = lambda _: 1 << 60
 # Imported only when it is used.

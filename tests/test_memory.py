@@ -1,4 +1,4 @@
-from mmcache.memory import _available, anonymous, available_memory
+from mmcache.system.memory import _available, anonymous, available_memory
 
 
 def test_memory_of_our_own_begins_on_a_page_and_is_zeros():

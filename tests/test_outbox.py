@@ -8,7 +8,7 @@ import pytest
 from support import Recorder, tree
 
 from mmcache.errors import DiskFullError, StoreExistsError, WriteError
-from mmcache.outbox import Outbox
+from mmcache.system.atomic_folder import Outbox
 
 
 def write(box, name, data):
@@ -99,7 +99,7 @@ def test_links_and_copies(tmp_path, monkeypatch):
         box.unlink("b")
         monkeypatch.setattr(os, "link", failing(errno.EXDEV))
         assert not box.link(source, "b")
-        monkeypatch.setattr("mmcache.outbox._PIECE_BYTES", 1 << 16)
+        monkeypatch.setattr("mmcache.system.atomic_folder._PIECE_BYTES", 1 << 16)
         with source.open("rb") as file:
             box.copy(file.fileno(), len(data), "b")
         assert (box.files, box.linked_bytes, box.written_bytes) == (2, len(data), len(data))

@@ -21,7 +21,6 @@ from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
 from mmcache.claims import STAGING, Claims, claimed
 from mmcache.commands import extraction
-from mmcache.draft import publish
 from mmcache.errors import (
     ArgumentError,
     CorruptError,
@@ -33,12 +32,13 @@ from mmcache.errors import (
     StoreExistsError,
     WriteError,
 )
-from mmcache.files import list_names
 from mmcache.job import Extraction
 from mmcache.manifest import read_manifest
 from mmcache.outgoing import staging_folder
-from mmcache.ranks import Rank
 from mmcache.signed import ROOT
+from mmcache.system.draft import publish
+from mmcache.system.files import list_names
+from mmcache.system.launcher import Rank
 
 pytest.importorskip("transformers")
 pytest.importorskip("obstore")

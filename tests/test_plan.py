@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mmcache
-from mmcache import draft, room, tokenise
+from mmcache import room, tokenise
 from mmcache.errors import (
     ArgumentError,
     CorpusError,
@@ -27,7 +27,8 @@ from mmcache.errors import (
     ReadOnlyError,
     StoreExistsError,
 )
-from mmcache.lock import FolderLock
+from mmcache.system import draft
+from mmcache.system.locks import FolderLock
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

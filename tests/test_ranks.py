@@ -3,7 +3,7 @@
 import pytest
 
 from mmcache.errors import ArgumentError
-from mmcache.ranks import Rank, find_rank
+from mmcache.system.launcher import Rank, find_rank
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}

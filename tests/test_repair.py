@@ -11,8 +11,8 @@ from support import damage, flip, shards, tree
 
 import mmcache
 from mmcache.cli import main
-from mmcache.lock import FolderLock
 from mmcache.repair import ASIDE
+from mmcache.system.locks import FolderLock
 
 
 def test_a_sound_store_is_left_as_it_is(tmp_path):

@@ -12,7 +12,7 @@ from mmcache.errors import CorruptError, PlanMismatchError
 from mmcache.job import Extraction
 from mmcache.manifest import read_manifest
 from mmcache.model_identity import model_identity
-from mmcache.small_files import publish_all
+from mmcache.system.small_files import publish_all
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -13,8 +13,8 @@ from support import python, wait_for
 from mmcache import shard_cache
 from mmcache.copy_records import identity
 from mmcache.errors import ArgumentError, WriteError
-from mmcache.lock import locked
 from mmcache.shard_cache import ShardCache
+from mmcache.system.locks import locked
 
 PAGE = 4096
 FILE = 4 * PAGE
@@ -73,7 +73,7 @@ def test_what_does_not_get_to_the_disk_goes(tmp_path, monkeypatch):
 
 ALONE = """
 import sys, pathlib, threading
-from mmcache.lock import locked
+from mmcache.system.locks import locked
 folder, failed = pathlib.Path(sys.argv[1]), []
 def work():
     try:
@@ -104,7 +104,7 @@ def test_a_lock_goes_with_an_error_and_with_its_process(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path, "lock"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    code = "import sys, os, pathlib; from mmcache.lock import locked; held = locked(pathlib.Path(sys.argv[1]), 'lock')"
+    code = "import sys, os, pathlib; from mmcache.system.locks import locked; held = locked(pathlib.Path(sys.argv[1]), 'lock')"
     assert python(code + "; held.__enter__(); os.kill(os.getpid(), 9)", tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "lock").exists()
     with locked(tmp_path, "lock"):

@@ -8,9 +8,9 @@ import remote
 from support import shards
 
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.memory import anonymous
 from mmcache.mirror import Mirror
 from mmcache.shard_bytes import FileBytes, ObjectBytes
+from mmcache.system.memory import anonymous
 
 PAGE = 4096
 

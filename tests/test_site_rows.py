@@ -15,7 +15,7 @@ import mmcache
 from mmcache import row_pieces, site_map, site_rows
 from mmcache.shard_maps import ShardMaps
 from mmcache.site_rows import SiteRows
-from mmcache.syscalls import AIO, LINUX
+from mmcache.system.syscalls import AIO, LINUX
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")
 TOKENS, LAYERS = 3000, 3

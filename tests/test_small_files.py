@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from support import tree
 
-from mmcache.draft import Draft
 from mmcache.errors import WriteError
-from mmcache.small_files import publish_all
+from mmcache.system.draft import Draft
+from mmcache.system.small_files import publish_all
 
 
 @pytest.fixture

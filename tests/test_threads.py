@@ -7,7 +7,7 @@ import torch
 
 import mmcache
 from mmcache import threads
-from mmcache.ranks import Rank
+from mmcache.system.launcher import Rank
 from mmcache.threads import plan_threads
 
 pytest.importorskip("transformers")

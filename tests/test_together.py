@@ -12,7 +12,7 @@ import mmcache
 from mmcache.row_pieces import Way
 from mmcache.shard_maps import ShardMaps
 from mmcache.site_rows import SiteRows
-from mmcache.syscalls import LINUX
+from mmcache.system.syscalls import LINUX
 from mmcache.together import Gather, gather_together
 
 LENGTHS = [900, 7, 2000, 1193]

@@ -11,12 +11,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmcache import draft, manifest, tokenise
+from mmcache import manifest, tokenise
 from mmcache.contexts import Contexts, CorpusDigest
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.flags import BOS, FIRST, SPECIAL
 from mmcache.manifest import Manifest
 from mmcache.shards import ShardFolder
+from mmcache.system import draft
 from mmcache.tokenise import Tokenised, check_corpus
 
 pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ from trainer import SCRIPT, command, files, load_script, log, make_store, run
 
 import mmcache
 from mmcache.split import Split, members
-from mmcache.syscalls import LINUX
+from mmcache.system.syscalls import LINUX
 
 PART = Path(__file__).with_name("train_rank.py")
 # Two epochs.

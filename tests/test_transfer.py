@@ -17,10 +17,10 @@ from support import damage, flip, python, raw, same, shards, threads_named, wait
 import mmcache
 from mmcache import carrier, landing, object_reads, places, receiver
 from mmcache.bucket import Bucket
-from mmcache.draft import Draft
-from mmcache.lock import FolderLock
 from mmcache.part import blocks_of
 from mmcache.sequences import Sequences
+from mmcache.system.draft import Draft
+from mmcache.system.locks import FolderLock
 
 FOLDER, S3 = "folder", "s3"
 MIB = 1 << 20

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache import turns
-from mmcache.draft import Draft
 from mmcache.manifest import Manifest
-from mmcache.ranks import Rank
+from mmcache.system.draft import Draft
+from mmcache.system.launcher import Rank
 from mmcache.turns import Turns
 
 SHARD = 2048

@@ -9,7 +9,7 @@ import pytest
 from support import FORKS, forked, maps_below
 
 from mmcache import window as module
-from mmcache.syscalls import LINUX, Residency, populate, reserve, will_need_all
+from mmcache.system.syscalls import LINUX, Residency, populate, reserve, will_need_all
 from mmcache.window import Window
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")

@@ -31,7 +31,7 @@ from support import (
 
 import mmcache
 from mmcache.columns import publish_columns
-from mmcache.draft import Draft
+from mmcache.system.draft import Draft
 
 LAYOUTS = ("layer", "token")
 SITES = {"mlp_in": 8, "mlp_out": 24}

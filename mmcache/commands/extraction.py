@@ -25,19 +25,19 @@ from mmcache.loading import load_model, load_tokenizer
 from mmcache.outgoing import planned_in_bucket, staging_folder
 from mmcache.overview import overview
 from mmcache.progress import ProgressBar
-from mmcache.ranks import find_rank
 from mmcache.signals import stoppable
 from mmcache.sites import describe, resolve
+from mmcache.system.launcher import find_rank
 from mmcache.tables import draw_rows
 from mmcache.terminal import draw_overview, draw_survey
 from mmcache.threads import plan_threads
 from mmcache.urls import is_url, redacted
 
 if TYPE_CHECKING:
-    from mmcache.ranks import Rank
     from mmcache.sites import ResolvedSite
     from mmcache.store import Store
     from mmcache.survey import Survey
+    from mmcache.system.launcher import Rank
 
 __all__ = ["extract", "sites"]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, an_index, choice, count, optional, public
 from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.flags import named_flags
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, choice, count, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import Look

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, an_index, count, layer_numbers, optional, public, shown
 from mmcache.errors import OutOfRangeError
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public, shown
 from mmcache.view.base import View, written
 from mmcache.view.look import BUDGET, Look
 

@@ -9,8 +9,8 @@ import numpy as np
 import safetensors
 import torch
 
-from mmcache.arguments import a_path, public, shown
 from mmcache.errors import ArgumentError, ShapeError
+from mmcache.system.arguments import a_path, public, shown
 from mmcache.view.base import Name
 from mmcache.view.dimensions import check_dimension
 

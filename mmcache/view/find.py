@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, an_index, count, optional, public
 from mmcache.errors import ArgumentError
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, count, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.words import Words, a_words, surroundings
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, public
 from mmcache.shard_statistics import brief_statistics
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, public
 from mmcache.view.base import View, written
 from mmcache.view.far import FAR, far_rows
 from mmcache.view.look import Look

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmcache.arguments import a_name, an_index, instance, layer_numbers, optional, public
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
 from mmcache.loading import load_model
 from mmcache.model_use import text_config
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, instance, layer_numbers, optional, public
 from mmcache.view.base import Name, View, written
 from mmcache.view.look import Look
 from mmcache.view.words import Words, a_words, surroundings

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, an_index, count, layer_numbers, optional, public
 from mmcache.errors import ArgumentError
 from mmcache.flags import BOS, SPECIAL
 from mmcache.shard_statistics import brief_statistics
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.look import Look
 from mmcache.view.words import Words, a_words

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmcache.arguments import a_name, an_index, public
 from mmcache.flags import named_flags
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, public
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import a_name, an_index, count, optional, public
 from mmcache.store import a_store
+from mmcache.system.arguments import a_name, an_index, count, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
 from mmcache.view.look import BUDGET, Look

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.arguments import instance, public
 from mmcache.errors import ArgumentError, CorruptError
 from mmcache.panics import growth, panics_as_errors
 from mmcache.store import a_store
+from mmcache.system.arguments import instance, public
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.aio import Queue
-from mmcache.syscalls import READ
+from mmcache.system.aio import Queue
+from mmcache.system.syscalls import READ
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

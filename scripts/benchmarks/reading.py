@@ -17,7 +17,7 @@ from benchmarks.limits import aligned, random_reads, reader_name
 from benchmarks.machine import read_ahead_kb, version_of
 from benchmarks.measure import Plan, Row, compare, in_turn, seconds
 from benchmarks.samples import ROW_WIDTH, data_files, rows_store
-from mmcache.memory import available_memory
+from mmcache.system.memory import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,8 +19,8 @@ from rich.progress import Progress
 import mmcache
 from clt.outcome import READS, WRITES
 from clt.transcoder import CrossLayerTranscoder, losses
-from mmcache.draft import publish, remove_drafts
-from mmcache.files import make_folder
+from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.files import make_folder
 
 if TYPE_CHECKING:
     from io import FileIO

@@ -20,9 +20,9 @@ from benchmarks.measure import seconds
 from mmcache.listing import count_shards
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
-from mmcache.ranks import Rank
 from mmcache.shard_writer import ShardWriter
 from mmcache.site_statistics import merge_site
+from mmcache.system.launcher import Rank
 from mmcache.turns import Turns
 from planning.figures import Figure, Figures
 

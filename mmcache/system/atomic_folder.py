@@ -9,11 +9,11 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Self
 
-from mmcache.beneath import NO_FOLLOW
-from mmcache.draft import Draft
 from mmcache.errors import StoreExistsError
-from mmcache.files import explained, list_names, make_folder, remove_tree, sync_folder
-from mmcache.memory import anonymous
+from mmcache.system.draft import Draft
+from mmcache.system.files import explained, list_names, make_folder, remove_tree, sync_folder
+from mmcache.system.memory import anonymous
+from mmcache.system.no_symlinks import NO_FOLLOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

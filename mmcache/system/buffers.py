@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from mmcache.memory import PAGE, anonymous
+from mmcache.system.memory import PAGE, anonymous
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

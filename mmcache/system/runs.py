@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from mmcache.held import HELD
+from mmcache.system.held import HELD
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from mmcache.descriptor import Descriptor
+    from mmcache.system.descriptor import Descriptor
 
 __all__ = ["GAP_BYTES", "RUN_BYTES", "Reads", "Source", "alike", "apart", "runs_of"]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mmcache.memory import PAGE
+from mmcache.system.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

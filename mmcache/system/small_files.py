@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.draft import Draft
-from mmcache.files import make_folders, sync_folder
+from mmcache.system.draft import Draft
+from mmcache.system.files import make_folders, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,8 +11,8 @@ from typing import Self
 
 import numpy as np
 
-from mmcache.held import pieces
-from mmcache.syscalls import AIO, EVENT, IOCB, aio_destroy, aio_reap, aio_setup, aio_submit
+from mmcache.system.held import pieces
+from mmcache.system.syscalls import AIO, EVENT, IOCB, aio_destroy, aio_reap, aio_setup, aio_submit
 
 __all__ = ["Queue", "deepest"]
 

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmcache.aio import deepest
-from mmcache.held import HELD
-from mmcache.memory import PAGE, anonymous
-from mmcache.runs import RUN_BYTES, Reads, Source, apart, runs_of
-from mmcache.syscalls import READ
+from mmcache.system.aio import deepest
+from mmcache.system.held import HELD
+from mmcache.system.memory import PAGE, anonymous
+from mmcache.system.runs import RUN_BYTES, Reads, Source, apart, runs_of
+from mmcache.system.syscalls import READ
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mmcache.descriptor import Descriptor
+    from mmcache.system.descriptor import Descriptor
 
 __all__ = ["DirectReader", "Wanted", "borrowed"]
 

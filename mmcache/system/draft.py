@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.beneath import NO_FOLLOW, opened_folder, opened_parent, status_in
 from mmcache.errors import CorruptError
-from mmcache.files import O_DIRECT, explained, name_batches, sync_folder
-from mmcache.memory import PAGE
-from mmcache.syscalls import LINUX, PORTABLE
+from mmcache.system.files import O_DIRECT, explained, name_batches, sync_folder
+from mmcache.system.memory import PAGE
+from mmcache.system.no_symlinks import NO_FOLLOW, opened_folder, opened_parent, status_in
+from mmcache.system.syscalls import LINUX, PORTABLE
 
 if TYPE_CHECKING:
     from pathlib import Path

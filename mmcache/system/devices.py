@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmcache.arguments import a_device
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
-from mmcache.syscalls import LINUX, writable
+from mmcache.system.arguments import a_device
+from mmcache.system.syscalls import LINUX, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

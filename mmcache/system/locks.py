@@ -10,9 +10,9 @@ import socket
 import time
 from typing import TYPE_CHECKING, Self
 
-from mmcache.beneath import open_in_place, opened_parent, status_in
 from mmcache.errors import CorruptError, LockedError, WriteError
-from mmcache.files import explained
+from mmcache.system.files import explained
+from mmcache.system.no_symlinks import open_in_place, opened_parent, status_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

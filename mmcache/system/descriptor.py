@@ -13,8 +13,8 @@ import os
 import struct
 from typing import NamedTuple
 
-from mmcache.memory import PAGE
-from mmcache.syscalls import LIBC, LINUX
+from mmcache.system.memory import PAGE
+from mmcache.system.syscalls import LIBC, LINUX
 
 __all__ = ["Descriptor", "FileStatus", "close_read", "file_status", "open_known"]
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.beneath import NO_FOLLOW, make_below, move_below, opened_parent, refuse_link, status_in
-from mmcache.descriptor import FileStatus, close_read, file_status, open_known
 from mmcache.errors import CorruptError, DiskFullError, IncompleteError, StoreNotFoundError, WriteError
-from mmcache.memory import PAGE, anonymous
-from mmcache.refusals import FULL, our_error, read_at
-from mmcache.syscalls import PORTABLE
+from mmcache.system.descriptor import FileStatus, close_read, file_status, open_known
+from mmcache.system.memory import PAGE, anonymous
+from mmcache.system.no_symlinks import NO_FOLLOW, make_below, move_below, opened_parent, refuse_link, status_in
+from mmcache.system.os_errors import FULL, our_error, read_at
+from mmcache.system.syscalls import PORTABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import numpy as np
 
 from mmcache.errors import ArgumentError, MmcacheError
-from mmcache.refusals import our_error
+from mmcache.system.os_errors import our_error
 from mmcache.urls import is_url
 
 __all__ = [
