@@ -23,7 +23,7 @@ _run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "mm
 if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from mmcache.dtypes import register_bfloat16  # noqa: E402 -- as said
+from mmcache.format.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
     from mmcache.cache import FullActivationCache

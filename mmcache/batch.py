@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, DtypeError, ShapeError, UnknownSiteError
-from mmcache.flags import FIRST
+from mmcache.format.dtypes import activation_dtype
+from mmcache.format.token_flags import FIRST
 from mmcache.system.devices import check_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mmcache.block import Run
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["Activations", "Ids", "SequenceRows", "check_batch", "runs_by_block"]
 

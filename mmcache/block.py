@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.page_cache import PageCachePolicy
     from mmcache.pipeline import Pipeline
     from mmcache.shards import ShardFolder

@@ -17,11 +17,11 @@ import numpy as np
 from mmcache.bucket_listing import Listing, is_column, manifest_of, read_if_there, shard_numbers
 from mmcache.claims import MARKER, STAGING, is_staging
 from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreExistsError
+from mmcache.format.manifest import METADATA_LIMIT, is_store, read_manifest
+from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
+from mmcache.format.signed_json import ROOT
 from mmcache.listed import Listed
 from mmcache.listing import in_order, present_shards
-from mmcache.manifest import METADATA_LIMIT, is_store, read_manifest
-from mmcache.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
-from mmcache.signed import ROOT
 from mmcache.system.crew import Crew
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, remove_tree
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.bucket import Bucket
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["BucketFolder"]
 

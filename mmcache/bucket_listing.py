@@ -19,10 +19,10 @@ from mmcache.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from mmcache.format import Layout
-from mmcache.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
-from mmcache.names import RESERVED, TOKENIZER_FOLDER
-from mmcache.signed import ROOT, check_signed
+from mmcache.format.format import Layout
+from mmcache.format.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
+from mmcache.format.names import RESERVED, TOKENIZER_FOLDER
+from mmcache.format.signed_json import ROOT, check_signed
 from mmcache.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from mmcache.dtypes import activation_dtype
 from mmcache.errors import (
     ArgumentError,
     ClosedError,
@@ -21,12 +20,13 @@ from mmcache.errors import (
     OutOfRangeError,
     ReadOnlyError,
 )
-from mmcache.geometry import MOST_ROWS
+from mmcache.format.dtypes import activation_dtype
+from mmcache.format.geometry import MOST_ROWS
+from mmcache.format.manifest import Manifest
+from mmcache.format.names import check_site_name
 from mmcache.grown import claim, close_after
 from mmcache.html import cache_html
 from mmcache.layer_writer import LayerWriter
-from mmcache.manifest import Manifest
-from mmcache.names import check_site_name
 from mmcache.opening import open_store
 from mmcache.shards import ShardFolder
 from mmcache.site_view import SiteView

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.format import ids_digest
-from mmcache.names import RESERVED
+from mmcache.format.format import ids_digest
+from mmcache.format.names import RESERVED
 from mmcache.shard_check import check_shard
 from mmcache.shards import ShardFolder
 from mmcache.store import Store
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.part import Blocks
     from mmcache.places import Glance, Place
 

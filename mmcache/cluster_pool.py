@@ -14,8 +14,8 @@ import numpy as np
 from mmcache.cluster_worker import Worker
 from mmcache.errors import ArgumentError, ClusterError, MmcacheError
 from mmcache.fill import NonFiniteWarning
+from mmcache.format.manifest import is_store, read_manifest
 from mmcache.job import Progress
-from mmcache.manifest import is_store, read_manifest
 from mmcache.system.draft import remove_drafts
 from mmcache.system.files import sync_folder
 from mmcache.system.launcher import Rank
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mmcache.cluster_worker import Job, Planned
     from mmcache.corpus import Document
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["Pool", "Resources", "deal"]
 

@@ -17,10 +17,10 @@ import torch
 
 from mmcache.errors import ClusterError, MmcacheError, WriteError
 from mmcache.fill import NonFiniteWarning
+from mmcache.format.manifest import is_store, read_manifest
 from mmcache.frame import BosWarning
 from mmcache.job import Extraction
 from mmcache.loading import is_spread
-from mmcache.manifest import is_store, read_manifest
 from mmcache.survey import survey_plan
 from mmcache.system.launcher import Rank
 from mmcache.threads import plan_threads
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.corpus import Document
+    from mmcache.format.manifest import Manifest
     from mmcache.frame import Bos
-    from mmcache.manifest import Manifest
     from mmcache.survey import Survey
 
 __all__ = ["Job", "Made", "Options", "Planned", "Worker", "see_plan"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.format import encode
+from mmcache.format.format import encode
 from mmcache.shards import ShardFolder
 from mmcache.system.draft import remove_drafts
 from mmcache.system.small_files import publish_all
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["Column", "publish_columns"]
 

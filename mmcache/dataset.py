@@ -11,7 +11,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmcache.batch_feed import BatchFeed
 from mmcache.conversion import Conversion
-from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError
 from mmcache.feed_options import (
     checked_layers,
@@ -21,6 +20,7 @@ from mmcache.feed_options import (
 )
 from mmcache.feed_plan import FeedPlan, Position, State
 from mmcache.fetcher import Fetcher, Source
+from mmcache.format.dtypes import activation_dtype
 from mmcache.kept import Drop, Kept
 from mmcache.order import BlockOrder, block_geometry
 from mmcache.read_ahead import BringAll, ReadAhead

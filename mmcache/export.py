@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mmcache.errors import ArgumentError, DiskFullError
-from mmcache.format import parse_header
+from mmcache.format.format import parse_header
 from mmcache.headers import npy_header, safetensors_header
 from mmcache.opening import open_store
 from mmcache.selection import Selection, bytes_of

@@ -13,7 +13,7 @@ import torch
 
 from mmcache.copy_records import identity
 from mmcache.errors import IncompleteError
-from mmcache.format import HEADER_BYTES
+from mmcache.format.format import HEADER_BYTES
 from mmcache.mirror import CHECKSUM_BYTES
 from mmcache.system.descriptor import close_read
 from mmcache.system.files import map_file, open_file

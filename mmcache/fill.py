@@ -12,9 +12,9 @@ import torch
 
 from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
-from mmcache.format import Layout
+from mmcache.format.format import Layout
+from mmcache.format.manifest import read_manifest
 from mmcache.listing import is_there
-from mmcache.manifest import read_manifest
 from mmcache.model_use import running
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.capture import Captured
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.outgoing import Outgoing
     from mmcache.system.launcher import Rank
     from mmcache.token_batches import Batches

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
-from mmcache.manifest import array_json, is_store
-from mmcache.names import RESERVED, TOKENIZER_FOLDER, check_no_links
+from mmcache.format.manifest import array_json, is_store
+from mmcache.format.names import RESERVED, TOKENIZER_FOLDER, check_no_links
+from mmcache.format.signed_json import ROOT
 from mmcache.pipeline import SLOT_BYTES, Pipeline
-from mmcache.signed import ROOT
 from mmcache.staging import Stager
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, remove_file
@@ -25,7 +25,7 @@ from mmcache.system.memory import PAGE
 from mmcache.tokenizer_file import TOKENIZER, save_tokenizer
 
 if TYPE_CHECKING:
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["GrownStore", "claim", "close_after"]
 

@@ -13,12 +13,12 @@ import torch
 
 from mmcache.capture import capture
 from mmcache.contexts import checked_texts
-from mmcache.dtypes import activation_dtype
 from mmcache.errors import LockedError
 from mmcache.fill import Fill, forward
 from mmcache.fingerprint import probe_model
+from mmcache.format.dtypes import activation_dtype
+from mmcache.format.manifest import is_store, read_manifest
 from mmcache.frame import special_ids
-from mmcache.manifest import is_store, read_manifest
 from mmcache.model_identity import hooked_modules, model_identity
 from mmcache.model_use import bos_token_id, device_of, evaluating, vocabulary
 from mmcache.model_use import context_length as usable_length
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.corpus import Document
+    from mmcache.format.manifest import Manifest
     from mmcache.frame import Bos
-    from mmcache.manifest import Manifest
     from mmcache.store import Store
     from mmcache.system.launcher import Rank
 

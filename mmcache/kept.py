@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
-from mmcache.flags import counted, known_flags
+from mmcache.format.token_flags import counted, known_flags
 from mmcache.split import Split, as_split, members
 from mmcache.system.arguments import a_list, outside, shown
 from mmcache.system.held import pieces

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.dtypes import activation_dtype
 from mmcache.errors import ClosedError, DtypeError, ShapeError
-from mmcache.geometry import shard_rows
+from mmcache.format.dtypes import activation_dtype
+from mmcache.format.geometry import shard_rows
 from mmcache.grown import GrownStore
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shard_writer import Seal, ShardWriter
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["LayerWriter"]
 

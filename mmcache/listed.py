@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from mmcache.names import STATISTICS_FOLDER, TOKENIZER_FOLDER
-from mmcache.signed import ROOT
+from mmcache.format.names import STATISTICS_FOLDER, TOKENIZER_FOLDER
+from mmcache.format.signed_json import ROOT
 
 if TYPE_CHECKING:
     from mmcache.bucket import Bucket

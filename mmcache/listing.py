@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.names import RESERVED
+from mmcache.format.names import RESERVED
 from mmcache.system.files import name_batches
 from mmcache.system.no_symlinks import check_path
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["count_shards", "in_order", "is_there", "listed_shards", "present_shards"]
 

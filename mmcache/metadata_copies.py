@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import crc32c
 
 from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
+from mmcache.format.manifest import METADATA_LIMIT, read_manifest
+from mmcache.format.names import RESERVED
+from mmcache.format.signed_json import ROOT
 from mmcache.listed import FOLDERS, Listed, is_metadata
-from mmcache.manifest import METADATA_LIMIT, read_manifest
-from mmcache.names import RESERVED
-from mmcache.signed import ROOT
 from mmcache.system.draft import publish
 from mmcache.system.files import list_names, make_folder, read_file, remove_file
 from mmcache.system.no_symlinks import make_empty

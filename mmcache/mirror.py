@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mmcache.arriving import ArrivingPart
-    from mmcache.format import Layout
+    from mmcache.format.format import Layout
     from mmcache.system.draft import Draft
 
 __all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror"]

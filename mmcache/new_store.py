@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mmcache.dtypes import BY_NAME
 from mmcache.errors import ArgumentError, CorruptError
-from mmcache.format import Layout
-from mmcache.manifest import ARRAY_LIMIT, ROOT_LIMIT, Manifest, array_json
-from mmcache.names import check_site_name
-from mmcache.signed import check_signed
+from mmcache.format.dtypes import BY_NAME
+from mmcache.format.format import Layout
+from mmcache.format.manifest import ARRAY_LIMIT, ROOT_LIMIT, Manifest, array_json
+from mmcache.format.names import check_site_name
+from mmcache.format.signed_json import check_signed
 from mmcache.system.arguments import count, shown
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from mmcache.cache_place import cache_folder, private_folder
 from mmcache.claims import STAGING, Claims
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
-from mmcache.format import Layout
-from mmcache.manifest import read_manifest
+from mmcache.format.format import Layout
+from mmcache.format.manifest import read_manifest
+from mmcache.format.signed_json import ROOT
 from mmcache.opening import open_store
 from mmcache.room import bytes_to_write
-from mmcache.signed import ROOT
 from mmcache.summary import load_summary, save_summary
 from mmcache.system.files import free_bytes
 from mmcache.system.locks import FolderLock
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.store import Store
 
 __all__ = ["Outgoing", "outgoing_for", "planned_in_bucket", "staging_folder"]

@@ -8,8 +8,8 @@ import numpy as np
 
 from mmcache.connection import placed
 from mmcache.errors import IncompleteError
+from mmcache.format.manifest import read_manifest
 from mmcache.listing import listed_shards
-from mmcache.manifest import read_manifest
 from mmcache.mirror import Mirror
 from mmcache.system.arguments import a_path, public
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["overview"]
 

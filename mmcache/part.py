@@ -18,7 +18,7 @@ from mmcache.system.arguments import shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.sequences import Sequences
 
 __all__ = ["ALL", "Blocks", "Numbers", "blocks_of", "chosen_sites", "joined"]

@@ -11,12 +11,12 @@ import numpy as np
 
 from mmcache.bucket_listing import manifest_of, read_if_there
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.format import HEADER_BYTES, Layout, parse_header
+from mmcache.format.format import HEADER_BYTES, Layout, parse_header
+from mmcache.format.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
+from mmcache.format.names import RESERVED, STATISTICS_FOLDER
+from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.listing import listed_shards
-from mmcache.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
-from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_bytes import FileBytes
-from mmcache.signed import ROOT, read_signed
 from mmcache.summary import load_summary
 from mmcache.system.draft import publish
 from mmcache.system.files import make_folder, open_file, read_file

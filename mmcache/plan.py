@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.claims import claimed
 from mmcache.errors import CorpusError, LockedError, PlanMismatchError, StoreExistsError
-from mmcache.features import NEW_STORES
 from mmcache.fingerprint import with_sites
-from mmcache.format import ids_digest
-from mmcache.geometry import shard_rows
+from mmcache.format.features import NEW_STORES
+from mmcache.format.format import ids_digest
+from mmcache.format.geometry import shard_rows
+from mmcache.format.manifest import Manifest, array_json, is_store, read_manifest
+from mmcache.format.names import RESERVED, check_no_links
+from mmcache.format.signed_json import ROOT
 from mmcache.grown import claim
 from mmcache.listing import in_order
-from mmcache.manifest import Manifest, array_json, is_store, read_manifest
-from mmcache.names import RESERVED, check_no_links
 from mmcache.new_store import check_new, row_sizes
 from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.room import check_room, shards_from
 from mmcache.shards import ShardFolder
-from mmcache.signed import ROOT
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.system.locks import FolderLock

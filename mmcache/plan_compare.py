@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import ReadOnlyError
 from mmcache.fingerprint import ProvenanceWarning, check_fingerprint
-from mmcache.manifest import read_manifest
-from mmcache.names import check_no_links
+from mmcache.format.manifest import read_manifest
+from mmcache.format.names import check_no_links
+from mmcache.format.signed_json import ROOT
 from mmcache.provenance import compare, recorded
 from mmcache.room import missing_of
-from mmcache.signed import ROOT
 from mmcache.system.arguments import outside
 from mmcache.system.draft import publish
 from mmcache.tokenise import Tokenised
@@ -20,7 +20,7 @@ from mmcache.tokenise import Tokenised
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.settings import Settings
 
 __all__ = ["changes", "check_plan", "grows", "is_recorded", "known_plan", "with_recorded"]

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from mmcache.arriving import ArrivingPart, tail_problems
 from mmcache.carrier import Carrier, Shard
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
-from mmcache.format import HEADER_BYTES, Layout
+from mmcache.format.format import HEADER_BYTES, Layout
+from mmcache.format.names import RESERVED, STATISTICS_FOLDER
+from mmcache.format.signed_json import ROOT
 from mmcache.landing import Landing
 from mmcache.mirror import STREAMS
-from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.places import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
 from mmcache.shard_bytes import FileBytes
 from mmcache.shard_check import check_ids
 from mmcache.shards import ShardFolder
-from mmcache.signed import ROOT
 from mmcache.system.draft import Draft
 from mmcache.system.files import open_file
 from mmcache.tokenizer_file import TOKENIZER
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.bucket import Bucket
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.places import Glance
 
 __all__ = ["Receiver"]

@@ -19,7 +19,7 @@ import torch
 
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
 from mmcache.extents import Extents
-from mmcache.format import HEADER_BYTES, Layout
+from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.mirror import STREAMS
 from mmcache.scatter import Part, begins_of, parts_of, scatter
 from mmcache.system.crew import let_end

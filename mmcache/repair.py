@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from mmcache.connection import placed
 from mmcache.errors import ArgumentError, MmcacheError
-from mmcache.manifest import array_json, read_manifest
-from mmcache.names import RESERVED, STATISTICS_FOLDER, check_no_links
-from mmcache.signed import ROOT
+from mmcache.format.manifest import array_json, read_manifest
+from mmcache.format.names import RESERVED, STATISTICS_FOLDER, check_no_links
+from mmcache.format.signed_json import ROOT
 from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.draft import publish
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcache.findings import Finding, Level, Report
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["ASIDE", "Loss", "Repaired", "repair"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmcache.claims import is_staging
 from mmcache.errors import DiskFullError
-from mmcache.format import Layout
+from mmcache.format.format import Layout
 from mmcache.listing import present_shards
 from mmcache.system.files import free_bytes
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["bytes_to_write", "check_room", "missing_of", "shards_from"]
 

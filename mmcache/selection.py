@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
+from mmcache.format.dtypes import BY_NAME, activation_dtype
 from mmcache.system.memory import anonymous
 
 if TYPE_CHECKING:

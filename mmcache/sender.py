@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.bucket import Bucket
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.places import Glance
 
 __all__ = ["Sender"]

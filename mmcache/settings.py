@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmcache.contexts import Contexts
-from mmcache.dtypes import BY_NAME
+from mmcache.format.dtypes import BY_NAME
+from mmcache.format.geometry import MOST_ROWS
+from mmcache.format.user_metadata import check_user_metadata
 from mmcache.frame import BOS_CHOICES
-from mmcache.geometry import MOST_ROWS
 from mmcache.system.arguments import (
     Check,
     a_device,
@@ -21,7 +22,6 @@ from mmcache.system.arguments import (
     names,
     optional,
 )
-from mmcache.user_metadata import check_user_metadata
 
 __all__ = ["OPTIONS", "Settings"]
 

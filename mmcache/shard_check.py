@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from mmcache.arriving import index_start, read_whole, tail_problems
 from mmcache.errors import CorruptError
-from mmcache.format import HEADER_BYTES, said_ids
+from mmcache.format.format import HEADER_BYTES, said_ids
 from mmcache.system.files import REFUSALS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmcache.format import Layout
+    from mmcache.format.format import Layout
     from mmcache.shard_bytes import ShardBytes
     from mmcache.shards import ShardFolder
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.format import HEADER_BYTES, Layout, parse_header
+from mmcache.format.format import HEADER_BYTES, Layout, parse_header
+from mmcache.format.names import RESERVED
 from mmcache.listing import count_shards, present_shards
-from mmcache.names import RESERVED
 from mmcache.shard_bytes import FileBytes, ObjectBytes
 from mmcache.system.descriptor import close_read
 from mmcache.system.files import count_names, map_file, open_file, read_page
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.mirror import Mirror
     from mmcache.shard_bytes import ShardBytes
     from mmcache.system.descriptor import FileStatus

@@ -8,10 +8,10 @@ import crc32c
 import numpy as np
 
 from mmcache.errors import CorruptError
-from mmcache.format import STATISTICS
+from mmcache.format.format import STATISTICS
 
 if TYPE_CHECKING:
-    from mmcache.format import Layout
+    from mmcache.format.format import Layout
     from mmcache.shard_bytes import ShardBytes
     from mmcache.shards import ShardFolder
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import crc32c
 import numpy as np
 
-from mmcache.format import HEADER_BYTES, Layout
+from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.pipeline import Job
 from mmcache.statistics import block_rows, shard_moments
 from mmcache.system.draft import Draft
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from mmcache.format import ShardSpec
+    from mmcache.format.format import ShardSpec
     from mmcache.page_cache import PageCachePolicy
     from mmcache.statistics import Moments
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import CorruptError
-from mmcache.format import HEADER_BYTES
+from mmcache.format.format import HEADER_BYTES
 from mmcache.shard_bytes import ObjectBytes
 from mmcache.shard_files import ShardFiles
 from mmcache.system.descriptor import close_read
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from mmcache.format import Layout
+    from mmcache.format.format import Layout
     from mmcache.shard_bytes import ShardBytes
 
 __all__ = ["ShardFolder"]

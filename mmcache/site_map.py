@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmcache.format import HEADER_BYTES
+from mmcache.format.format import HEADER_BYTES
 from mmcache.system.descriptor import Descriptor, close_read
 from mmcache.system.files import REFUSALS
 from mmcache.system.held import pieces

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mmcache.checked_rows import CheckedRows
-from mmcache.format import HEADER_BYTES
+from mmcache.format.format import HEADER_BYTES
 from mmcache.remote_rows import RemoteRows
 from mmcache.row_pieces import Piece, Way, take_pieces
 from mmcache.shard_maps import ShardMaps

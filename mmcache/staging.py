@@ -16,7 +16,7 @@ from mmcache.system.memory import PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mmcache.format import ShardSpec
+    from mmcache.format.format import ShardSpec
     from mmcache.pipeline import Pipeline, Slot
     from mmcache.shard_writer import ShardWriter
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from mmcache.dtypes import BY_NAME
 from mmcache.errors import IncompleteError, OutOfRangeError, UnknownSiteError
-from mmcache.flags import counted
+from mmcache.format.dtypes import BY_NAME
+from mmcache.format.token_flags import counted
 from mmcache.html import store_html
 from mmcache.listing import count_shards
 from mmcache.positions import span_of, whole_number
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     import xarray
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.mirror import Mirror
 
 __all__ = ["Store", "a_store"]

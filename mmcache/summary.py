@@ -19,8 +19,8 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.names import STATISTICS_FOLDER
-from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
+from mmcache.format.names import STATISTICS_FOLDER
+from mmcache.format.signed_json import ROOT, attributes, group_json, read_signed, signed
 from mmcache.site_statistics import SiteStatistics
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, read_file
@@ -30,7 +30,7 @@ from mmcache.system.small_files import publish_all
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["load_summary", "save_summary"]
 

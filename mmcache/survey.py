@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.features import NEW_STORES
 from mmcache.fill import forward
+from mmcache.format.features import NEW_STORES
+from mmcache.format.geometry import shard_rows
+from mmcache.format.manifest import Manifest
 from mmcache.frame import warn_of_missing
-from mmcache.geometry import shard_rows
-from mmcache.manifest import Manifest
 from mmcache.system.files import free_bytes
 from mmcache.tokenise import Tokenised
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmcache.manifest import is_store, read_manifest
+from mmcache.format.manifest import is_store, read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.system.launcher import Rank
 
 __all__ = ["plan_threads"]

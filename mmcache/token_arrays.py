@@ -14,7 +14,7 @@ from mmcache.shard_files import MANY
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.shards import ShardFolder
 
 __all__ = ["TokenArrays"]

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.flags import counted
-from mmcache.format import ids_digest
+from mmcache.format.format import ids_digest
+from mmcache.format.token_flags import counted
 from mmcache.shards import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["Batches"]
 

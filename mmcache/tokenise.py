@@ -15,16 +15,16 @@ import numpy as np
 from mmcache.columns import Column, publish_columns
 from mmcache.contexts import Context, Contexts, CorpusDigest, Place
 from mmcache.errors import CorpusError, PlanMismatchError
-from mmcache.flags import flagged
+from mmcache.format.names import RESERVED
+from mmcache.format.token_flags import flagged
 from mmcache.frame import warn_of_framed, warn_of_missing
-from mmcache.names import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from mmcache.corpus import Document
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["Tokenised", "check_corpus", "tokenise"]
 

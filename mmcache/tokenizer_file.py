@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import CorruptError
-from mmcache.names import TOKENIZER_FOLDER
+from mmcache.format.names import TOKENIZER_FOLDER
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file
 from mmcache.system.no_symlinks import check_path
@@ -20,7 +20,7 @@ from mmcache.system.no_symlinks import check_path
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = [
     "TOKENIZER",

@@ -23,13 +23,13 @@ from mmcache.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from mmcache.manifest import METADATA_LIMIT, read_manifest
-from mmcache.names import RESERVED, check_no_links
+from mmcache.format.manifest import METADATA_LIMIT, read_manifest
+from mmcache.format.names import RESERVED, check_no_links
+from mmcache.format.signed_json import ROOT
 from mmcache.part import ALL, blocks_of, chosen_sites, joined
 from mmcache.places import BucketPlace, FolderPlace, metadata
 from mmcache.receiver import Receiver
 from mmcache.sender import Sender
-from mmcache.signed import ROOT
 from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_path, names, optional, public
 from mmcache.system.draft import remove_drafts
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.part import Blocks, Numbers
 
 __all__ = ["Transferred", "pull", "push"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.system.launcher import Rank
 
 __all__ = ["Turns"]

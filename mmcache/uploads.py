@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mmcache.bucket import Bucket
     from mmcache.claims import Claims
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["Uploads"]
 

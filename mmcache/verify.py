@@ -16,14 +16,14 @@ import numpy as np
 from mmcache.connection import placed
 from mmcache.errors import AccessError, CorruptError, IncompleteError, LinkError, MmcacheError, RemoteError
 from mmcache.findings import Finding, Kind, Level, Report
-from mmcache.format import ids_digest
+from mmcache.format.format import ids_digest
+from mmcache.format.manifest import ARRAY_LIMIT, read_array, read_manifest
+from mmcache.format.names import RESERVED, STATISTICS_FOLDER
+from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.listing import listed_shards, present_shards
-from mmcache.manifest import ARRAY_LIMIT, read_array, read_manifest
 from mmcache.mirror import Mirror
-from mmcache.names import RESERVED, STATISTICS_FOLDER
 from mmcache.shard_check import check_shard
 from mmcache.shards import ShardFolder
-from mmcache.signed import ROOT, read_signed
 from mmcache.store import Store
 from mmcache.summary import load_summary
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.sequences import Sequences
 
 __all__ = ["verify"]

@@ -14,14 +14,15 @@ import torch
 from mmcache.batch import check_batch, runs_by_block
 from mmcache.block import Block
 from mmcache.columns import Column, publish_columns
-from mmcache.dtypes import activation_dtype
 from mmcache.errors import ArgumentError, ReadOnlyError
-from mmcache.features import NEW_STORES
-from mmcache.flags import counted, flagged
-from mmcache.geometry import shard_rows
+from mmcache.format.dtypes import activation_dtype
+from mmcache.format.features import NEW_STORES
+from mmcache.format.geometry import shard_rows
+from mmcache.format.manifest import Manifest, read_manifest
+from mmcache.format.names import RESERVED, check_no_links
+from mmcache.format.token_flags import counted, flagged
+from mmcache.format.user_metadata import check_user_metadata
 from mmcache.grown import GrownStore, claim
-from mmcache.manifest import Manifest, read_manifest
-from mmcache.names import RESERVED, check_no_links
 from mmcache.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
@@ -29,7 +30,6 @@ from mmcache.shards import ShardFolder
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.system.draft import remove_drafts
 from mmcache.tokenizer_file import tokenizer_identity, tokenizer_source
-from mmcache.user_metadata import check_user_metadata
 
 if TYPE_CHECKING:
     import os

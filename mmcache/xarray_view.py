@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmcache.dtypes import BY_NAME, activation_dtype
 from mmcache.errors import ArgumentError
+from mmcache.format.dtypes import BY_NAME, activation_dtype
 
 try:
     import xarray
@@ -25,7 +25,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
     from mmcache.shards import ShardFolder
     from mmcache.site_view import SiteView
 

@@ -16,9 +16,9 @@ import atheris
 
 with atheris.instrument_imports(include=["mmcache"]):
     import mmcache
-    from mmcache.dtypes import BY_NAME
-    from mmcache.format import Layout, ShardSpec, parse_header
-    from mmcache.manifest import Manifest, read_manifest
+    from mmcache.format.dtypes import BY_NAME
+    from mmcache.format.format import Layout, ShardSpec, parse_header
+    from mmcache.format.manifest import Manifest, read_manifest
     from mmcache.overview import overview
     from mmcache.view.words import Words
 

@@ -29,14 +29,14 @@ from planning.size import measure, planned
 from planning.writing import Job, outcome
 from rich.console import Console
 
-from mmcache.dtypes import ACTIVATION_DTYPES
 from mmcache.errors import ArgumentError, MmcacheError
-from mmcache.names import site_name_problem
+from mmcache.format.dtypes import ACTIVATION_DTYPES
+from mmcache.format.names import site_name_problem
 
 if TYPE_CHECKING:
     from planning.models import Model
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 _MOST = 10**18
 

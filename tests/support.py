@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mmcache
-from mmcache.dtypes import BY_NAME
+from mmcache.format.dtypes import BY_NAME
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BOS, SPECIAL, FIRST = 1, 2, 4

@@ -12,7 +12,7 @@ import mmcache
 from mmcache import plan as planning
 from mmcache import tokenise
 from mmcache.cli import main
-from mmcache.manifest import read_manifest
+from mmcache.format.manifest import read_manifest
 from mmcache.system.draft import publish
 from mmcache.tokenise import Tokenised
 

@@ -15,7 +15,7 @@ from support import same, widened, without_sync
 import mmcache
 from mmcache import mirror, shard_cache
 from mmcache.copy_records import identity
-from mmcache.format import HEADER_BYTES
+from mmcache.format.format import HEADER_BYTES
 from mmcache.shard_cache import ShardCache
 from mmcache.system.draft import Draft
 

@@ -22,8 +22,8 @@ from mmcache import cluster_pool, cluster_worker, ray_session
 from mmcache.cli import main
 from mmcache.cluster_pool import Resources, deal
 from mmcache.cluster_worker import Job, Planned, Worker
+from mmcache.format.manifest import read_manifest
 from mmcache.loading import load_model, load_tokenizer
-from mmcache.manifest import read_manifest
 from mmcache.signals import Stopped, stoppable
 from mmcache.system.draft import Draft
 

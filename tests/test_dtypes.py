@@ -12,8 +12,8 @@ from zarr.core.dtype.common import DataTypeValidationError
 from zarr.dtype import data_type_registry
 from zarr.storage import MemoryStore
 
-from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME, BFloat16, activation_dtype, register_bfloat16
 from mmcache.errors import DtypeError
+from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME, BFloat16, activation_dtype, register_bfloat16
 
 register_bfloat16()
 BITS = st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=40)

@@ -19,7 +19,7 @@ from support import DTYPES, damage, numpy_dtype, python, random_bits, raw, shard
 import mmcache
 from mmcache import selection
 from mmcache.cli import main
-from mmcache.manifest import read_manifest
+from mmcache.format.manifest import read_manifest
 
 # Under its own name there is the function.
 module = importlib.import_module("mmcache.export")

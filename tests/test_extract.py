@@ -26,7 +26,7 @@ from mmcache.errors import (
     UnsupportedModelError,
 )
 from mmcache.fill import NonFiniteWarning
-from mmcache.flags import BOS, FIRST, SPECIAL
+from mmcache.format.token_flags import BOS, FIRST, SPECIAL
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 

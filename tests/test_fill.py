@@ -8,7 +8,7 @@ import pytest
 import mmcache
 from mmcache import fill, turns
 from mmcache.errors import LockedError, PlanMismatchError
-from mmcache.signed import ROOT
+from mmcache.format.signed_json import ROOT
 from mmcache.system.draft import Draft, publish
 
 pytest.importorskip("transformers")

@@ -269,7 +269,7 @@ def test_the_same_job_in_another_process_is_the_same_to_the_last_bit(tmp_path):
 def test_a_store_that_recorded_less_is_gone_on_with_and_that_is_said_once(tmp_path):
     path = tmp_path / "store"
     extract(small.llama(), path)
-    from mmcache.manifest import read_manifest  # noqa: PLC0415
+    from mmcache.format.manifest import read_manifest  # noqa: PLC0415
     from mmcache.system.draft import publish  # noqa: PLC0415
 
     manifest = read_manifest(path)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmcache
-from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.errors import CorruptError
-from mmcache.format import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
-from mmcache.manifest import ROOT, Manifest, array_json
+from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
+from mmcache.format.format import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
+from mmcache.format.manifest import ROOT, Manifest, array_json
 from mmcache.shard_statistics import shard_statistics
 from mmcache.shards import ShardFolder
 from mmcache.statistics import Moments

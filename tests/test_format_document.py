@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import mmcache
-from mmcache import dtypes, features, format, geometry, manifest, names, signed  # noqa: A004 -- a module of ours
 from mmcache.errors import VersionError
-from mmcache.flags import BOS, FIRST, SPECIAL, known_flags
-from mmcache.format import Layout
-from mmcache.manifest import Manifest, array_json
+from mmcache.format import dtypes, features, format, geometry, manifest, names, signed_json  # noqa: A004 -- a module of ours
+from mmcache.format.format import Layout
+from mmcache.format.manifest import Manifest, array_json
+from mmcache.format.token_flags import BOS, FIRST, SPECIAL, known_flags
 from mmcache.system import draft
 
 PAGE = (Path(mmcache.__file__).parent / "FORMAT.md").read_text()
@@ -96,7 +96,7 @@ def test_the_limits_that_the_page_gives():
         "header of 4096": format.HEADER_BYTES,
         "pages of 4096": geometry.PAGE,
         "always 4088": format._JSON_BYTES,
-        "with 64 zeros": len(signed._BLANK),
+        "with 64 zeros": len(signed_json._BLANK),
     }
     for words, value in limits.items():
         assert words in PROSE
@@ -111,7 +111,7 @@ def test_the_limits_that_the_page_gives():
 
 def test_the_names_that_the_page_gives():
     said = PROSE.partition("not be one of ")[2].partition(" Names that begin")[0]
-    for name in (*names.RESERVED, names.STATISTICS_FOLDER, names.TOKENIZER_FOLDER, signed.ROOT):
+    for name in (*names.RESERVED, names.STATISTICS_FOLDER, names.TOKENIZER_FOLDER, signed_json.ROOT):
         assert f"`{name}`" in said
         assert names.site_name_problem(name, 1) is not None
     assert f"in version 2 `{names.DOCUMENTS_FOLDER}`" in said

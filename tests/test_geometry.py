@@ -2,10 +2,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.errors import ArgumentError
-from mmcache.format import Layout, ShardSpec
-from mmcache.geometry import CHUNK_BYTES, SHARD_BYTES, inner_rows, shard_rows
+from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
+from mmcache.format.format import Layout, ShardSpec
+from mmcache.format.geometry import CHUNK_BYTES, SHARD_BYTES, inner_rows, shard_rows
 from mmcache.system.memory import PAGE
 
 # Bytes a row: numbers of 2, 4 or 8 bytes, from one number to a token's 100 layers of 16,384.

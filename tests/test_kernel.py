@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mmcache import kernel as module
 from mmcache import statistics
-from mmcache.dtypes import BY_NAME
-from mmcache.format import ShardSpec
+from mmcache.format.dtypes import BY_NAME
+from mmcache.format.format import ShardSpec
 from mmcache.kernel import load_kernel, span_sums
 from mmcache.statistics import Moments, block_rows
 from mmcache.sums import SPAN, sum_block

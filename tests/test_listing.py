@@ -14,8 +14,8 @@ from hypothesis import example, given
 from support import python, widened
 
 import mmcache
+from mmcache.format.manifest import Manifest
 from mmcache.listing import count_shards, in_order, is_there, listed_shards, present_shards
-from mmcache.manifest import Manifest
 from mmcache.overview import overview
 from mmcache.shards import ShardFolder
 from mmcache.store import Store
@@ -152,7 +152,7 @@ import mmcache.system.files
 import mmcache.room
 from mmcache.columns import Column, publish_columns
 from mmcache.fill import Fill
-from mmcache.manifest import Manifest, array_json, read_manifest
+from mmcache.format.manifest import Manifest, array_json, read_manifest
 from mmcache.system.launcher import Rank
 from mmcache.survey import survey_plan
 from mmcache.token_batches import Batches

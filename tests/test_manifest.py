@@ -12,12 +12,12 @@ import zarr
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmcache.dtypes import ACTIVATION_DTYPES
 from mmcache.errors import ArgumentError, CorruptError, MmcacheError, StoreNotFoundError, VersionError
-from mmcache.manifest import Manifest, array_json, read_manifest
-from mmcache.names import RESERVED, check_site_name, site_name_problem
-from mmcache.signed import ROOT
-from mmcache.user_metadata import check_user_metadata
+from mmcache.format.dtypes import ACTIVATION_DTYPES
+from mmcache.format.manifest import Manifest, array_json, read_manifest
+from mmcache.format.names import RESERVED, check_site_name, site_name_problem
+from mmcache.format.signed_json import ROOT
+from mmcache.format.user_metadata import check_user_metadata
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(max_size=10),

@@ -20,8 +20,8 @@ from mmcache import bucket
 from mmcache import mirror as mirror_module
 from mmcache.arriving import Arriving
 from mmcache.errors import ArgumentError, BucketNotFoundError, CorruptError, IncompleteError, StoreNotFoundError
-from mmcache.format import HEADER_BYTES, Layout, parse_header
-from mmcache.manifest import read_manifest
+from mmcache.format.format import HEADER_BYTES, Layout, parse_header
+from mmcache.format.manifest import read_manifest
 from mmcache.mirror import CHECKSUM_BYTES, Mirror
 from mmcache.shard_bytes import FileBytes, ObjectBytes
 from mmcache.shard_objects import ShardObjects

@@ -32,10 +32,10 @@ from mmcache.errors import (
     StoreExistsError,
     WriteError,
 )
+from mmcache.format.manifest import read_manifest
+from mmcache.format.signed_json import ROOT
 from mmcache.job import Extraction
-from mmcache.manifest import read_manifest
 from mmcache.outgoing import staging_folder
-from mmcache.signed import ROOT
 from mmcache.system.draft import publish
 from mmcache.system.files import list_names
 from mmcache.system.launcher import Rank

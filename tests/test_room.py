@@ -8,7 +8,7 @@ from broken import extracted
 from support import shards
 
 import mmcache
-from mmcache.manifest import read_manifest
+from mmcache.format.manifest import read_manifest
 from mmcache.room import bytes_to_write, check_room, missing_of, shards_from
 
 

@@ -9,8 +9,8 @@ from torch import nn
 import mmcache
 from mmcache import provenance, survey
 from mmcache.errors import CorruptError, PlanMismatchError
+from mmcache.format.manifest import read_manifest
 from mmcache.job import Extraction
-from mmcache.manifest import read_manifest
 from mmcache.model_identity import model_identity
 from mmcache.system.small_files import publish_all
 

@@ -16,8 +16,8 @@ from support import DTYPES, numpy_dtype, random_bits, raw, without_sync
 
 import mmcache
 from mmcache import staging
-from mmcache.dtypes import activation_dtype
-from mmcache.format import ShardSpec, encode
+from mmcache.format.dtypes import activation_dtype
+from mmcache.format.format import ShardSpec, encode
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.shard_writer import Seal, ShardWriter

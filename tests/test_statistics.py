@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.format import NORM_COLUMNS, STATISTICS
+from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
+from mmcache.format.format import NORM_COLUMNS, STATISTICS
 from mmcache.statistics import Moments, merge_moments
 
 SEEDS = st.integers(0, 2**32)

@@ -7,7 +7,7 @@ import pytest
 from support import without_sync
 
 from mmcache.columns import Column, publish_columns
-from mmcache.manifest import Manifest
+from mmcache.format.manifest import Manifest
 from mmcache.token_batches import Batches
 
 LENGTHS = np.random.default_rng(3).integers(1, 9, 61)

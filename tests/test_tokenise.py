@@ -11,11 +11,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmcache import manifest, tokenise
+from mmcache import tokenise
 from mmcache.contexts import Contexts, CorpusDigest
 from mmcache.errors import CorpusError, PlanMismatchError
-from mmcache.flags import BOS, FIRST, SPECIAL
-from mmcache.manifest import Manifest
+from mmcache.format import manifest
+from mmcache.format.manifest import Manifest
+from mmcache.format.token_flags import BOS, FIRST, SPECIAL
 from mmcache.shards import ShardFolder
 from mmcache.system import draft
 from mmcache.tokenise import Tokenised, check_corpus

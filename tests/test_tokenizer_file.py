@@ -13,7 +13,7 @@ from support import damage, flip
 
 import mmcache
 from mmcache import cli, tokenizer_file
-from mmcache.manifest import read_manifest
+from mmcache.format.manifest import read_manifest
 from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache import turns
-from mmcache.manifest import Manifest
+from mmcache.format.manifest import Manifest
 from mmcache.system.draft import Draft
 from mmcache.system.launcher import Rank
 from mmcache.turns import Turns

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, OutOfRangeError
-from mmcache.flags import named_flags
+from mmcache.format.token_flags import named_flags
 from mmcache.store import a_store
 from mmcache.system.arguments import a_name, an_index, choice, count, optional, public
 from mmcache.view.base import View, written

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
-from mmcache.format import Layout
+from mmcache.format.format import Layout
 from mmcache.site_statistics import SiteStatistics, merge_site
 from mmcache.summary import load_summary
 

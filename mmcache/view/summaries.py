@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmcache.flags import named_flags
+from mmcache.format.token_flags import named_flags
 from mmcache.store import a_store
 from mmcache.system.arguments import a_name, an_index, public
 from mmcache.view.look import Look

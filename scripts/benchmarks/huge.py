@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.columns import Column, publish_columns
-from mmcache.format import NORM_COLUMNS, Layout
-from mmcache.manifest import Manifest, array_json
-from mmcache.names import RESERVED
+from mmcache.format.format import NORM_COLUMNS, Layout
+from mmcache.format.manifest import Manifest, array_json
+from mmcache.format.names import RESERVED
 
 if TYPE_CHECKING:
     from typing import Literal

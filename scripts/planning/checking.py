@@ -15,9 +15,9 @@ from benchmarks.limits import raw_write
 
 from mmcache.capture import capture
 from mmcache.fill import forward
+from mmcache.format.names import RESERVED
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
-from mmcache.names import RESERVED
 from planning.figures import Figure
 from planning.measuring import digest_rate
 from planning.models import find_model

@@ -29,7 +29,7 @@ from planning.figures import Figure, Figures
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmcache.manifest import Manifest
+    from mmcache.format.manifest import Manifest
 
 __all__ = ["digest_rate", "measured"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmcache.dtypes import BY_NAME
-from mmcache.features import NEW_STORES
-from mmcache.format import STATISTICS, Layout
-from mmcache.geometry import shard_rows
-from mmcache.manifest import Manifest, array_json
-from mmcache.names import RESERVED
+from mmcache.format.dtypes import BY_NAME
+from mmcache.format.features import NEW_STORES
+from mmcache.format.format import STATISTICS, Layout
+from mmcache.format.geometry import shard_rows
+from mmcache.format.manifest import Manifest, array_json
+from mmcache.format.names import RESERVED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,7 +27,7 @@ from mmcache.system.memory import PAGE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mmcache.dtypes import Dtype
+    from mmcache.format.dtypes import Dtype
 
 __all__ = [
     "FORMAT_VERSIONS",

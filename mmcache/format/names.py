@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmcache.errors import ArgumentError
-from mmcache.signed import ROOT
+from mmcache.format.signed_json import ROOT
 from mmcache.system.arguments import shown
 from mmcache.system.no_symlinks import check_links
 

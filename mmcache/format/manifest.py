@@ -14,14 +14,14 @@ import zarr
 import zarr.storage
 from zarr.codecs import TransposeCodec
 
-from mmcache.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.features import FIRST_TOKENS, checked_uses
-from mmcache.flags import known_flags
-from mmcache.format import Layout, ShardSpec
-from mmcache.geometry import inner_rows
-from mmcache.names import RESERVED, site_name_problem
-from mmcache.signed import ROOT, attributes, group_json, read_signed, signed
+from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
+from mmcache.format.features import FIRST_TOKENS, checked_uses
+from mmcache.format.format import Layout, ShardSpec
+from mmcache.format.geometry import inner_rows
+from mmcache.format.names import RESERVED, site_name_problem
+from mmcache.format.signed_json import ROOT, attributes, group_json, read_signed, signed
+from mmcache.format.token_flags import known_flags
 
 if TYPE_CHECKING:
     from pathlib import Path
