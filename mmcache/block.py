@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mmcache.format.manifest import Manifest
     from mmcache.page_cache import PageCachePolicy
     from mmcache.pipeline import Pipeline
-    from mmcache.shards import ShardFolder
     from mmcache.staging import Stager
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["Block", "Run"]
 

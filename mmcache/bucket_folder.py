@@ -20,20 +20,20 @@ from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreE
 from mmcache.format.manifest import METADATA_LIMIT, is_store, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.listed import Listed
-from mmcache.listing import in_order, present_shards
+from mmcache.storage.listed import Listed
+from mmcache.storage.listing import in_order, present_shards
+from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.crew import Crew
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, remove_tree
 from mmcache.system.no_symlinks import make_empty
-from mmcache.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-    from mmcache.bucket import Bucket
     from mmcache.format.manifest import Manifest
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["BucketFolder"]
 

@@ -23,13 +23,13 @@ from mmcache.format.format import Layout
 from mmcache.format.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
 from mmcache.format.names import RESERVED, TOKENIZER_FOLDER
 from mmcache.format.signed_json import ROOT, check_signed
-from mmcache.tokenizer_file import TOKENIZER
+from mmcache.storage.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from mmcache.bucket import Bucket
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["Listing", "is_column", "manifest_of", "read_if_there", "read_planned", "shard_numbers"]
 

@@ -28,8 +28,8 @@ from mmcache.grown import claim, close_after
 from mmcache.html import cache_html
 from mmcache.layer_writer import LayerWriter
 from mmcache.opening import open_store
-from mmcache.shards import ShardFolder
 from mmcache.site_view import SiteView
+from mmcache.storage.shards import ShardFolder
 from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.system.files import remove_tree
 

@@ -18,8 +18,8 @@ import numpy as np
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.format.format import ids_digest
 from mmcache.format.names import RESERVED
-from mmcache.shard_check import check_shard
-from mmcache.shards import ShardFolder
+from mmcache.storage.shard_check import check_shard
+from mmcache.storage.shards import ShardFolder
 from mmcache.store import Store
 from mmcache.system.crew import Crew
 

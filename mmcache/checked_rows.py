@@ -14,7 +14,7 @@ import torch
 from mmcache.system.runs import alike
 
 if TYPE_CHECKING:
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["CheckedRows"]
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from mmcache.cluster_pool import Pool, Resources
 from mmcache.cluster_worker import Job, Options, see_plan
-from mmcache.connection import placed
 from mmcache.errors import ArgumentError
 from mmcache.frame import BosWarning
 from mmcache.job import complete
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.ray_session import connected
+from mmcache.storage.connection import placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.format.format import encode
-from mmcache.shards import ShardFolder
+from mmcache.storage.shards import ShardFolder
 from mmcache.system.draft import remove_drafts
 from mmcache.system.small_files import publish_all
 

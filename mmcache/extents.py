@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmcache.copy_records import identity
 from mmcache.errors import IncompleteError
 from mmcache.format.format import HEADER_BYTES
-from mmcache.mirror import CHECKSUM_BYTES
+from mmcache.storage.copy_records import identity
+from mmcache.storage.mirror import CHECKSUM_BYTES
 from mmcache.system.descriptor import close_read
 from mmcache.system.files import map_file, open_file
 from mmcache.system.memory import PAGE
@@ -23,8 +23,8 @@ from mmcache.system.syscalls import LINUX, map_over, release, reserve
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.copy_records import Identity
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.copy_records import Identity
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["Extents"]
 

@@ -14,13 +14,13 @@ from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
-from mmcache.listing import is_there
 from mmcache.model_use import running
 from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
 from mmcache.staging import Stager
 from mmcache.statistics import WHOLE_ROWS
+from mmcache.storage.listing import is_there
 from mmcache.system.arguments import outside
 from mmcache.system.memory import PAGE
 from mmcache.turns import Turns

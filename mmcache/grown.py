@@ -18,11 +18,11 @@ from mmcache.format.names import RESERVED, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.staging import Stager
+from mmcache.storage.tokenizer_file import TOKENIZER, save_tokenizer
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, remove_file
 from mmcache.system.locks import FolderLock
 from mmcache.system.memory import PAGE
-from mmcache.tokenizer_file import TOKENIZER, save_tokenizer
 
 if TYPE_CHECKING:
     from mmcache.format.manifest import Manifest

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.format.manifest import read_manifest
-from mmcache.mirror import Mirror
+from mmcache.storage.connection import placed
+from mmcache.storage.mirror import Mirror
 from mmcache.store import Store
 from mmcache.system.arguments import a_folder, a_path, a_switch, count, optional, public
 

@@ -9,18 +9,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.bucket import Bucket
 from mmcache.bucket_folder import BucketFolder
 from mmcache.bucket_listing import manifest_of, read_if_there, read_planned
-from mmcache.cache_place import cache_folder, private_folder
 from mmcache.claims import STAGING, Claims
-from mmcache.connection import placed
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
 from mmcache.opening import open_store
 from mmcache.room import bytes_to_write
+from mmcache.storage.bucket import Bucket
+from mmcache.storage.cache_folder import cache_folder, private_folder
+from mmcache.storage.connection import placed
 from mmcache.summary import load_summary, save_summary
 from mmcache.system.files import free_bytes
 from mmcache.system.locks import FolderLock

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.connection import placed
 from mmcache.errors import IncompleteError
 from mmcache.format.manifest import read_manifest
-from mmcache.listing import listed_shards
-from mmcache.mirror import Mirror
+from mmcache.storage.connection import placed
+from mmcache.storage.listing import listed_shards
+from mmcache.storage.mirror import Mirror
 from mmcache.system.arguments import a_path, public
 
 if TYPE_CHECKING:

@@ -24,17 +24,17 @@ from mmcache.format.manifest import Manifest, array_json, is_store, read_manifes
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.signed_json import ROOT
 from mmcache.grown import claim
-from mmcache.listing import in_order
 from mmcache.new_store import check_new, row_sizes
 from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.room import check_room, shards_from
-from mmcache.shards import ShardFolder
+from mmcache.storage.listing import in_order
+from mmcache.storage.shards import ShardFolder
+from mmcache.storage.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.system.locks import FolderLock
 from mmcache.system.small_files import publish_all
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
-from mmcache.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

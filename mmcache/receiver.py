@@ -8,29 +8,29 @@ import itertools
 import json
 from typing import TYPE_CHECKING
 
-from mmcache.arriving import ArrivingPart, tail_problems
 from mmcache.carrier import Carrier, Shard
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
 from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT
-from mmcache.landing import Landing
-from mmcache.mirror import STREAMS
 from mmcache.places import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
-from mmcache.shard_bytes import FileBytes
-from mmcache.shard_check import check_ids
-from mmcache.shards import ShardFolder
+from mmcache.storage.arriving import ArrivingPart, tail_problems
+from mmcache.storage.landing import Landing
+from mmcache.storage.mirror import STREAMS
+from mmcache.storage.shard_bytes import FileBytes
+from mmcache.storage.shard_check import check_ids
+from mmcache.storage.shards import ShardFolder
+from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.draft import Draft
 from mmcache.system.files import open_file
-from mmcache.tokenizer_file import TOKENIZER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from mmcache.bucket import Bucket
     from mmcache.format.manifest import Manifest
     from mmcache.places import Glance
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["Receiver"]
 

@@ -20,14 +20,14 @@ import torch
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
 from mmcache.extents import Extents
 from mmcache.format.format import HEADER_BYTES, Layout
-from mmcache.mirror import STREAMS
 from mmcache.scatter import Part, begins_of, parts_of, scatter
+from mmcache.storage.mirror import STREAMS
 from mmcache.system.crew import let_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["RemoteRows"]
 

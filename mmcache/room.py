@@ -10,7 +10,7 @@ import numpy as np
 from mmcache.claims import is_staging
 from mmcache.errors import DiskFullError
 from mmcache.format.format import Layout
-from mmcache.listing import present_shards
+from mmcache.storage.listing import present_shards
 from mmcache.system.files import free_bytes
 
 if TYPE_CHECKING:

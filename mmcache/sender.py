@@ -5,19 +5,19 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from mmcache.bucket import PART_BYTES
 from mmcache.carrier import Carrier, Shard
 from mmcache.errors import CorruptError, StoreExistsError
 from mmcache.places import BucketPlace, FolderPlace
-from mmcache.shards import ShardFolder
+from mmcache.storage.bucket import PART_BYTES
+from mmcache.storage.shards import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mmcache.bucket import Bucket
     from mmcache.format.manifest import Manifest
     from mmcache.places import Glance
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["Sender"]
 

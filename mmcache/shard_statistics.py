@@ -12,8 +12,8 @@ from mmcache.format.format import STATISTICS
 
 if TYPE_CHECKING:
     from mmcache.format.format import Layout
-    from mmcache.shard_bytes import ShardBytes
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shard_bytes import ShardBytes
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["brief_statistics", "overflow", "shard_statistics"]
 

@@ -23,7 +23,7 @@ from mmcache.window import Window
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["SAMPLES", "Files", "SiteMap", "Table"]
 

@@ -32,8 +32,8 @@ from mmcache.system.syscalls import AIO, LINUX, will_need, will_need_all
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mmcache.shards import ShardFolder
     from mmcache.site_map import Table
+    from mmcache.storage.shards import ShardFolder
     from mmcache.system.syscalls import Ranges
 
 __all__ = ["Reader", "SiteRows", "best_reader", "bring_near"]

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from mmcache.errors import IncompleteError
-from mmcache.listing import in_order
 from mmcache.shard_statistics import overflow, shard_statistics
 from mmcache.statistics import merge_moments, shard_moments
+from mmcache.storage.listing import in_order
 from mmcache.system.arguments import choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["SiteStatistics", "merge_site"]
 

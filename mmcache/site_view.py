@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from threading import Event
 
-    from mmcache.shards import ShardFolder
     from mmcache.site_rows import Reader
     from mmcache.site_statistics import SiteStatistics
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]
 

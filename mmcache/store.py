@@ -12,15 +12,15 @@ from mmcache.errors import IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.format.dtypes import BY_NAME
 from mmcache.format.token_flags import counted
 from mmcache.html import store_html
-from mmcache.listing import count_shards
 from mmcache.positions import span_of, whole_number
 from mmcache.sequences import Location, Sequences
-from mmcache.shards import ShardFolder
 from mmcache.site_view import MAX_MAPS, SiteView
+from mmcache.storage.listing import count_shards
+from mmcache.storage.shards import ShardFolder
+from mmcache.storage.tokenizer_file import read_tokenizer
 from mmcache.summary import load_summary
 from mmcache.system.arguments import instance, shown
 from mmcache.token_arrays import TokenArrays
-from mmcache.tokenizer_file import read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import xarray
 
     from mmcache.format.manifest import Manifest
-    from mmcache.mirror import Mirror
+    from mmcache.storage.mirror import Mirror
 
 __all__ = ["Store", "a_store"]
 

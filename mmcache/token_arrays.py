@@ -9,13 +9,13 @@ import torch
 
 from mmcache.errors import CorruptError
 from mmcache.sequences import Sequences
-from mmcache.shard_files import MANY
+from mmcache.storage.shard_files import MANY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcache.format.manifest import Manifest
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["TokenArrays"]
 

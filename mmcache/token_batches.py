@@ -14,7 +14,7 @@ import numpy as np
 
 from mmcache.format.format import ids_digest
 from mmcache.format.token_flags import counted
-from mmcache.shards import ShardFolder
+from mmcache.storage.shards import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

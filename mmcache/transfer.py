@@ -13,8 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mmcache.bucket import Bucket
-from mmcache.connection import placed
 from mmcache.errors import (
     ArgumentError,
     CorruptError,
@@ -30,6 +28,8 @@ from mmcache.part import ALL, blocks_of, chosen_sites, joined
 from mmcache.places import BucketPlace, FolderPlace, metadata
 from mmcache.receiver import Receiver
 from mmcache.sender import Sender
+from mmcache.storage.bucket import Bucket
+from mmcache.storage.connection import placed
 from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_path, names, optional, public
 from mmcache.system.draft import remove_drafts

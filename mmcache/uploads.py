@@ -7,8 +7,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from mmcache.errors import CorruptError, MmcacheError, RemoteError, StoreNotFoundError, WriteError
-from mmcache.shard_check import check_shard
-from mmcache.shards import ShardFolder
+from mmcache.storage.shard_check import check_shard
+from mmcache.storage.shards import ShardFolder
 from mmcache.system.crew import Crew
 from mmcache.system.draft import Draft
 from mmcache.system.files import remove_file
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from mmcache.bucket import Bucket
     from mmcache.claims import Claims
     from mmcache.format.manifest import Manifest
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["Uploads"]
 

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.connection import placed
 from mmcache.errors import AccessError, CorruptError, IncompleteError, LinkError, MmcacheError, RemoteError
 from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format.format import ids_digest
 from mmcache.format.manifest import ARRAY_LIMIT, read_array, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, read_signed
-from mmcache.listing import listed_shards, present_shards
-from mmcache.mirror import Mirror
-from mmcache.shard_check import check_shard
-from mmcache.shards import ShardFolder
+from mmcache.storage.connection import placed
+from mmcache.storage.listing import listed_shards, present_shards
+from mmcache.storage.mirror import Mirror
+from mmcache.storage.shard_check import check_shard
+from mmcache.storage.shards import ShardFolder
+from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.store import Store
 from mmcache.summary import load_summary
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.crew import Crew
 from mmcache.system.files import count_names, list_names
 from mmcache.system.no_symlinks import check_path
-from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:
     import os

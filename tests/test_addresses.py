@@ -12,9 +12,10 @@ from pages import ask, serving
 from support import without_sync
 
 import mmcache
-from mmcache import bucket, errors
-from mmcache.bucket import Bucket
+from mmcache import errors
 from mmcache.cli import main
+from mmcache.storage import bucket
+from mmcache.storage.bucket import Bucket
 from mmcache.urls import address, concealed, is_url, redacted
 from mmcache.view.panels import Source
 

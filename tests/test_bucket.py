@@ -11,9 +11,9 @@ import pytest
 import s3
 from support import FORKS, forked
 
-from mmcache import bucket, object_names, object_reads
-from mmcache.bucket import Bucket
 from mmcache.errors import AccessError, CorruptError, RemoteError, StoreNotFoundError
+from mmcache.storage import bucket, object_keys, object_reads
+from mmcache.storage.bucket import Bucket
 
 PART = 5 << 20
 SMALL, LARGE = b"0123456789", bytes(range(256)) * 49152  # 12 MiB: three parts
@@ -186,7 +186,7 @@ def test_what_arrives_damaged_is_sent_again_or_told(place, large, monkeypatch, r
 
 def test_a_listing_comes_in_pages(monkeypatch):
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
-    monkeypatch.setattr(object_names, "_LISTED", 10)
+    monkeypatch.setattr(object_keys, "_LISTED", 10)
     monkeypatch.setattr(bucket, "PATIENCE", 0.5)
     with s3.serve_s3() as server, s3.FaultProxy(server.host, server.port) as proxy:
         for name, value in server.env(proxy.endpoint).items():

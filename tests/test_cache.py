@@ -30,7 +30,7 @@ import mmcache
 from mmcache import FullActivationCache
 from mmcache.opening import open_store
 from mmcache.shard_statistics import shard_statistics
-from mmcache.shards import ShardFolder
+from mmcache.storage.shards import ShardFolder
 from mmcache.system.draft import Draft
 
 

@@ -13,10 +13,10 @@ from broken import MAKERS
 from support import same, widened, without_sync
 
 import mmcache
-from mmcache import mirror, shard_cache
-from mmcache.copy_records import identity
 from mmcache.format.format import HEADER_BYTES
-from mmcache.shard_cache import ShardCache
+from mmcache.storage import mirror, shard_cache
+from mmcache.storage.copy_records import identity
+from mmcache.storage.shard_cache import ShardCache
 from mmcache.system.draft import Draft
 
 KINDS = ("planned, token", "grown, layer", "cache")

@@ -8,10 +8,10 @@ import remote
 from support import python, without_sync
 
 import mmcache
-from mmcache import cache_place
-from mmcache.cache_place import cache_folder, private_folder
 from mmcache.errors import ArgumentError, WriteError
 from mmcache.outgoing import Outgoing
+from mmcache.storage import cache_folder as cache_place
+from mmcache.storage.cache_folder import cache_folder, private_folder
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to others")
 STRANGER = 12345

@@ -7,9 +7,9 @@ import time
 import pytest
 import s3
 
-from mmcache import bucket
-from mmcache.bucket import Bucket
 from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, StoreNotFoundError
+from mmcache.storage import bucket
+from mmcache.storage.bucket import Bucket
 from mmcache.urls import is_url
 
 SMALL = b"0123456789"

@@ -11,9 +11,10 @@ import torch
 from support import ended_uploads, wait_for
 
 import mmcache
-from mmcache import bucket, bucket_folder, fill, outgoing, retries, turns, uploads
+from mmcache import bucket_folder, fill, outgoing, turns, uploads
 from mmcache.errors import RemoteError
 from mmcache.outgoing import staging_folder
+from mmcache.storage import bucket, retries
 
 pytest.importorskip("transformers")
 pytest.importorskip("obstore")

@@ -19,8 +19,8 @@ from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.format.format import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
 from mmcache.format.manifest import ROOT, Manifest, array_json
 from mmcache.shard_statistics import shard_statistics
-from mmcache.shards import ShardFolder
 from mmcache.statistics import Moments
+from mmcache.storage.shards import ShardFolder
 
 ABSENT = 2**64 - 1
 METADATA = {"format": "mmcache/1", "store": "0" * 32, "array": "mlp_in", "key": "c.0.0.0"}

@@ -15,8 +15,8 @@ from support import without_sync
 import mmcache
 from mmcache import kept as module
 from mmcache.kept import Kept
-from mmcache.shards import ShardFolder
 from mmcache.split import Split, members
+from mmcache.storage.shards import ShardFolder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache import landing
+from mmcache.storage import landing
 from mmcache.system.draft import Draft
 from mmcache.system.memory import PAGE
 

@@ -10,9 +10,9 @@ from broken import cache
 from support import tree
 
 import mmcache
-from mmcache import bucket
-from mmcache.bucket import Bucket
 from mmcache.errors import ArgumentError, CorruptError
+from mmcache.storage import bucket
+from mmcache.storage.bucket import Bucket
 
 
 class Syncs:

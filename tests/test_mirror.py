@@ -16,16 +16,16 @@ from support import flip, python, tree, without_sync
 from test_format import METADATA, encoded, layouts, random_rows
 
 import mmcache
-from mmcache import bucket
-from mmcache import mirror as mirror_module
-from mmcache.arriving import Arriving
 from mmcache.errors import ArgumentError, BucketNotFoundError, CorruptError, IncompleteError, StoreNotFoundError
 from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.manifest import read_manifest
-from mmcache.mirror import CHECKSUM_BYTES, Mirror
-from mmcache.shard_bytes import FileBytes, ObjectBytes
-from mmcache.shard_objects import ShardObjects
-from mmcache.shards import ShardFolder
+from mmcache.storage import bucket
+from mmcache.storage import mirror as mirror_module
+from mmcache.storage.arriving import Arriving
+from mmcache.storage.mirror import CHECKSUM_BYTES, Mirror
+from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
+from mmcache.storage.shard_objects import ShardObjects
+from mmcache.storage.shards import ShardFolder
 
 KEY = "c.0.0.0"
 
@@ -185,7 +185,7 @@ def test_a_root_that_changes_while_it_is_listed_is_listed_anew(url, made, s3_ser
 def test_threads_and_processes_that_look_at_once_see_the_same(url, made, tmp_path):
     code = """
 import sys
-from mmcache.mirror import Mirror
+from mmcache.storage.mirror import Mirror
 for _ in range(5):
     mirror = Mirror(sys.argv[1], sys.argv[2])
 print(sum(1 for _ in mirror.folder.rglob("c.*")), len(mirror.fetch_later(len, "abc").result() * "x"))

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from support import same, without_sync
 
 import mmcache
-from mmcache import bucket
-from mmcache.bucket import Bucket
 from mmcache.cli import main
 from mmcache.errors import ArgumentError
+from mmcache.storage import bucket
+from mmcache.storage.bucket import Bucket
 
 NAMED = r"keys that no store has: .*remove these objects"
 

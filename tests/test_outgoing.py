@@ -16,8 +16,7 @@ from click.testing import CliRunner
 from support import ended_uploads
 
 import mmcache
-from mmcache import bucket, bucket_folder, claims, cli, fill, outgoing, turns, uploads
-from mmcache.bucket import Bucket
+from mmcache import bucket_folder, claims, cli, fill, outgoing, turns, uploads
 from mmcache.bucket_folder import BucketFolder
 from mmcache.claims import STAGING, Claims, claimed
 from mmcache.commands import extraction
@@ -36,6 +35,8 @@ from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
 from mmcache.job import Extraction
 from mmcache.outgoing import staging_folder
+from mmcache.storage import bucket
+from mmcache.storage.bucket import Bucket
 from mmcache.system.draft import publish
 from mmcache.system.files import list_names
 from mmcache.system.launcher import Rank

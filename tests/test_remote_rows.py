@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from support import python, same, shards, widened, without_sync
 
 import mmcache
-from mmcache import bucket, remote_rows, shard_files
-from mmcache.shard_objects import ShardObjects
+from mmcache import remote_rows
+from mmcache.storage import bucket, shard_files
+from mmcache.storage.shard_objects import ShardObjects
 
 MIB = 1 << 20
 KINDS = ("token", "layer")

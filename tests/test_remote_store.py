@@ -13,8 +13,8 @@ from pages import ask, serving
 from support import FORKS, flip, forked, python, same, shards, widened, without_sync
 
 import mmcache
-from mmcache import bucket
 from mmcache.cli import main
+from mmcache.storage import bucket
 from mmcache.view.panels import Source
 
 MIB = 1 << 20

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from support import python, wait_for
 
-from mmcache import shard_cache
-from mmcache.copy_records import identity
 from mmcache.errors import ArgumentError, WriteError
-from mmcache.shard_cache import ShardCache
+from mmcache.storage import shard_cache
+from mmcache.storage.copy_records import identity
+from mmcache.storage.shard_cache import ShardCache
 from mmcache.system.locks import locked
 
 PAGE = 4096

@@ -8,8 +8,8 @@ import remote
 from support import shards
 
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.mirror import Mirror
-from mmcache.shard_bytes import FileBytes, ObjectBytes
+from mmcache.storage.mirror import Mirror
+from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
 from mmcache.system.memory import anonymous
 
 PAGE = 4096

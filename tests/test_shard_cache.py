@@ -14,9 +14,9 @@ import pytest
 import remote
 from support import FORKS, exit_code, start_fork, widened, without_sync
 
-from mmcache import shard_cache
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
-from mmcache.shard_cache import ShardCache
+from mmcache.storage import shard_cache
+from mmcache.storage.shard_cache import ShardCache
 
 PAGE = 4096
 

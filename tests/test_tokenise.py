@@ -17,7 +17,7 @@ from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.format import manifest
 from mmcache.format.manifest import Manifest
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
-from mmcache.shards import ShardFolder
+from mmcache.storage.shards import ShardFolder
 from mmcache.system import draft
 from mmcache.tokenise import Tokenised, check_corpus
 

@@ -12,9 +12,10 @@ from small import byte_tokenizer, contents, letter_tokenizer, llama
 from support import damage, flip
 
 import mmcache
-from mmcache import cli, tokenizer_file
+from mmcache import cli
 from mmcache.format.manifest import read_manifest
-from mmcache.tokenizer_file import TOKENIZER, read_tokenizer
+from mmcache.storage import tokenizer_file
+from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 
 
 def test_a_store_keeps_its_tokenizer(tmp_path):

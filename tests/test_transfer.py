@@ -15,10 +15,11 @@ from small import contents, identities
 from support import damage, flip, python, raw, same, shards, threads_named, wait_for, without_sync
 
 import mmcache
-from mmcache import carrier, landing, object_reads, places, receiver
-from mmcache.bucket import Bucket
+from mmcache import carrier, places, receiver
 from mmcache.part import blocks_of
 from mmcache.sequences import Sequences
+from mmcache.storage import landing, object_reads
+from mmcache.storage.bucket import Bucket
 from mmcache.system.draft import Draft
 from mmcache.system.locks import FolderLock
 

@@ -10,7 +10,7 @@ from support import damage, flip
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mmcache
-from mmcache.tokenizer_file import TOKENIZER
+from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.view.words import Words, surroundings
 
 TEXT = "The quick brown fox — naïve, 東京 and 🦊🦊 — jumps\n\tover  two  spaces.\n"

@@ -17,7 +17,6 @@ from mmcache.capture import probe
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
 from mmcache.commands.shared import DTYPES, JSON, TRUST, layer_numbers, names, print_json
-from mmcache.connection import placed
 from mmcache.corpus import check_sources, read_texts
 from mmcache.frame import BOS_CHOICES
 from mmcache.job import Extraction
@@ -27,6 +26,7 @@ from mmcache.overview import overview
 from mmcache.progress import ProgressBar
 from mmcache.signals import stoppable
 from mmcache.sites import describe, resolve
+from mmcache.storage.connection import placed
 from mmcache.system.launcher import find_rank
 from mmcache.tables import draw_rows
 from mmcache.terminal import draw_overview, draw_survey

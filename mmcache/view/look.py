@@ -16,7 +16,7 @@ from mmcache.summary import load_summary
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shards import ShardFolder
     from mmcache.store import Store
 
 __all__ = ["BUDGET", "Look", "Sample"]

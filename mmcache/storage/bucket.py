@@ -14,12 +14,12 @@ import secrets
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmcache.connection import client_library, connect
 from mmcache.errors import ArgumentError, MmcacheError, RemoteError, StoreNotFoundError
-from mmcache.local_objects import LocalObjects
-from mmcache.object_names import UPLOADS, ObjectNames
-from mmcache.object_reads import ObjectReads
-from mmcache.retries import try_again
+from mmcache.storage.connection import client_library, connect
+from mmcache.storage.local_objects import LocalObjects
+from mmcache.storage.object_keys import UPLOADS, ObjectNames
+from mmcache.storage.object_reads import ObjectReads
+from mmcache.storage.retries import try_again
 from mmcache.system.arguments import outside
 from mmcache.urls import SCHEMES, address, is_url
 

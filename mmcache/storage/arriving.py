@@ -13,7 +13,7 @@ import numpy as np
 
 from mmcache.errors import CorruptError
 from mmcache.format.format import HEADER_BYTES, STATISTICS
-from mmcache.shard_bytes import FileBytes
+from mmcache.storage.shard_bytes import FileBytes
 from mmcache.system.files import open_file
 from mmcache.system.memory import anonymous
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.format import Layout
-    from mmcache.shard_bytes import ShardBytes
+    from mmcache.storage.shard_bytes import ShardBytes
 
 __all__ = ["Arriving", "ArrivingPart", "check_copy", "index_start", "read_whole", "tail_problems"]
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmcache.arriving import index_start, read_whole, tail_problems
 from mmcache.errors import CorruptError
 from mmcache.format.format import HEADER_BYTES, said_ids
+from mmcache.storage.arriving import index_start, read_whole, tail_problems
 from mmcache.system.files import REFUSALS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcache.format.format import Layout
-    from mmcache.shard_bytes import ShardBytes
-    from mmcache.shards import ShardFolder
+    from mmcache.storage.shard_bytes import ShardBytes
+    from mmcache.storage.shards import ShardFolder
 
 __all__ = ["check_ids", "check_shard"]
 

@@ -10,8 +10,8 @@ import torch
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.names import RESERVED
-from mmcache.listing import count_shards, present_shards
-from mmcache.shard_bytes import FileBytes, ObjectBytes
+from mmcache.storage.listing import count_shards, present_shards
+from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
 from mmcache.system.descriptor import close_read
 from mmcache.system.files import count_names, map_file, open_file, read_page
 from mmcache.system.no_symlinks import check_path
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mmcache.format.manifest import Manifest
-    from mmcache.mirror import Mirror
-    from mmcache.shard_bytes import ShardBytes
+    from mmcache.storage.mirror import Mirror
+    from mmcache.storage.shard_bytes import ShardBytes
     from mmcache.system.descriptor import FileStatus
 
 __all__ = ["MANY", "ShardFiles"]

@@ -12,8 +12,8 @@ import torch
 
 from mmcache.errors import CorruptError
 from mmcache.format.format import HEADER_BYTES
-from mmcache.shard_bytes import ObjectBytes
-from mmcache.shard_files import ShardFiles
+from mmcache.storage.shard_bytes import ObjectBytes
+from mmcache.storage.shard_files import ShardFiles
 from mmcache.system.descriptor import close_read
 from mmcache.system.files import read_through
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.format import Layout
-    from mmcache.shard_bytes import ShardBytes
+    from mmcache.storage.shard_bytes import ShardBytes
 
 __all__ = ["ShardFolder"]
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 import crc32c
 import numpy as np
 
-from mmcache.arriving import Arriving, check_copy
-from mmcache.bucket import Bucket
-from mmcache.cache_place import cache_folder, private_folder
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
-from mmcache.landing import Landing
-from mmcache.metadata_copies import MetadataCopies
-from mmcache.shard_cache import ShardCache
-from mmcache.shard_objects import ShardObjects
+from mmcache.storage.arriving import Arriving, check_copy
+from mmcache.storage.bucket import Bucket
+from mmcache.storage.cache_folder import cache_folder, private_folder
+from mmcache.storage.landing import Landing
+from mmcache.storage.metadata_copies import MetadataCopies
+from mmcache.storage.shard_cache import ShardCache
+from mmcache.storage.shard_objects import ShardObjects
 from mmcache.system.crew import Crew, let_end
 from mmcache.system.files import free_bytes, read_file
 from mmcache.system.locks import locked
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from concurrent.futures import Future
 
-    from mmcache.arriving import ArrivingPart
     from mmcache.format.format import Layout
+    from mmcache.storage.arriving import ArrivingPart
     from mmcache.system.draft import Draft
 
 __all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror"]

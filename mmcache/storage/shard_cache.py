@@ -18,8 +18,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
-from mmcache.copy_records import RECORDS, CopyRecords, Identity, identity
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
+from mmcache.storage.copy_records import RECORDS, CopyRecords, Identity, identity
 from mmcache.system.crew import Crew
 from mmcache.system.draft import Draft, remove_drafts
 from mmcache.system.files import explained, make_folder, remove_file

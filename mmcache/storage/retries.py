@@ -7,8 +7,8 @@ import re
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from mmcache.connection import said
 from mmcache.errors import AccessError, BucketNotFoundError, RemoteError, StoreNotFoundError
+from mmcache.storage.connection import said
 from mmcache.urls import concealed
 
 if TYPE_CHECKING:

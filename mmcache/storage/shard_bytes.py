@@ -10,7 +10,7 @@ from mmcache.system.memory import PAGE
 from mmcache.system.os_errors import read_at
 
 if TYPE_CHECKING:
-    from mmcache.shard_objects import ShardObjects
+    from mmcache.storage.shard_objects import ShardObjects
 
 __all__ = ["FileBytes", "ObjectBytes", "ShardBytes"]
 

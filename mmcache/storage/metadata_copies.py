@@ -19,7 +19,7 @@ from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
 from mmcache.format.manifest import METADATA_LIMIT, read_manifest
 from mmcache.format.names import RESERVED
 from mmcache.format.signed_json import ROOT
-from mmcache.listed import FOLDERS, Listed, is_metadata
+from mmcache.storage.listed import FOLDERS, Listed, is_metadata
 from mmcache.system.draft import publish
 from mmcache.system.files import list_names, make_folder, read_file, remove_file
 from mmcache.system.no_symlinks import make_empty
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
-    from mmcache.bucket import Bucket
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["MetadataCopies"]
 

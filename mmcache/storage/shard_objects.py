@@ -12,7 +12,7 @@ from mmcache.format.format import HEADER_BYTES
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
-    from mmcache.bucket import Bucket
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["ShardObjects"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmcache.errors import CorruptError
-from mmcache.retries import short_answer
+from mmcache.storage.retries import short_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator

@@ -11,8 +11,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from mmcache.connection import said
 from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, RemoteError
+from mmcache.storage.connection import said
 from mmcache.urls import concealed
 
 if TYPE_CHECKING:

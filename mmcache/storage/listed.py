@@ -13,7 +13,7 @@ from mmcache.format.names import STATISTICS_FOLDER, TOKENIZER_FOLDER
 from mmcache.format.signed_json import ROOT
 
 if TYPE_CHECKING:
-    from mmcache.bucket import Bucket
+    from mmcache.storage.bucket import Bucket
 
 __all__ = ["FOLDERS", "Listed", "is_metadata"]
 

@@ -1,0 +1,1 @@
+"""Where shards lie: a folder, a bucket, the disk cache."""
