@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from mmcache.shard_statistics import overflow
 from mmcache.shard_writer import Seal, ShardWriter
+from mmcache.stats.shard_statistics import overflow
 from mmcache.system.files import make_folder
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
 from mmcache.staging import Stager
-from mmcache.statistics import WHOLE_ROWS
+from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there
 from mmcache.system.arguments import outside
 from mmcache.system.memory import PAGE

@@ -29,8 +29,8 @@ from mmcache.plan_compare import check_plan, is_recorded, known_plan
 from mmcache.provenance import model_record, numerics, site_modules
 from mmcache.settings import OPTIONS, Settings
 from mmcache.sites import resolve, unwrap
+from mmcache.stats.summary import load_summary, save_summary
 from mmcache.storage.tokenizer_file import tokenizer_identity
-from mmcache.summary import load_summary, save_summary
 from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
 from mmcache.system.arguments import a_callable, a_path, a_switch, a_tokenizer, optional, public
 from mmcache.system.launcher import find_rank

@@ -18,10 +18,10 @@ from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
 from mmcache.opening import open_store
 from mmcache.room import bytes_to_write
+from mmcache.stats.summary import load_summary, save_summary
 from mmcache.storage.bucket import Bucket
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from mmcache.storage.connection import placed
-from mmcache.summary import load_summary, save_summary
 from mmcache.system.files import free_bytes
 from mmcache.system.locks import FolderLock
 from mmcache.uploads import Uploads

@@ -15,10 +15,10 @@ from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, read_signed
+from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import listed_shards
 from mmcache.storage.shard_bytes import FileBytes
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
-from mmcache.summary import load_summary
 from mmcache.system.draft import publish
 from mmcache.system.files import make_folder, open_file, read_file
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.pipeline import Job
-from mmcache.statistics import block_rows, shard_moments
+from mmcache.stats.moments import block_rows, shard_moments
 from mmcache.system.draft import Draft
 from mmcache.system.files import sync_folder
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mmcache.format.format import ShardSpec
     from mmcache.page_cache import PageCachePolicy
-    from mmcache.statistics import Moments
+    from mmcache.stats.moments import Moments
 
 __all__ = ["Seal", "ShardWriter"]
 

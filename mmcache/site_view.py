@@ -11,7 +11,7 @@ from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.html import site_html
 from mmcache.positions import Positions, listed, slice_range, span_of, whole_number, whole_positions
 from mmcache.site_rows import best_reader, bring_near
-from mmcache.site_statistics import merge_site
+from mmcache.stats.site_statistics import merge_site
 from mmcache.system.arguments import a_device, shown
 from mmcache.system.devices import check_target, fill_device, is_cpu, own_copy
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from threading import Event
 
     from mmcache.site_rows import Reader
-    from mmcache.site_statistics import SiteStatistics
+    from mmcache.stats.site_statistics import SiteStatistics
     from mmcache.storage.shards import ShardFolder
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmcache.pipeline import Job
-from mmcache.statistics import WHOLE_ROWS, block_rows
+from mmcache.stats.moments import WHOLE_ROWS, block_rows
 from mmcache.system.memory import PAGE
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from mmcache.html import store_html
 from mmcache.positions import span_of, whole_number
 from mmcache.sequences import Location, Sequences
 from mmcache.site_view import MAX_MAPS, SiteView
+from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import count_shards
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import read_tokenizer
-from mmcache.summary import load_summary
 from mmcache.system.arguments import instance, shown
 from mmcache.token_arrays import TokenArrays
 

@@ -19,6 +19,7 @@ from mmcache.format.format import ids_digest
 from mmcache.format.manifest import ARRAY_LIMIT, read_array, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, read_signed
+from mmcache.stats.summary import load_summary
 from mmcache.storage.connection import placed
 from mmcache.storage.listing import listed_shards, present_shards
 from mmcache.storage.mirror import Mirror
@@ -26,7 +27,6 @@ from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.store import Store
-from mmcache.summary import load_summary
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.crew import Crew
 from mmcache.system.files import count_names, list_names

@@ -18,8 +18,8 @@ from mmcache.errors import CorruptError
 from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.format.format import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
 from mmcache.format.manifest import ROOT, Manifest, array_json
-from mmcache.shard_statistics import shard_statistics
-from mmcache.statistics import Moments
+from mmcache.stats.moments import Moments
+from mmcache.stats.shard_statistics import shard_statistics
 from mmcache.storage.shards import ShardFolder
 
 ABSENT = 2**64 - 1

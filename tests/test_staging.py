@@ -22,7 +22,7 @@ from mmcache.page_cache import PageCachePolicy
 from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.shard_writer import Seal, ShardWriter
 from mmcache.staging import Stager
-from mmcache.statistics import WHOLE_ROWS, Moments
+from mmcache.stats.moments import WHOLE_ROWS, Moments
 from mmcache.system import draft as draft_module
 from mmcache.system.draft import Draft
 from mmcache.system.files import O_DIRECT

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.shard_statistics import brief_statistics
+from mmcache.stats.shard_statistics import brief_statistics
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.site_statistics import SiteStatistics
+    from mmcache.stats.site_statistics import SiteStatistics
 
 __all__ = ["FAR", "far_rows"]
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
 from mmcache.format.format import Layout
-from mmcache.site_statistics import SiteStatistics, merge_site
-from mmcache.summary import load_summary
+from mmcache.stats.site_statistics import SiteStatistics, merge_site
+from mmcache.stats.summary import load_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

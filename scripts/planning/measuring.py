@@ -20,7 +20,7 @@ from benchmarks.measure import seconds
 from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
 from mmcache.shard_writer import ShardWriter
-from mmcache.site_statistics import merge_site
+from mmcache.stats.site_statistics import merge_site
 from mmcache.storage.listing import count_shards
 from mmcache.system.launcher import Rank
 from mmcache.turns import Turns

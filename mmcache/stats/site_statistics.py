@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mmcache.errors import IncompleteError
-from mmcache.shard_statistics import overflow, shard_statistics
-from mmcache.statistics import merge_moments, shard_moments
+from mmcache.stats.moments import merge_moments, shard_moments
+from mmcache.stats.shard_statistics import overflow, shard_statistics
 from mmcache.storage.listing import in_order
 from mmcache.system.arguments import choice
 

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from mmcache.kernel import load_kernel
+from mmcache.stats.kernel import load_kernel
 from mmcache.system.memory import anonymous
 
 __all__ = ["SPAN", "Sums", "sum_block", "together"]

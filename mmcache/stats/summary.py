@@ -21,7 +21,7 @@ from zarr.core.buffer import default_buffer_prototype
 from mmcache.errors import CorruptError, StoreNotFoundError
 from mmcache.format.names import STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, attributes, group_json, read_signed, signed
-from mmcache.site_statistics import SiteStatistics
+from mmcache.stats.site_statistics import SiteStatistics
 from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, read_file
 from mmcache.system.no_symlinks import check_path

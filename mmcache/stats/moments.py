@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.format.format import NORM_COLUMNS
-from mmcache.sums import SPAN, Sums, sum_block, together
+from mmcache.stats.sums import SPAN, Sums, sum_block, together
 
 if TYPE_CHECKING:
     from mmcache.format.format import ShardSpec
