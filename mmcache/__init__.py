@@ -66,11 +66,11 @@ if TYPE_CHECKING:
     from mmcache.fingerprint import ProvenanceWarning
     from mmcache.frame import BosWarning
     from mmcache.job import Progress
-    from mmcache.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
+    from mmcache.read.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
+    from mmcache.read.site_view import SiteView
+    from mmcache.read.store import Store
     from mmcache.repair import Loss, Repaired, repair
-    from mmcache.site_view import SiteView
     from mmcache.split import Split
-    from mmcache.store import Store
     from mmcache.training_batch import Batch
     from mmcache.transfer import Transferred, pull, push
     from mmcache.verify import verify
@@ -126,10 +126,10 @@ _PLACES = {
     "Loss": "repair",
     "Repaired": "repair",
     "repair": "repair",
-    "SiteView": "site_view",
+    "SiteView": "read.site_view",
     "Split": "split",
-    "Store": "store",
-    "open": "opening",
+    "Store": "read.store",
+    "open": "read.opening",
     "Batch": "training_batch",
     "Transferred": "transfer",
     "pull": "transfer",

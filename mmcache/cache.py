@@ -25,10 +25,10 @@ from mmcache.format.geometry import MOST_ROWS
 from mmcache.format.manifest import Manifest
 from mmcache.format.names import check_site_name
 from mmcache.grown import claim, close_after
-from mmcache.html import cache_html
 from mmcache.layer_writer import LayerWriter
-from mmcache.opening import open_store
-from mmcache.site_view import SiteView
+from mmcache.read.html import cache_html
+from mmcache.read.opening import open_store
+from mmcache.read.site_view import SiteView
 from mmcache.storage.shards import ShardFolder
 from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.system.files import remove_tree
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mmcache.site_view import Positions
+    from mmcache.read.site_view import Positions
 
 __all__ = ["FullActivationCache"]
 

@@ -18,9 +18,9 @@ import numpy as np
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.format.format import ids_digest
 from mmcache.format.names import RESERVED
+from mmcache.read.store import Store
 from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder
-from mmcache.store import Store
 from mmcache.system.crew import Crew
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mmcache.corpus import Document
     from mmcache.job import Progress
-    from mmcache.store import Store
+    from mmcache.read.store import Store
     from mmcache.survey import Survey
 
 __all__ = ["extract", "named"]

@@ -11,7 +11,7 @@ from mmcache.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.site_view import SiteView
+    from mmcache.read.site_view import SiteView
 
 __all__ = ["Conversion"]
 

@@ -23,8 +23,8 @@ from mmcache.fetcher import Fetcher, Source
 from mmcache.format.dtypes import activation_dtype
 from mmcache.kept import Drop, Kept
 from mmcache.order import BlockOrder, block_geometry
+from mmcache.read.store import Store, a_store
 from mmcache.read_ahead import BringAll, ReadAhead
-from mmcache.store import Store, a_store
 from mmcache.system.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public
 from mmcache.system.buffers import Buffers
 from mmcache.training_batch import Batch

@@ -21,9 +21,9 @@ import numpy as np
 from mmcache.errors import ArgumentError, DiskFullError
 from mmcache.format.format import parse_header
 from mmcache.headers import npy_header, safetensors_header
-from mmcache.opening import open_store
+from mmcache.read.opening import open_store
+from mmcache.read.store import Store
 from mmcache.selection import Selection, bytes_of
-from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
 from mmcache.system.atomic_folder import Outbox
 from mmcache.system.draft import publish
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mmcache.site_view import SiteView
+    from mmcache.read.site_view import SiteView
     from mmcache.system.draft import Draft
 
 __all__ = ["Exported", "Kind", "export"]

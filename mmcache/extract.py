@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmcache.corpus import Document
     from mmcache.frame import Bos
     from mmcache.job import Progress
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["extract"]
 

@@ -15,7 +15,7 @@ from mmcache.system.arguments import count, shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = [
     "checked_layers",

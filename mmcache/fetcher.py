@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcache.dlpack import tensor_over
-from mmcache.opening import reopened
+from mmcache.read.opening import reopened
 from mmcache.system.arguments import outside
 from mmcache.system.devices import is_cpu
 from mmcache.system.held import pieces
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mmcache.feed_plan import State
     from mmcache.kept import Kept
     from mmcache.order import Order
+    from mmcache.read.site_view import SiteView
+    from mmcache.read.store import Store
     from mmcache.read_ahead import BringAll, ReadAhead
-    from mmcache.site_view import SiteView
-    from mmcache.store import Store
     from mmcache.system.buffers import Buffers
 
 __all__ = ["Fetched", "Fetcher", "Source", "Span"]

@@ -22,11 +22,11 @@ from mmcache.frame import special_ids
 from mmcache.model_identity import hooked_modules, model_identity
 from mmcache.model_use import bos_token_id, device_of, evaluating, vocabulary
 from mmcache.model_use import context_length as usable_length
-from mmcache.opening import open_store
 from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
 from mmcache.plan_compare import check_plan, is_recorded, known_plan
 from mmcache.provenance import model_record, numerics, site_modules
+from mmcache.read.opening import open_store
 from mmcache.settings import OPTIONS, Settings
 from mmcache.sites import resolve, unwrap
 from mmcache.stats.summary import load_summary, save_summary
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mmcache.corpus import Document
     from mmcache.format.manifest import Manifest
     from mmcache.frame import Bos
-    from mmcache.store import Store
+    from mmcache.read.store import Store
     from mmcache.system.launcher import Rank
 
 __all__ = ["Extraction", "Progress", "complete"]

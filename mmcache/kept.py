@@ -19,7 +19,7 @@ from mmcache.system.held import pieces
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["Drop", "Kept"]
 

@@ -16,7 +16,7 @@ from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedErr
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
-from mmcache.opening import open_store
+from mmcache.read.opening import open_store
 from mmcache.room import bytes_to_write
 from mmcache.stats.summary import load_summary, save_summary
 from mmcache.storage.bucket import Bucket
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mmcache.format.manifest import Manifest
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["Outgoing", "outgoing_for", "planned_in_bucket", "staging_folder"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mmcache.kept import Kept
     from mmcache.order import BlockOrder
-    from mmcache.site_view import SiteView
+    from mmcache.read.site_view import SiteView
 
 __all__ = ["BringAll", "ReadAhead"]
 

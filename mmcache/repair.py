@@ -11,9 +11,9 @@ from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.format.manifest import array_json, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT
+from mmcache.read.store import Store
 from mmcache.storage.connection import placed
 from mmcache.storage.tokenizer_file import TOKENIZER
-from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.draft import publish
 from mmcache.system.files import set_aside

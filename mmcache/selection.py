@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from mmcache.site_view import SiteView
-    from mmcache.store import Store
+    from mmcache.read.site_view import SiteView
+    from mmcache.read.store import Store
 
 __all__ = ["Selection", "bytes_of"]
 

@@ -13,7 +13,7 @@ from mmcache.permutation import hashed, mixed
 from mmcache.system.arguments import choice, count, shown
 
 if TYPE_CHECKING:
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["Split", "as_split", "members"]
 

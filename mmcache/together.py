@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from mmcache.row_pieces import take_pieces
-from mmcache.site_rows import SiteRows
+from mmcache.read.row_pieces import take_pieces
+from mmcache.read.site_rows import SiteRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mmcache.row_pieces import Piece, Taker
-    from mmcache.site_view import SiteView
+    from mmcache.read.row_pieces import Piece, Taker
+    from mmcache.read.site_view import SiteView
 
 __all__ = ["Gather", "gather_together"]
 

@@ -26,11 +26,11 @@ from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.signed_json import ROOT
 from mmcache.part import ALL, blocks_of, chosen_sites, joined
 from mmcache.places import BucketPlace, FolderPlace, metadata
+from mmcache.read.store import Store
 from mmcache.receiver import Receiver
 from mmcache.sender import Sender
 from mmcache.storage.bucket import Bucket
 from mmcache.storage.connection import placed
-from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_path, names, optional, public
 from mmcache.system.draft import remove_drafts
 from mmcache.system.files import free_bytes, make_folder, read_file, sync_folder

@@ -19,6 +19,7 @@ from mmcache.format.format import ids_digest
 from mmcache.format.manifest import ARRAY_LIMIT, read_array, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, read_signed
+from mmcache.read.store import Store
 from mmcache.stats.summary import load_summary
 from mmcache.storage.connection import placed
 from mmcache.storage.listing import listed_shards, present_shards
@@ -26,7 +27,6 @@ from mmcache.storage.mirror import Mirror
 from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
-from mmcache.store import Store
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.crew import Crew
 from mmcache.system.files import count_names, list_names
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mmcache.format.manifest import Manifest
-    from mmcache.sequences import Sequences
+    from mmcache.read.sequences import Sequences
 
 __all__ = ["verify"]
 

@@ -24,8 +24,8 @@ from mmcache.format.token_flags import counted, flagged
 from mmcache.format.user_metadata import check_user_metadata
 from mmcache.grown import GrownStore, claim
 from mmcache.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
-from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
+from mmcache.read.opening import open_store
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Without what a browser asks the world by itself, and without what containers do not have.

@@ -28,7 +28,7 @@ from support import (
 
 import mmcache
 from mmcache import FullActivationCache
-from mmcache.opening import open_store
+from mmcache.read.opening import open_store
 from mmcache.stats.shard_statistics import shard_statistics
 from mmcache.storage.shards import ShardFolder
 from mmcache.system.draft import Draft

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support import damage, flip, same, shards
 
 import mmcache
-from mmcache.checked_rows import CheckedRows
-from mmcache.shard_maps import ShardMaps
+from mmcache.read.checked_rows import CheckedRows
+from mmcache.read.shard_maps import ShardMaps
 
 
 @pytest.fixture(scope="module", params=["token", "layer"])

@@ -18,7 +18,7 @@ import mmcache
 from mmcache import fetcher
 from mmcache.batch_feed import BatchFeed
 from mmcache.feed_plan import Position
-from mmcache.site_view import SiteView
+from mmcache.read.site_view import SiteView
 
 SHUFFLES = ("global", "block", None)
 

@@ -87,7 +87,7 @@ def test_a_module_knows_only_those_above_it(file):
 
 def test_the_import_check_sees_every_kind_of_import():
     text = """
-from mmcache.store import Store
+from mmcache.read.store import Store
 import mmcache.cli
 import mmcache
 from mmcache import writer, open

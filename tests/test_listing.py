@@ -15,10 +15,10 @@ from support import python, widened
 
 import mmcache
 from mmcache.format.manifest import Manifest
-from mmcache.overview import overview
+from mmcache.read.overview import overview
+from mmcache.read.store import Store
 from mmcache.storage.listing import count_shards, in_order, is_there, listed_shards, present_shards
 from mmcache.storage.shards import ShardFolder
-from mmcache.store import Store
 from mmcache.system import files
 
 # Files in the suite, and with --slow.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.errors import DtypeError, OutOfRangeError, ShapeError
-from mmcache.positions import whole_positions
+from mmcache.read.positions import whole_positions
 
 KINDS = (
     list,

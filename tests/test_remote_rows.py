@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import python, same, shards, widened, without_sync
 
 import mmcache
-from mmcache import remote_rows
+from mmcache.read import remote_rows
 from mmcache.storage import bucket, shard_files
 from mmcache.storage.shard_objects import ShardObjects
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support import FORKS, forked, maps_below, same, shards, without_sync
 
 import mmcache
-from mmcache import row_pieces, site_map, site_rows
-from mmcache.shard_maps import ShardMaps
-from mmcache.site_rows import SiteRows
+from mmcache.read import row_pieces, site_map, site_rows
+from mmcache.read.shard_maps import ShardMaps
+from mmcache.read.site_rows import SiteRows
 from mmcache.system.syscalls import AIO, LINUX
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmcache
+from mmcache.read.store import Sequences
 from mmcache.split import Split, as_split, members
-from mmcache.store import Sequences
 
 
 def store_of(spans, shard_tokens=64):

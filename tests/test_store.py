@@ -11,7 +11,7 @@ import torch
 from support import FORKS, Twin, damage, file_descriptors, fill, flip, maps_below, same, shards, tree, without_sync
 
 import mmcache
-from mmcache.site_view import MAX_MAPS
+from mmcache.read.site_view import MAX_MAPS
 
 SITES = {"mlp_in": 8, "mlp_out": 24}
 LENGTHS = (100, 1, 300, 156, 50)

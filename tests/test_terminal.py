@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from mmcache.export import Exported
 from mmcache.findings import Finding, Report
-from mmcache.overview import overview
+from mmcache.read.overview import overview
 from mmcache.repair import Loss, Repaired
 from mmcache.survey import Survey
 from mmcache.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey

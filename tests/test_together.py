@@ -9,9 +9,9 @@ from feeds import LAYERS, SITES, make_store
 from support import same, shards, without_sync
 
 import mmcache
-from mmcache.row_pieces import Way
-from mmcache.shard_maps import ShardMaps
-from mmcache.site_rows import SiteRows
+from mmcache.read.row_pieces import Way
+from mmcache.read.shard_maps import ShardMaps
+from mmcache.read.site_rows import SiteRows
 from mmcache.system.syscalls import LINUX
 from mmcache.together import Gather, gather_together
 

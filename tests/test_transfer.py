@@ -17,7 +17,7 @@ from support import damage, flip, python, raw, same, shards, threads_named, wait
 import mmcache
 from mmcache import carrier, places, receiver
 from mmcache.part import blocks_of
-from mmcache.sequences import Sequences
+from mmcache.read.sequences import Sequences
 from mmcache.storage import landing, object_reads
 from mmcache.storage.bucket import Bucket
 from mmcache.system.draft import Draft

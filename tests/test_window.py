@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from support import FORKS, forked, maps_below
 
-from mmcache import window as module
+from mmcache.read import window as module
+from mmcache.read.window import Window
 from mmcache.system.syscalls import LINUX, Residency, populate, reserve, will_need_all
-from mmcache.window import Window
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")
 PLACE, OFFSET = 3 * 4096, 4096

@@ -226,6 +226,6 @@ def test_a_site_with_a_name_of_the_dataset_is_refused(tmp_path, name):
 
 def test_without_xarray_it_says_what_to_install(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
-    monkeypatch.delitem(sys.modules, "mmcache.xarray_view")
+    monkeypatch.delitem(sys.modules, "mmcache.read.to_xarray")
     with pytest.raises(ImportError, match=r"pip install 'mmcache\[xarray\]'"):
         made[0].to_xarray()

@@ -22,8 +22,8 @@ from mmcache.frame import BOS_CHOICES
 from mmcache.job import Extraction
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.outgoing import planned_in_bucket, staging_folder
-from mmcache.overview import overview
 from mmcache.progress import ProgressBar
+from mmcache.read.overview import overview
 from mmcache.signals import stoppable
 from mmcache.sites import describe, resolve
 from mmcache.storage.connection import placed
@@ -34,8 +34,8 @@ from mmcache.threads import plan_threads
 from mmcache.urls import is_url, redacted
 
 if TYPE_CHECKING:
+    from mmcache.read.store import Store
     from mmcache.sites import ResolvedSite
-    from mmcache.store import Store
     from mmcache.survey import Survey
     from mmcache.system.launcher import Rank
 

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from mmcache.commands.shared import JSON, PATH, print_json
-from mmcache.overview import overview
+from mmcache.read.overview import overview
 from mmcache.terminal import draw_overview
 
 if TYPE_CHECKING:

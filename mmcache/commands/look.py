@@ -10,8 +10,8 @@ from rich.console import Console
 
 from mmcache.charts import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
 from mmcache.commands.shared import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
-from mmcache.opening import open_store
 from mmcache.passages import draw_sequence, draw_show, draw_token
+from mmcache.read.opening import open_store
 from mmcache.view import (
     Words,
     apart,
@@ -30,7 +30,7 @@ from mmcache.view.words import surroundings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
     from mmcache.view import View
 
 __all__ = ["show", "stats"]

@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 
 from mmcache.commands.shared import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
-from mmcache.opening import open_store
 from mmcache.passages import draw_find, draw_top
+from mmcache.read.opening import open_store
 from mmcache.view import find as find_tokens
 from mmcache.view import load_direction
 from mmcache.view import top as top_tokens

@@ -13,7 +13,7 @@ from mmcache.storage.connection import placed
 from mmcache.visible import plain_json, visible
 
 if TYPE_CHECKING:
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = [
     "CONTEXT",

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmcache.errors import ArgumentError, OutOfRangeError
 from mmcache.format.token_flags import named_flags
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, choice, count, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
@@ -16,7 +16,7 @@ from mmcache.view.look import Look
 from mmcache.view.words import Words, a_words, surroundings
 
 if TYPE_CHECKING:
-    from mmcache.store import Store
+    from mmcache.read.store import Store
     from mmcache.view.direction import Direction
 
 __all__ = ["sequence", "token"]

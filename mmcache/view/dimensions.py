@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import OutOfRangeError
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public, shown
 from mmcache.view.base import View, written
 from mmcache.view.look import BUDGET, Look
@@ -15,7 +15,7 @@ from mmcache.view.look import BUDGET, Look
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["dimension", "dimensions"]
 

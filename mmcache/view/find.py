@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, count, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.words import Words, a_words, surroundings
@@ -15,7 +15,7 @@ from mmcache.view.words import Words, a_words, surroundings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["find"]
 

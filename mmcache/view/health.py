@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcache.read.store import a_store
 from mmcache.stats.shard_statistics import brief_statistics
-from mmcache.store import a_store
 from mmcache.system.arguments import a_name, public
 from mmcache.view.base import View, written
 from mmcache.view.far import FAR, far_rows
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
+    from mmcache.read.store import Store
     from mmcache.stats.site_statistics import SiteStatistics
-    from mmcache.store import Store
 
 __all__ = ["health"]
 

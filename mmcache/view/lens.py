@@ -14,7 +14,7 @@ import torch
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
 from mmcache.loading import load_model
 from mmcache.model_use import text_config
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, instance, layer_numbers, optional, public
 from mmcache.view.base import Name, View, written
 from mmcache.view.look import Look
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["Unembedding", "lens"]
 

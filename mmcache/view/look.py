@@ -16,8 +16,8 @@ from mmcache.stats.summary import load_summary
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
+    from mmcache.read.store import Store
     from mmcache.storage.shards import ShardFolder
-    from mmcache.store import Store
 
 __all__ = ["BUDGET", "Look", "Sample"]
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from mmcache.errors import ArgumentError
 from mmcache.format.token_flags import BOS, SPECIAL
+from mmcache.read.store import a_store
 from mmcache.stats.shard_statistics import brief_statistics
-from mmcache.store import a_store
 from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.look import Look
@@ -18,7 +18,7 @@ from mmcache.view.words import Words, a_words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["apart", "norms"]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmcache.format.token_flags import named_flags
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, public
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["layer_view", "row_view", "statistics_view"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, count, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.direction import named, resolve_direction
@@ -14,7 +14,7 @@ from mmcache.view.look import BUDGET, Look
 from mmcache.view.words import Words, a_words, surroundings
 
 if TYPE_CHECKING:
-    from mmcache.store import Store
+    from mmcache.read.store import Store
     from mmcache.view.direction import Direction
 
 __all__ = ["top"]

@@ -10,13 +10,13 @@ import numpy as np
 
 from mmcache.errors import ArgumentError, CorruptError
 from mmcache.panics import growth, panics_as_errors
-from mmcache.store import a_store
+from mmcache.read.store import a_store
 from mmcache.system.arguments import instance, public
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["Words", "a_words", "surroundings"]
 

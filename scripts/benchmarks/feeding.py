@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["delivered", "feeds", "loaders"]
 

@@ -18,13 +18,13 @@ from benchmarks.cold import make_cold
 from benchmarks.measure import Plan, Row, Series, compare, in_turn, seconds
 from mmcache.format.format import Layout
 from mmcache.format.manifest import Manifest, array_json
-from mmcache.overview import overview
+from mmcache.read.overview import overview
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["by_layers", "by_length", "by_shards", "many_shards", "sparse_store"]
 

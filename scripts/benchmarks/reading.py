@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["cold_gathers", "cold_rows", "rows_in_memory", "warm_gathers", "warm_rows", "warm_share"]
 

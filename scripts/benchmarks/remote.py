@@ -26,7 +26,7 @@ from mmcache.storage.bucket import Bucket
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["from_a_bucket"]
 

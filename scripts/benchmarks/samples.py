@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.measure import Plan
-    from mmcache.store import Store
+    from mmcache.read.store import Store
 
 __all__ = ["CLT_LAYERS", "CLT_WIDTH", "ROW_WIDTH", "clt_store", "data_files", "rows_store"]
 

@@ -17,8 +17,8 @@ from benchmarks.huge import huge_store
 from benchmarks.limits import aligned, memcpy, random_reads, raw_write
 from benchmarks.measure import seconds
 
-from mmcache.opening import open_store
 from mmcache.page_cache import PageCachePolicy
+from mmcache.read.opening import open_store
 from mmcache.shard_writer import ShardWriter
 from mmcache.stats.site_statistics import merge_site
 from mmcache.storage.listing import count_shards

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmcache.site_map import _MOST_PLACES as MOST_PLACES
-from mmcache.site_view import MAX_MAPS
+from mmcache.read.site_map import _MOST_PLACES as MOST_PLACES
+from mmcache.read.site_view import MAX_MAPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

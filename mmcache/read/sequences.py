@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from mmcache.errors import OutOfRangeError
-from mmcache.positions import whole_number
+from mmcache.read.positions import whole_number
 from mmcache.system.arguments import shown
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.checked_rows import CheckedRows
 from mmcache.format.format import HEADER_BYTES
-from mmcache.remote_rows import RemoteRows
-from mmcache.row_pieces import Piece, Way, take_pieces
-from mmcache.shard_maps import ShardMaps
-from mmcache.site_map import SAMPLES, Files, SiteMap
+from mmcache.read.checked_rows import CheckedRows
+from mmcache.read.remote_rows import RemoteRows
+from mmcache.read.row_pieces import Piece, Way, take_pieces
+from mmcache.read.shard_maps import ShardMaps
+from mmcache.read.site_map import SAMPLES, Files, SiteMap
 from mmcache.system.direct import Wanted
 from mmcache.system.files import REFUSALS
 from mmcache.system.held import HELD, pieces
@@ -32,7 +32,7 @@ from mmcache.system.syscalls import AIO, LINUX, will_need, will_need_all
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mmcache.site_map import Table
+    from mmcache.read.site_map import Table
     from mmcache.storage.shards import ShardFolder
     from mmcache.system.syscalls import Ranges
 

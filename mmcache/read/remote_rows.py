@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
-from mmcache.extents import Extents
 from mmcache.format.format import HEADER_BYTES, Layout
-from mmcache.scatter import Part, begins_of, parts_of, scatter
+from mmcache.read.prefetched_rows import Extents
+from mmcache.read.scatter import Part, begins_of, parts_of, scatter
 from mmcache.storage.mirror import STREAMS
 from mmcache.system.crew import let_end
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mmcache.format.manifest import Manifest
-    from mmcache.site_view import SiteView
+    from mmcache.read.site_view import SiteView
     from mmcache.storage.shards import ShardFolder
 
 __all__ = ["as_dataset"]

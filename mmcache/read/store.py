@@ -11,16 +11,16 @@ import numpy as np
 from mmcache.errors import IncompleteError, OutOfRangeError, UnknownSiteError
 from mmcache.format.dtypes import BY_NAME
 from mmcache.format.token_flags import counted
-from mmcache.html import store_html
-from mmcache.positions import span_of, whole_number
-from mmcache.sequences import Location, Sequences
-from mmcache.site_view import MAX_MAPS, SiteView
+from mmcache.read.html import store_html
+from mmcache.read.positions import span_of, whole_number
+from mmcache.read.sequences import Location, Sequences
+from mmcache.read.site_view import MAX_MAPS, SiteView
+from mmcache.read.token_arrays import TokenArrays
 from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import count_shards
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import read_tokenizer
 from mmcache.system.arguments import instance, shown
-from mmcache.token_arrays import TokenArrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -251,7 +251,7 @@ class Store:
 
     def to_xarray(self, *, dtype: torch.dtype | str | None = None) -> xarray.Dataset:
         """Give a lazy dataset, sites read as `dtype` (None: as stored). All about it: `xarray_view.as_dataset`."""
-        from mmcache.xarray_view import as_dataset  # noqa: PLC0415 -- an extra, and slow to import
+        from mmcache.read.to_xarray import as_dataset  # noqa: PLC0415 -- an extra, and slow to import
 
         views = {site: self[site] for site in self.sites}
         return as_dataset(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import CorruptError
-from mmcache.sequences import Sequences
+from mmcache.read.sequences import Sequences
 from mmcache.storage.shard_files import MANY
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mmcache.site_map import Table
+    from mmcache.read.site_map import Table
     from mmcache.system.direct import Wanted
     from mmcache.system.syscalls import Ranges
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.format.manifest import read_manifest
+from mmcache.read.store import Store
 from mmcache.storage.connection import placed
 from mmcache.storage.mirror import Mirror
-from mmcache.store import Store
 from mmcache.system.arguments import a_folder, a_path, a_switch, count, optional, public
 
 if TYPE_CHECKING:
