@@ -26,7 +26,6 @@ if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.defa
 from mmcache.format.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
-    from mmcache.cache import FullActivationCache
     from mmcache.capture import Captured, capture
     from mmcache.corpus import read_texts
     from mmcache.dataset import ActivationDataset
@@ -74,7 +73,8 @@ if TYPE_CHECKING:
     from mmcache.training_batch import Batch
     from mmcache.transfer import Transferred, pull, push
     from mmcache.verify import verify
-    from mmcache.writer import Writer, append, create
+    from mmcache.write.cache import FullActivationCache
+    from mmcache.write.writer import Writer, append, create
 
 register_bfloat16()
 
@@ -82,7 +82,7 @@ __version__ = "0.1.0"
 # Where each name lives: it is imported when it is first asked for, since torch takes most of a second to load, and
 # `mmcache info` needs none of it.
 _PLACES = {
-    "FullActivationCache": "cache",
+    "FullActivationCache": "write.cache",
     "Captured": "capture",
     "capture": "capture",
     "read_texts": "corpus",
@@ -135,9 +135,9 @@ _PLACES = {
     "pull": "transfer",
     "push": "transfer",
     "verify": "verify",
-    "Writer": "writer",
-    "append": "writer",
-    "create": "writer",
+    "Writer": "write.writer",
+    "append": "write.writer",
+    "create": "write.writer",
 }
 _RENAMED = {"open": "open_store"}
 __all__ = [

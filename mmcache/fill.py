@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from mmcache.block import Block
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
 from mmcache.model_use import running
-from mmcache.page_cache import PageCachePolicy
-from mmcache.pipeline import SLOT_BYTES, Pipeline
 from mmcache.room import bytes_to_write, check_room
-from mmcache.staging import Stager
 from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there
 from mmcache.system.arguments import outside
 from mmcache.system.memory import PAGE
 from mmcache.turns import Turns
+from mmcache.write.block import Block
+from mmcache.write.page_cache import PageCachePolicy
+from mmcache.write.pipeline import SLOT_BYTES, Pipeline
+from mmcache.write.staging import Stager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

@@ -23,8 +23,6 @@ from mmcache.format.geometry import shard_rows
 from mmcache.format.manifest import Manifest, array_json, is_store, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.grown import claim
-from mmcache.new_store import check_new, row_sizes
 from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.room import check_room, shards_from
 from mmcache.storage.listing import in_order
@@ -35,6 +33,8 @@ from mmcache.system.files import list_names, make_folder, read_file, remove_file
 from mmcache.system.locks import FolderLock
 from mmcache.system.small_files import publish_all
 from mmcache.tokenise import Tokenised, check_corpus, tokenise
+from mmcache.write.base_writer import claim
+from mmcache.write.new_store import check_new, row_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

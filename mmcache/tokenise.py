@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from mmcache.columns import Column, publish_columns
 from mmcache.contexts import Context, Contexts, CorpusDigest, Place
 from mmcache.errors import CorpusError, PlanMismatchError
 from mmcache.format.names import RESERVED
 from mmcache.format.token_flags import flagged
 from mmcache.frame import warn_of_framed, warn_of_missing
+from mmcache.write.token_columns import Column, publish_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -20,9 +20,9 @@ from small import assert_same_store, contents
 from support import Twin, damage, flip, shards, tree
 
 import mmcache
-from mmcache import page_cache
 from mmcache.repair import ASIDE
 from mmcache.system import draft
+from mmcache.write import page_cache
 
 # Points of each job in the suite, and power failures.
 SAMPLE = 24

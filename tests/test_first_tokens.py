@@ -6,8 +6,8 @@ import torch
 from support import without_sync
 
 import mmcache
-from mmcache import writer as module
 from mmcache.kept import Kept
+from mmcache.write import writer as module
 
 LENGTHS = (40, 1, 300, 7, 512, 90)
 STARTS = np.cumsum([0, *LENGTHS[:-1]])

@@ -10,7 +10,7 @@ from support import path_at
 
 import mmcache
 from mmcache.errors import StoreExistsError
-from mmcache.grown import claim
+from mmcache.write.base_writer import claim
 
 TOKENS = torch.arange(500, dtype=torch.int32)
 ROWS = {site: torch.randn(2, 500, 16, generator=torch.Generator().manual_seed(seed)) for seed, site in enumerate("ab")}

@@ -92,7 +92,7 @@ import mmcache.cli
 import mmcache
 from mmcache import writer, open
 if TYPE_CHECKING:
-    from mmcache.cache import x
+    from mmcache.write.cache import x
 def f():
     import numpy, mmcache.plan as p
     class A:

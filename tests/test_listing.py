@@ -150,7 +150,7 @@ import numpy as np
 import mmcache
 import mmcache.system.files
 import mmcache.room
-from mmcache.columns import Column, publish_columns
+from mmcache.write.token_columns import Column, publish_columns
 from mmcache.fill import Fill
 from mmcache.format.manifest import Manifest, array_json, read_manifest
 from mmcache.system.launcher import Rank

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mmcache import page_cache
-from mmcache.page_cache import PageCachePolicy
+from mmcache.write import page_cache
+from mmcache.write.page_cache import PageCachePolicy
 
 FREE = 1 << 30
 

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from support import DTYPES, numpy_dtype, random_bits, raw, without_sync
 
 import mmcache
-from mmcache import staging
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.format import ShardSpec, encode
-from mmcache.page_cache import PageCachePolicy
-from mmcache.pipeline import SLOT_BYTES, Pipeline
-from mmcache.shard_writer import Seal, ShardWriter
-from mmcache.staging import Stager
 from mmcache.stats.moments import WHOLE_ROWS, Moments
 from mmcache.system import draft as draft_module
 from mmcache.system.draft import Draft
 from mmcache.system.files import O_DIRECT
 from mmcache.system.syscalls import LINUX
+from mmcache.write import staging
+from mmcache.write.page_cache import PageCachePolicy
+from mmcache.write.pipeline import SLOT_BYTES, Pipeline
+from mmcache.write.shard_writer import Seal, ShardWriter
+from mmcache.write.staging import Stager
 
 METADATA = {"format": "mmcache/1", "array": "a", "key": "c.0.0.0"}
 

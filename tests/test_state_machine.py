@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support import Twin, abandon, random_bits, same
 
 import mmcache
-from mmcache.columns import publish_columns
+from mmcache.write.token_columns import publish_columns
 
 LENGTHS = st.one_of(st.integers(1, 5), st.sampled_from([63, 64, 65, 128, 150]))
 

@@ -30,8 +30,8 @@ from support import (
 )
 
 import mmcache
-from mmcache.columns import publish_columns
 from mmcache.system.draft import Draft
+from mmcache.write.token_columns import publish_columns
 
 LAYOUTS = ("layer", "token")
 SITES = {"mlp_in": 8, "mlp_out": 24}

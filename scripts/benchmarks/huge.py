@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.columns import Column, publish_columns
 from mmcache.format.format import NORM_COLUMNS, Layout
 from mmcache.format.manifest import Manifest, array_json
 from mmcache.format.names import RESERVED
+from mmcache.write.token_columns import Column, publish_columns
 
 if TYPE_CHECKING:
     from typing import Literal

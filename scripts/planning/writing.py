@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmcache.pipeline import SLOT_BYTES
+from mmcache.write.pipeline import SLOT_BYTES
 from planning.machine import Machine, Part
 
 if TYPE_CHECKING:

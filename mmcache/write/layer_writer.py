@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from mmcache.errors import ClosedError, DtypeError, ShapeError
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.geometry import shard_rows
-from mmcache.grown import GrownStore
-from mmcache.page_cache import PageCachePolicy
-from mmcache.shard_writer import Seal, ShardWriter
 from mmcache.system.devices import check_dense
 from mmcache.system.files import make_folder
+from mmcache.write.base_writer import GrownStore
+from mmcache.write.page_cache import PageCachePolicy
+from mmcache.write.shard_writer import Seal, ShardWriter
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.pipeline import Job
 from mmcache.stats.moments import WHOLE_ROWS, block_rows
 from mmcache.system.memory import PAGE
+from mmcache.write.pipeline import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mmcache.format.format import ShardSpec
-    from mmcache.pipeline import Pipeline, Slot
-    from mmcache.shard_writer import ShardWriter
+    from mmcache.write.pipeline import Pipeline, Slot
+    from mmcache.write.shard_writer import ShardWriter
 
 __all__ = ["Stager"]
 

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from mmcache.batch import check_batch, runs_by_block
-from mmcache.block import Block
-from mmcache.columns import Column, publish_columns
 from mmcache.errors import ArgumentError, ReadOnlyError
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.features import NEW_STORES
@@ -22,22 +19,25 @@ from mmcache.format.manifest import Manifest, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.token_flags import counted, flagged
 from mmcache.format.user_metadata import check_user_metadata
-from mmcache.grown import GrownStore, claim
-from mmcache.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
-from mmcache.page_cache import PageCachePolicy
 from mmcache.read.opening import open_store
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.system.draft import remove_drafts
+from mmcache.write.base_writer import GrownStore, claim
+from mmcache.write.batch import check_batch, runs_by_block
+from mmcache.write.block import Block
+from mmcache.write.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
+from mmcache.write.page_cache import PageCachePolicy
+from mmcache.write.token_columns import Column, publish_columns
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
-    from mmcache.batch import Activations, Ids, SequenceRows
-    from mmcache.pipeline import Pipeline
-    from mmcache.staging import Stager
+    from mmcache.write.batch import Activations, Ids, SequenceRows
+    from mmcache.write.pipeline import Pipeline
+    from mmcache.write.staging import Stager
 
 __all__ = ["Writer", "append", "create"]
 

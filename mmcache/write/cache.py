@@ -24,14 +24,14 @@ from mmcache.format.dtypes import activation_dtype
 from mmcache.format.geometry import MOST_ROWS
 from mmcache.format.manifest import Manifest
 from mmcache.format.names import check_site_name
-from mmcache.grown import claim, close_after
-from mmcache.layer_writer import LayerWriter
 from mmcache.read.html import cache_html
 from mmcache.read.opening import open_store
 from mmcache.read.site_view import SiteView
 from mmcache.storage.shards import ShardFolder
 from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.system.files import remove_tree
+from mmcache.write.base_writer import claim, close_after
+from mmcache.write.layer_writer import LayerWriter
 
 if TYPE_CHECKING:
     import os

@@ -17,8 +17,8 @@ from mmcache.system.devices import check_dense
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mmcache.block import Run
     from mmcache.format.manifest import Manifest
+    from mmcache.write.block import Run
 
 __all__ = ["Activations", "Ids", "SequenceRows", "check_batch", "runs_by_block"]
 

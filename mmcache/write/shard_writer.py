@@ -10,18 +10,18 @@ import crc32c
 import numpy as np
 
 from mmcache.format.format import HEADER_BYTES, Layout
-from mmcache.pipeline import Job
 from mmcache.stats.moments import block_rows, shard_moments
 from mmcache.system.draft import Draft
 from mmcache.system.files import sync_folder
+from mmcache.write.pipeline import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from mmcache.format.format import ShardSpec
-    from mmcache.page_cache import PageCachePolicy
     from mmcache.stats.moments import Moments
+    from mmcache.write.page_cache import PageCachePolicy
 
 __all__ = ["Seal", "ShardWriter"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from mmcache.shard_writer import Seal, ShardWriter
 from mmcache.stats.shard_statistics import overflow
 from mmcache.system.files import make_folder
+from mmcache.write.shard_writer import Seal, ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import torch
 
     from mmcache.format.manifest import Manifest
-    from mmcache.page_cache import PageCachePolicy
-    from mmcache.pipeline import Pipeline
-    from mmcache.staging import Stager
     from mmcache.storage.shards import ShardFolder
+    from mmcache.write.page_cache import PageCachePolicy
+    from mmcache.write.pipeline import Pipeline
+    from mmcache.write.staging import Stager
 
 __all__ = ["Block", "Run"]
 
