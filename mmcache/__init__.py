@@ -26,7 +26,6 @@ if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.defa
 from mmcache.format.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
-    from mmcache.capture import Captured, capture
     from mmcache.corpus import read_texts
     from mmcache.dataset import ActivationDataset
     from mmcache.errors import (
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from mmcache.fingerprint import ProvenanceWarning
     from mmcache.frame import BosWarning
     from mmcache.job import Progress
+    from mmcache.models.capture import Captured, capture
     from mmcache.read.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
@@ -83,8 +83,8 @@ __version__ = "0.1.0"
 # `mmcache info` needs none of it.
 _PLACES = {
     "FullActivationCache": "write.cache",
-    "Captured": "capture",
-    "capture": "capture",
+    "Captured": "models.capture",
+    "capture": "models.capture",
     "read_texts": "corpus",
     "ActivationDataset": "dataset",
     "AccessError": "errors",

@@ -21,7 +21,7 @@ from mmcache.cluster_worker import Job, Options, see_plan
 from mmcache.errors import ArgumentError
 from mmcache.frame import BosWarning
 from mmcache.job import complete
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.ray_session import connected
 from mmcache.storage.connection import placed
 

@@ -20,7 +20,7 @@ from mmcache.fill import NonFiniteWarning
 from mmcache.format.manifest import is_store, read_manifest
 from mmcache.frame import BosWarning
 from mmcache.job import Extraction
-from mmcache.loading import is_spread
+from mmcache.models.loading import is_spread
 from mmcache.survey import survey_plan
 from mmcache.system.launcher import Rank
 from mmcache.threads import plan_threads

@@ -13,7 +13,7 @@ import torch
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
-from mmcache.model_use import running
+from mmcache.models.model_use import running
 from mmcache.room import bytes_to_write, check_room
 from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.capture import Captured
     from mmcache.format.manifest import Manifest
+    from mmcache.models.capture import Captured
     from mmcache.outgoing import Outgoing
     from mmcache.system.launcher import Rank
     from mmcache.token_batches import Batches

@@ -32,17 +32,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmcache.capture import capture, site_width
 from mmcache.errors import CorruptError, PlanMismatchError, UnsupportedModelError
 from mmcache.fill import forward
-from mmcache.model_use import context_length, vocabulary
+from mmcache.models.capture import capture, site_width
+from mmcache.models.model_use import context_length, vocabulary
 from mmcache.system.arguments import outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from mmcache.capture import Captured
+    from mmcache.models.capture import Captured
     from mmcache.settings import Settings
 
 __all__ = ["Probe", "ProvenanceWarning", "check_fingerprint", "probe_model", "with_sites"]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mmcache.capture import capture
 from mmcache.contexts import checked_texts
 from mmcache.errors import LockedError
 from mmcache.fill import Fill, forward
@@ -19,16 +18,17 @@ from mmcache.fingerprint import probe_model
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.manifest import is_store, read_manifest
 from mmcache.frame import special_ids
-from mmcache.model_identity import hooked_modules, model_identity
-from mmcache.model_use import bos_token_id, device_of, evaluating, vocabulary
-from mmcache.model_use import context_length as usable_length
+from mmcache.models.capture import capture
+from mmcache.models.model_identity import hooked_modules, model_identity
+from mmcache.models.model_use import bos_token_id, device_of, evaluating, vocabulary
+from mmcache.models.model_use import context_length as usable_length
+from mmcache.models.sites import resolve, unwrap
 from mmcache.outgoing import outgoing_for
 from mmcache.plan import join_plan, open_plan
 from mmcache.plan_compare import check_plan, is_recorded, known_plan
 from mmcache.provenance import model_record, numerics, site_modules
 from mmcache.read.opening import open_store
 from mmcache.settings import OPTIONS, Settings
-from mmcache.sites import resolve, unwrap
 from mmcache.stats.summary import load_summary, save_summary
 from mmcache.storage.tokenizer_file import tokenizer_identity
 from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.sites import ResolvedSite
+    from mmcache.models.sites import ResolvedSite
 
 __all__ = [
     "compare",

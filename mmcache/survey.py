@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.capture import Captured
     from mmcache.contexts import Contexts
     from mmcache.corpus import Document
     from mmcache.fill import Fill
+    from mmcache.models.capture import Captured
     from mmcache.settings import Settings
 
 __all__ = ["Survey", "quickest_batch", "survey_contexts", "survey_plan"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.corpus import check_size
 from mmcache.errors import CorpusError, UnsupportedModelError
-from mmcache.panics import panics_as_errors, said
+from mmcache.models.tokenizer import panics_as_errors, said
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mmcache
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

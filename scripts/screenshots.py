@@ -22,7 +22,7 @@ from rich.console import Console
 
 import mmcache
 from mmcache.charts import draw_health, draw_norms, draw_statistics, map_width
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.view import health, norms, statistics_view
 
 if TYPE_CHECKING:

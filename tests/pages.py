@@ -14,7 +14,7 @@ import transformers
 from tokenizers import models, pre_tokenizers
 
 import mmcache
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.view.page import Page
 
 SCRIPT = "<script>window.__hacked=1</script>"

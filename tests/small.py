@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import models, pre_tokenizers, processors
 
-from mmcache.loading import DEMO, load_tokenizer
+from mmcache.models.loading import DEMO, load_tokenizer
 
 LAYERS, WIDTH, VOCABULARY = 3, 32, 257
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[EOS]"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from mmcache.capture import capture, probe
 from mmcache.errors import (
     ArgumentError,
     IncompleteError,
@@ -16,6 +15,7 @@ from mmcache.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
+from mmcache.models.capture import capture, probe
 
 LAYERS = 4
 PATH = "layers.*.mlp:out"

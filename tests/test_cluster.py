@@ -23,7 +23,7 @@ from mmcache.cli import main
 from mmcache.cluster_pool import Resources, deal
 from mmcache.cluster_worker import Job, Planned, Worker
 from mmcache.format.manifest import read_manifest
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.signals import Stopped, stoppable
 from mmcache.system.draft import Draft
 

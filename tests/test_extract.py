@@ -28,7 +28,7 @@ from mmcache.errors import (
 from mmcache.fill import NonFiniteWarning
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
 from mmcache.job import Extraction
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -19,7 +19,7 @@ from transformers import dynamic_module_utils
 import mmcache
 from mmcache.cli import main
 from mmcache.errors import ArgumentError, UnsupportedModelError
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.loading import load_model, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 _CODE = """

@@ -10,11 +10,11 @@ import transformers
 from torch import nn
 
 import mmcache
-from mmcache.capture import probe
 from mmcache.errors import ArgumentError, CorpusError, MmcacheError, UnsupportedModelError
 from mmcache.fill import forward
 from mmcache.job import Extraction
-from mmcache.model_use import context_length, running, text_config, vocabulary
+from mmcache.models.capture import probe
+from mmcache.models.model_use import context_length, running, text_config, vocabulary
 
 _TEXT_PATH = "model.language_model.layers.*.mlp:out"
 

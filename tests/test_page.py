@@ -34,7 +34,7 @@ import mmcache
 from mmcache import view as views
 from mmcache.cli import main
 from mmcache.errors import ArgumentError, StoreNotFoundError
-from mmcache.loading import load_model
+from mmcache.models.loading import load_model
 from mmcache.view import page as page_module
 from mmcache.view.figures import plotly_js
 from mmcache.view.page import Page, serve

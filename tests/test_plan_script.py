@@ -17,7 +17,7 @@ from support import without_sync
 
 import mmcache
 from mmcache.format.names import RESERVED
-from mmcache.loading import DEMO, load_model, load_tokenizer
+from mmcache.models.loading import DEMO, load_model, load_tokenizer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # The public counts, norms and biases included, which the plan leaves out: a few in ten thousand.

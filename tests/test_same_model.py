@@ -11,7 +11,7 @@ from mmcache import provenance, survey
 from mmcache.errors import CorruptError, PlanMismatchError
 from mmcache.format.manifest import read_manifest
 from mmcache.job import Extraction
-from mmcache.model_identity import model_identity
+from mmcache.models.model_identity import model_identity
 from mmcache.system.small_files import publish_all
 
 pytest.importorskip("transformers")

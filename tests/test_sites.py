@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from mmcache.capture import capture
 from mmcache.errors import ArgumentError, OutOfRangeError, UnknownSiteError, UnsupportedModelError
-from mmcache.families import TABLE
-from mmcache.sites import SITES, ResolvedSite, describe, resolve, unwrap
+from mmcache.models.capture import capture
+from mmcache.models.families import TABLE
+from mmcache.models.sites import SITES, ResolvedSite, describe, resolve, unwrap
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -465,7 +465,7 @@ def test_cross_attention_has_no_standard_sites():
 
 
 def test_importing_sites_and_capture_does_not_import_transformers():
-    code = "import sys, mmcache.sites, mmcache.capture; sys.exit('transformers' in sys.modules)"
+    code = "import sys, mmcache.models.sites, mmcache.capture; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

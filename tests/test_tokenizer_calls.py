@@ -14,7 +14,7 @@ import mmcache
 from mmcache import corpus, tokenizer_calls
 from mmcache.contexts import Contexts
 from mmcache.errors import CorpusError, CorruptError, UnsupportedModelError
-from mmcache.panics import growth, panics_as_errors
+from mmcache.models.tokenizer import growth, panics_as_errors
 from mmcache.tokenizer_calls import ids_of_texts
 from mmcache.view.words import Words
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, CorruptError
-from mmcache.panics import growth, panics_as_errors
+from mmcache.models.tokenizer import growth, panics_as_errors
 from mmcache.read.store import a_store
 from mmcache.system.arguments import instance, public
 

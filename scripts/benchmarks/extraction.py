@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Plan, Row, Skip, compare, seconds
-from mmcache.capture import capture
 from mmcache.fill import forward
 from mmcache.job import Extraction
-from mmcache.loading import load_tokenizer
+from mmcache.models.capture import capture
+from mmcache.models.loading import load_tokenizer
 from mmcache.token_batches import Batches
 
 if TYPE_CHECKING:

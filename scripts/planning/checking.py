@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from benchmarks.limits import raw_write
 
-from mmcache.capture import capture
 from mmcache.fill import forward
 from mmcache.format.names import RESERVED
 from mmcache.job import Extraction
-from mmcache.loading import load_model, load_tokenizer
+from mmcache.models.capture import capture
+from mmcache.models.loading import load_model, load_tokenizer
 from planning.figures import Figure
 from planning.measuring import digest_rate
 from planning.models import find_model

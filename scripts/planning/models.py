@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from mmcache.errors import ArgumentError
-from mmcache.families import TABLE
-from mmcache.loading import DEMO
+from mmcache.models.families import TABLE
+from mmcache.models.loading import DEMO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmcache.errors import ArgumentError, MmcacheError, UnsupportedModelError
-from mmcache.panics import panics_as_errors, said
+from mmcache.models.tokenizer import panics_as_errors, said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

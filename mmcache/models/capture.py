@@ -19,9 +19,9 @@ from mmcache.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
-from mmcache.model_use import running
-from mmcache.sites import ResolvedSite, resolve
-from mmcache.wrappers import is_compiled, unwrap
+from mmcache.models.model_use import running
+from mmcache.models.sites import ResolvedSite, resolve
+from mmcache.models.wrappers import is_compiled, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +190,7 @@ def capture(
     backward pass, which runs parts of the model again.
 
     Args:
-        model: Any torch model, wrapped or not; `mmcache.sites` says what a wrapper and a site are.
+        model: Any torch model, wrapped or not; `mmcache.models.sites` says what a wrapper and a site are.
         sites: Site names.
         layers: The model's own layer numbers; None means all.
         stop: End each forward pass as soon as every wanted site has been captured, so that later layers and

@@ -2,7 +2,7 @@
 
 A site is named in one of three ways:
 
-- a standard name (`SITES`), in the families of `mmcache.families`;
+- a standard name (`SITES`), in the families of `mmcache.models.families`;
 - a module path with `*` for the layer number and an explicit side, `model.layers.*.mlp:out`, in any
   `nn.Module`. A path without `*` is a site of one layer, called layer 0;
 - a TransformerLens name, `blocks.3.hook_resid_post` or `blocks.*.hook_resid_post`, which names a site and its
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from mmcache.errors import ArgumentError, OutOfRangeError, UnknownSiteError, UnsupportedModelError
-from mmcache.families import ABSENT, ALIASES, NOT_ALIASES, SITES, TABLE
+from mmcache.models.families import ABSENT, ALIASES, NOT_ALIASES, SITES, TABLE
+from mmcache.models.wrappers import unwrap
 from mmcache.system.arguments import layer_numbers, names
-from mmcache.wrappers import unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

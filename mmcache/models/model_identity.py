@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from mmcache.weights import weights_digest
+from mmcache.models.weights import weights_digest
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,0 +1,1 @@
+"""Models: sites, hooks, loading."""
