@@ -26,7 +26,6 @@ if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.defa
 from mmcache.format.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
-    from mmcache.corpus import read_texts
     from mmcache.dataset import ActivationDataset
     from mmcache.errors import (
         AccessError,
@@ -58,12 +57,13 @@ if TYPE_CHECKING:
         WriteError,
     )
     from mmcache.export import Exported, export
-    from mmcache.extract import extract
-    from mmcache.fill import NonFiniteWarning
+    from mmcache.extraction.corpus import read_texts
+    from mmcache.extraction.extract import extract
+    from mmcache.extraction.fill import NonFiniteWarning
+    from mmcache.extraction.fingerprint import ProvenanceWarning
+    from mmcache.extraction.job import Progress
+    from mmcache.extraction.special_tokens import BosWarning
     from mmcache.findings import Finding, Report
-    from mmcache.fingerprint import ProvenanceWarning
-    from mmcache.frame import BosWarning
-    from mmcache.job import Progress
     from mmcache.models.capture import Captured, capture
     from mmcache.read.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.read.site_view import SiteView
@@ -85,7 +85,7 @@ _PLACES = {
     "FullActivationCache": "write.cache",
     "Captured": "models.capture",
     "capture": "models.capture",
-    "read_texts": "corpus",
+    "read_texts": "extraction.corpus",
     "ActivationDataset": "dataset",
     "AccessError": "errors",
     "ArgumentError": "errors",
@@ -116,13 +116,13 @@ _PLACES = {
     "WriteError": "errors",
     "Exported": "export",
     "export": "export",
-    "Progress": "job",
-    "extract": "extract",
-    "NonFiniteWarning": "fill",
-    "ProvenanceWarning": "fingerprint",
+    "Progress": "extraction.job",
+    "extract": "extraction.extract",
+    "NonFiniteWarning": "extraction.fill",
+    "ProvenanceWarning": "extraction.fingerprint",
     "Finding": "findings",
     "Report": "findings",
-    "BosWarning": "frame",
+    "BosWarning": "extraction.special_tokens",
     "Loss": "repair",
     "Repaired": "repair",
     "repair": "repair",

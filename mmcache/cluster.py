@@ -19,8 +19,8 @@ from torch import nn
 from mmcache.cluster_pool import Pool, Resources
 from mmcache.cluster_worker import Job, Options, see_plan
 from mmcache.errors import ArgumentError
-from mmcache.frame import BosWarning
-from mmcache.job import complete
+from mmcache.extraction.job import complete
+from mmcache.extraction.special_tokens import BosWarning
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.ray_session import connected
 from mmcache.storage.connection import placed
@@ -28,10 +28,10 @@ from mmcache.storage.connection import placed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from mmcache.corpus import Document
-    from mmcache.job import Progress
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.estimate import Survey
+    from mmcache.extraction.job import Progress
     from mmcache.read.store import Store
-    from mmcache.survey import Survey
 
 __all__ = ["extract", "named"]
 

@@ -13,19 +13,19 @@ import numpy as np
 
 from mmcache.cluster_worker import Worker
 from mmcache.errors import ArgumentError, ClusterError, MmcacheError
-from mmcache.fill import NonFiniteWarning
+from mmcache.extraction.fill import NonFiniteWarning
+from mmcache.extraction.job import Progress
+from mmcache.extraction.scheduling import Turns
 from mmcache.format.manifest import is_store, read_manifest
-from mmcache.job import Progress
 from mmcache.system.draft import remove_drafts
 from mmcache.system.files import sync_folder
 from mmcache.system.launcher import Rank
-from mmcache.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from mmcache.cluster_worker import Job, Planned
-    from mmcache.corpus import Document
+    from mmcache.extraction.corpus import Document
     from mmcache.format.manifest import Manifest
 
 __all__ = ["Pool", "Resources", "deal"]

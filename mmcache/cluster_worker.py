@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 import torch
 
 from mmcache.errors import ClusterError, MmcacheError, WriteError
-from mmcache.fill import NonFiniteWarning
+from mmcache.extraction.estimate import survey_plan
+from mmcache.extraction.fill import NonFiniteWarning
+from mmcache.extraction.job import Extraction
+from mmcache.extraction.special_tokens import BosWarning
+from mmcache.extraction.threads import plan_threads
 from mmcache.format.manifest import is_store, read_manifest
-from mmcache.frame import BosWarning
-from mmcache.job import Extraction
 from mmcache.models.loading import is_spread
-from mmcache.survey import survey_plan
 from mmcache.system.launcher import Rank
-from mmcache.threads import plan_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from mmcache.corpus import Document
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.estimate import Survey
+    from mmcache.extraction.special_tokens import Bos
     from mmcache.format.manifest import Manifest
-    from mmcache.frame import Bos
-    from mmcache.survey import Survey
 
 __all__ = ["Job", "Made", "Options", "Planned", "Worker", "see_plan"]
 

@@ -19,7 +19,7 @@ from mmcache.units import duration, size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mmcache.job import Progress as Done
+    from mmcache.extraction.job import Progress as Done
 
 __all__ = ["BytesBar", "ProgressBar"]
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mmcache.export import Exported
+    from mmcache.extraction.estimate import Survey
     from mmcache.findings import Finding, Report
     from mmcache.repair import Repaired
-    from mmcache.survey import Survey
 
 __all__ = ["draw_exported", "draw_overview", "draw_repaired", "draw_report", "draw_survey"]
 

@@ -9,12 +9,12 @@ import torch
 from support import tree, without_sync
 
 import mmcache
-from mmcache import plan as planning
-from mmcache import tokenise
 from mmcache.cli import main
+from mmcache.extraction import plan as planning
+from mmcache.extraction import tokenise
+from mmcache.extraction.tokenise import Tokenised
 from mmcache.format.manifest import read_manifest
 from mmcache.system.draft import publish
-from mmcache.tokenise import Tokenised
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

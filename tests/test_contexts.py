@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmcache.contexts import Contexts, CorpusDigest, Place
 from mmcache.errors import ArgumentError, CorpusError
+from mmcache.extraction.contexts import Contexts, CorpusDigest, Place
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -11,8 +11,8 @@ import torch
 import zarr
 
 import mmcache
-from mmcache.corpus import read_texts
 from mmcache.errors import CorpusError
+from mmcache.extraction.corpus import read_texts
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -14,7 +14,6 @@ from support import at_opcode
 from torch import nn
 
 import mmcache
-from mmcache.contexts import Contexts
 from mmcache.errors import (
     ArgumentError,
     DtypeError,
@@ -25,9 +24,10 @@ from mmcache.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
-from mmcache.fill import NonFiniteWarning
+from mmcache.extraction.contexts import Contexts
+from mmcache.extraction.fill import NonFiniteWarning
+from mmcache.extraction.job import Extraction
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
-from mmcache.job import Extraction
 from mmcache.models.loading import load_model, load_tokenizer
 
 pytest.importorskip("transformers")
@@ -608,7 +608,7 @@ def test_the_quickest_batch_size_is_measured_once_and_kept(tmp_path, monkeypatch
     assert size >= 1
     assert size & (size - 1) == 0
     (tmp_path / "store" / "mlp_in" / "c.0.1.0").unlink()
-    module = importlib.import_module("mmcache.job")
+    module = importlib.import_module("mmcache.extraction.job")
     monkeypatch.setattr(module, "quickest_batch", lambda *_: pytest.fail("measured again"))
     assert extract(tmp_path / "store", **settings).source["numerics"]["batch_size"] == size
 

@@ -11,9 +11,9 @@ import torch
 from support import ended_uploads, wait_for
 
 import mmcache
-from mmcache import bucket_folder, fill, outgoing, turns, uploads
 from mmcache.errors import RemoteError
-from mmcache.outgoing import staging_folder
+from mmcache.extraction import bucket_folder, fill, outgoing, scheduling, uploads
+from mmcache.extraction.outgoing import staging_folder
 from mmcache.storage import bucket, retries
 
 pytest.importorskip("transformers")
@@ -36,7 +36,7 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (turns, "_PATIENCE", 0.02), (retries, "_PAUSE", 0.01), (uploads, "_AGAIN", 0.01),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (retries, "_PAUSE", 0.01), (uploads, "_AGAIN", 0.01),
         (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

@@ -17,7 +17,7 @@ from failing import KINDS, FailOnce
 from support import Twin, at_opcode, widened
 
 import mmcache
-from mmcache import tokenise
+from mmcache.extraction import tokenise
 from mmcache.write import page_cache
 
 SITES = {"a": 32, "b": 16}

@@ -19,11 +19,11 @@ import torch
 from click.testing import CliRunner
 from support import widened
 
-from mmcache import corpus
 from mmcache.cli import main
 from mmcache.commands import extraction
-from mmcache.corpus import read_texts
 from mmcache.errors import CorpusError
+from mmcache.extraction import corpus
+from mmcache.extraction.corpus import read_texts
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

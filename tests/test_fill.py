@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import mmcache
-from mmcache import fill, turns
 from mmcache.errors import LockedError, PlanMismatchError
+from mmcache.extraction import fill, scheduling
 from mmcache.format.signed_json import ROOT
 from mmcache.system.draft import Draft, publish
 
@@ -23,7 +23,7 @@ def quick(monkeypatch):
     """Nothing here could see a sync, and nobody should wait for a second."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(fill, "_LOOK_AGAIN", 0.01)
-    monkeypatch.setattr(turns, "_PATIENCE", 0.02)
+    monkeypatch.setattr(scheduling, "_PATIENCE", 0.02)
 
 
 def extract(path, **changes):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mmcache
-from mmcache.fingerprint import _difference, _ids, _sketch, probe_model
+from mmcache.extraction.fingerprint import _difference, _ids, _sketch, probe_model
 
 transformers = pytest.importorskip("transformers")
 small = pytest.importorskip("small")

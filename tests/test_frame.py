@@ -5,10 +5,17 @@ import warnings
 import numpy as np
 import pytest
 
-from mmcache import contexts as module
-from mmcache.contexts import Contexts
 from mmcache.errors import ArgumentError
-from mmcache.frame import BosWarning, frame_of, special_ids, unframed, warn_of_framed, warn_of_missing
+from mmcache.extraction import contexts as module
+from mmcache.extraction.contexts import Contexts
+from mmcache.extraction.special_tokens import (
+    BosWarning,
+    frame_of,
+    special_ids,
+    unframed,
+    warn_of_framed,
+    warn_of_missing,
+)
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

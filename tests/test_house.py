@@ -94,7 +94,7 @@ from mmcache import writer, open
 if TYPE_CHECKING:
     from mmcache.write.cache import x
 def f():
-    import numpy, mmcache.plan as p
+    import numpy, mmcache.extraction.plan as p
     class A:
         from mmcache.view.web import y
 """

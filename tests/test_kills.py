@@ -31,8 +31,9 @@ def serve():
     """Run commands for `Runner`, each in a fork."""
     import transformers  # noqa: PLC0415 -- in the process that forks only
 
-    from mmcache import cli, tokenise  # noqa: PLC0415
+    from mmcache import cli  # noqa: PLC0415
     from mmcache.commands import extraction  # noqa: PLC0415
+    from mmcache.extraction import tokenise  # noqa: PLC0415
     from mmcache.storage import bucket  # noqa: PLC0415
     from mmcache.system import draft  # noqa: PLC0415
 

@@ -149,13 +149,13 @@ from pathlib import Path
 import numpy as np
 import mmcache
 import mmcache.system.files
-import mmcache.room
+import mmcache.extraction.missing_shards
 from mmcache.write.token_columns import Column, publish_columns
-from mmcache.fill import Fill
+from mmcache.extraction.fill import Fill
 from mmcache.format.manifest import Manifest, array_json, read_manifest
 from mmcache.system.launcher import Rank
-from mmcache.survey import survey_plan
-from mmcache.token_batches import Batches
+from mmcache.extraction.estimate import survey_plan
+from mmcache.extraction.token_batches import Batches
 
 path, shards = Path(sys.argv[1]), int(sys.argv[2])
 manifest = Manifest(
@@ -179,7 +179,7 @@ for block in range(shards):
 # As small a part of the names at a time as of four millions of them.
 mmcache.system.files._NAMES = max(1, mmcache.system.files._NAMES * shards // 4_000_000)
 # There is more to do than this disk has room for.
-mmcache.room.free_bytes = lambda _: 1 << 60
+mmcache.extraction.missing_shards.free_bytes = lambda _: 1 << 60
 # Imported only when it is used.
 _ = mmcache.ActivationDataset
 

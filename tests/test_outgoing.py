@@ -16,9 +16,7 @@ from click.testing import CliRunner
 from support import ended_uploads
 
 import mmcache
-from mmcache import bucket_folder, claims, cli, fill, outgoing, turns, uploads
-from mmcache.bucket_folder import BucketFolder
-from mmcache.claims import STAGING, Claims, claimed
+from mmcache import cli
 from mmcache.commands import extraction
 from mmcache.errors import (
     ArgumentError,
@@ -31,10 +29,13 @@ from mmcache.errors import (
     StoreExistsError,
     WriteError,
 )
+from mmcache.extraction import bucket_folder, fill, outgoing, scheduling, staging_claims, uploads
+from mmcache.extraction.bucket_folder import BucketFolder
+from mmcache.extraction.job import Extraction
+from mmcache.extraction.outgoing import staging_folder
+from mmcache.extraction.staging_claims import STAGING, Claims, claimed
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
-from mmcache.job import Extraction
-from mmcache.outgoing import staging_folder
 from mmcache.storage import bucket
 from mmcache.storage.bucket import Bucket
 from mmcache.system.draft import publish
@@ -57,7 +58,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (turns, "_PATIENCE", 0.02), (bucket, "PATIENCE", 0.4), (uploads, "_AGAIN", 0.01),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (bucket, "PATIENCE", 0.4), (uploads, "_AGAIN", 0.01),
         (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.05), (bucket_folder, "_SHARE", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -327,7 +328,7 @@ def test_a_full_disk_names_the_numbers_and_only_the_bound_has_to_fit(there, url,
             extract(url, staging_bytes=asked)
         assert full.value.filename == str(staging_folder(url, None))
     monkeypatch.setattr(outgoing, "free_bytes", lambda _: 2 * block)
-    monkeypatch.setattr("mmcache.room.free_bytes", lambda _: 2 * block)
+    monkeypatch.setattr("mmcache.extraction.missing_shards.free_bytes", lambda _: 2 * block)
     extract(f"{url}-2", max_tokens=400)
     extract(f"{url}-2")
     assert len(shards(there.with_name("bucket-2"))) == len(shards(local / "token"))
@@ -521,7 +522,7 @@ def test_stubs_follow_the_bucket(there, url, local):
 
 def test_claims_are_of_the_living(tmp_path):
     (tmp_path / STAGING).mkdir()
-    (tmp_path / STAGING / claims.MARKER).write_text("file:///somewhere")
+    (tmp_path / STAGING / staging_claims.MARKER).write_text("file:///somewhere")
     one, two = Claims(tmp_path), Claims(tmp_path)
     seen = []
     assert one.claim({"a/c.0.0.0": 60}, lambda processes: seen.append(processes) or 100)
@@ -540,7 +541,7 @@ def test_claims_are_of_the_living(tmp_path):
     assert last == ["two"]
     assert claimed(tmp_path) == []
     assert claimed(tmp_path / "elsewhere") == []
-    assert [file.name for file in (tmp_path / STAGING).iterdir()] == [claims.MARKER]
+    assert [file.name for file in (tmp_path / STAGING).iterdir()] == [staging_claims.MARKER]
 
 
 def test_a_server_that_is_gone_holds_up_nobody_who_leaves(tmp_path, monkeypatch):

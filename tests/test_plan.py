@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import mmcache
-from mmcache import room, tokenise
 from mmcache.errors import (
     ArgumentError,
     CorpusError,
@@ -27,6 +26,7 @@ from mmcache.errors import (
     ReadOnlyError,
     StoreExistsError,
 )
+from mmcache.extraction import missing_shards, tokenise
 from mmcache.system import draft
 from mmcache.system.locks import FolderLock
 
@@ -193,7 +193,7 @@ def other_numerics(monkeypatch, field):
         monkeypatch.setattr(sys.modules["transformers"], "__version__", "another")
     else:
         # There is one kind of device in this machine.
-        module = importlib.import_module("mmcache.job")
+        module = importlib.import_module("mmcache.extraction.job")
         real = module.numerics
         monkeypatch.setattr(module, "numerics", lambda *given: {**real(*given), field: "another"})
     return {}
@@ -433,11 +433,11 @@ def shard_names(path):
 def test_a_job_that_does_not_fit_is_refused_with_the_numbers(complete, tmp_path, monkeypatch):
     path = tmp_path / "store"
     needed = sum((complete / name).stat().st_size for name in shard_names(complete))
-    monkeypatch.setattr(room, "free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(missing_shards, "free_bytes", lambda _: needed - 1)
     with pytest.raises(DiskFullError, match=rf"take {needed} bytes .* and {needed - 1} .* are free: make room"):
         extract(path)
     assert shard_names(path) == []
-    monkeypatch.setattr(room, "free_bytes", lambda _: needed)
+    monkeypatch.setattr(missing_shards, "free_bytes", lambda _: needed)
     extract(path)
     small.assert_same_store(path, complete)
 
@@ -445,12 +445,12 @@ def test_a_job_that_does_not_fit_is_refused_with_the_numbers(complete, tmp_path,
 def test_a_resume_needs_room_for_what_is_missing_only(begun, monkeypatch):
     files = [begun / "mlp_in/c.0.2.0", begun / "mlp_out/c.0.2.0"]  # as large as those that are missing
     needed = sum(file.stat().st_size for file in files)
-    monkeypatch.setattr(room, "free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(missing_shards, "free_bytes", lambda _: needed - 1)
     before = small.contents(begun)
     with pytest.raises(DiskFullError, match=f"take {needed} bytes"):
         extract(begun)
     assert small.contents(begun) == before
-    monkeypatch.setattr(room, "free_bytes", lambda _: needed)
+    monkeypatch.setattr(missing_shards, "free_bytes", lambda _: needed)
     extract(begun)
 
 
@@ -465,7 +465,7 @@ def test_growth_that_does_not_fit_leaves_the_store_complete(tmp_path, monkeypatc
         return sum((path / name).stat().st_size for name in names)
 
     disk = 0
-    monkeypatch.setattr(room, "free_bytes", lambda _: disk - sizes(path, shard_names(path)))
+    monkeypatch.setattr(missing_shards, "free_bytes", lambda _: disk - sizes(path, shard_names(path)))
     with pytest.raises(DiskFullError, match="make room"):
         extract(path, shard_tokens=shard_tokens, max_tokens=None)
     store = mmcache.open(path)
@@ -485,7 +485,7 @@ def test_growth_that_does_not_fit_leaves_the_store_complete(tmp_path, monkeypatc
 
 def test_sites_that_do_not_fit_leave_the_store_complete(complete, tmp_path, monkeypatch):
     path = copied(complete, tmp_path / "store")
-    monkeypatch.setattr(room, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(missing_shards, "free_bytes", lambda _: 100)
     before = small.contents(path)
     with pytest.raises(DiskFullError, match="and 100 "):
         extract(path, sites=("resid_post",))

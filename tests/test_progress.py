@@ -3,7 +3,7 @@
 import pytest
 from planted import drawn, terminal, unstyled
 
-from mmcache.job import Progress
+from mmcache.extraction.job import Progress
 from mmcache.progress import BytesBar, ProgressBar
 
 

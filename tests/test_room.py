@@ -8,8 +8,8 @@ from broken import extracted
 from support import shards
 
 import mmcache
+from mmcache.extraction.missing_shards import bytes_to_write, check_room, missing_of, shards_from
 from mmcache.format.manifest import read_manifest
-from mmcache.room import bytes_to_write, check_room, missing_of, shards_from
 
 
 @pytest.fixture(scope="module", params=["layer", "token"])
@@ -72,8 +72,8 @@ def test_shards_that_are_replaced_are_made_again_in_the_room_that_they_leave(sto
     again = bytes_to_write(manifest, shards_from(store, manifest, 2))
     assert again > lost > 0
     for free, replacing in ((lost, None), (lost, (manifest, 2)), (lost, (manifest, 0))):
-        monkeypatch.setattr("mmcache.room.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("mmcache.extraction.missing_shards.free_bytes", lambda _, free=free: free)
         check_room(store, manifest, replacing=replacing)
-        monkeypatch.setattr("mmcache.room.free_bytes", lambda _, free=free: free - 1)
+        monkeypatch.setattr("mmcache.extraction.missing_shards.free_bytes", lambda _, free=free: free - 1)
         with pytest.raises(mmcache.DiskFullError, match="are missing take"):
             check_room(store, manifest, replacing=replacing)

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import mmcache
-from mmcache import provenance, survey
 from mmcache.errors import CorruptError, PlanMismatchError
+from mmcache.extraction import estimate, provenance
+from mmcache.extraction.job import Extraction
 from mmcache.format.manifest import read_manifest
-from mmcache.job import Extraction
 from mmcache.models.model_identity import model_identity
 from mmcache.system.small_files import publish_all
 
@@ -95,8 +95,8 @@ def test_a_model_that_heeds_its_mask_keeps_whole_batches(tmp_path, model):
 
 def test_the_estimate_runs_what_the_job_would_run(tmp_path, monkeypatch):
     ran = []
-    rate = survey._rate
-    monkeypatch.setattr(survey, "_rate", lambda batches, run: ran.extend(batches) or rate(batches, run))
+    rate = estimate._rate
+    monkeypatch.setattr(estimate, "_rate", lambda batches, run: ran.extend(batches) or rate(batches, run))
     job = Extraction(
         Neighbours().eval(), small.byte_tokenizer(), tmp_path / "store", **SETTINGS | {"sites": ("blocks.*:out",)}
     )

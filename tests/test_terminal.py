@@ -9,10 +9,10 @@ from planted import SITE, drawn, numbers, terminal, unstyled
 from rich.cells import cell_len
 
 from mmcache.export import Exported
+from mmcache.extraction.estimate import Survey
 from mmcache.findings import Finding, Report
 from mmcache.read.overview import overview
 from mmcache.repair import Loss, Repaired
-from mmcache.survey import Survey
 from mmcache.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
 from mmcache.visible import visible
 

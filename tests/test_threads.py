@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mmcache
-from mmcache import threads
+from mmcache.extraction import threads
+from mmcache.extraction.threads import plan_threads
 from mmcache.system.launcher import Rank
-from mmcache.threads import plan_threads
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

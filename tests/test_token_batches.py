@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support import without_sync
 
+from mmcache.extraction.token_batches import Batches
 from mmcache.format.manifest import Manifest
-from mmcache.token_batches import Batches
 from mmcache.write.token_columns import Column, publish_columns
 
 LENGTHS = np.random.default_rng(3).integers(1, 9, 61)

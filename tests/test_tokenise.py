@@ -11,15 +11,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmcache import tokenise
-from mmcache.contexts import Contexts, CorpusDigest
 from mmcache.errors import CorpusError, PlanMismatchError
+from mmcache.extraction import tokenise
+from mmcache.extraction.contexts import Contexts, CorpusDigest
+from mmcache.extraction.tokenise import Tokenised, check_corpus
 from mmcache.format import manifest
 from mmcache.format.manifest import Manifest
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
 from mmcache.storage.shards import ShardFolder
 from mmcache.system import draft
-from mmcache.tokenise import Tokenised, check_corpus
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

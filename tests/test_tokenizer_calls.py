@@ -11,11 +11,11 @@ import transformers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 import mmcache
-from mmcache import corpus, tokenizer_calls
-from mmcache.contexts import Contexts
 from mmcache.errors import CorpusError, CorruptError, UnsupportedModelError
+from mmcache.extraction import corpus, tokenizer_calls
+from mmcache.extraction.contexts import Contexts
+from mmcache.extraction.tokenizer_calls import ids_of_texts
 from mmcache.models.tokenizer import growth, panics_as_errors
-from mmcache.tokenizer_calls import ids_of_texts
 from mmcache.view.words import Words
 
 # A panic says on stderr where it was.

@@ -604,7 +604,7 @@ def test_a_plan_that_is_not_done_is_no_store_to_copy(remote, tmp_path, monkeypat
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmcache.plan._published", interrupted)
+    monkeypatch.setattr("mmcache.extraction.plan._published", interrupted)
     with pytest.raises(KeyboardInterrupt):
         broken.extracted(tmp_path / "acts")
     with pytest.raises(mmcache.IncompleteError, match="still being planned"):

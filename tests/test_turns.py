@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache import turns
+from mmcache.extraction import scheduling
+from mmcache.extraction.scheduling import Turns
 from mmcache.format.manifest import Manifest
 from mmcache.system.draft import Draft
 from mmcache.system.launcher import Rank
-from mmcache.turns import Turns
 
 SHARD = 2048
 
@@ -76,20 +76,20 @@ def test_what_somebody_is_making_is_left_to_him_until_he_dies(tmp_path):
 
 def test_fewer_blocks_than_workers_go_to_those_whose_part_they_are_unless_they_do_not_come(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(turns.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scheduling.time, "monotonic", lambda: now[0])
     manifest = plan(tmp_path, 1)
     workers = [Turns(tmp_path, manifest, Rank(number, 4)) for number in range(4)]
     assert [worker.take().tolist() for worker in workers] == [[], [], [], [0]]
     # The next one behind the owner first, then the others, each for longer.
-    now[0] = turns._PATIENCE
+    now[0] = scheduling._PATIENCE
     assert [worker.take().tolist() for worker in workers[:3]] == [[0], [], []]
-    now[0] = 3 * turns._PATIENCE
+    now[0] = 3 * scheduling._PATIENCE
     assert [worker.take().tolist() for worker in workers[:3]] == [[0]] * 3
 
 
 def test_a_worker_that_was_busy_has_waited_for_nothing(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(turns.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scheduling.time, "monotonic", lambda: now[0])
     manifest = plan(tmp_path, 3)
     worker = Turns(tmp_path, manifest, Rank(0, 2))
     assert worker.take().tolist() == [0]
@@ -98,13 +98,13 @@ def test_a_worker_that_was_busy_has_waited_for_nothing(tmp_path, monkeypatch):
     make(tmp_path, manifest, 2)
     worker.look()
     assert worker.take().tolist() == []
-    now[0] += turns._PATIENCE
+    now[0] += scheduling._PATIENCE
     assert worker.take().tolist() == [1]
 
 
 @pytest.mark.parametrize("number", [0, 37, 99])
 def test_a_task_of_an_array_that_has_a_store_to_itself_soon_takes_all_of_it(tmp_path, number, monkeypatch):
-    monkeypatch.setattr(turns.time, "monotonic", lambda: pytest.fail("it waits for nobody"))
+    monkeypatch.setattr(scheduling.time, "monotonic", lambda: pytest.fail("it waits for nobody"))
     manifest = plan(tmp_path, 300, sites=("a",))
     worker, taken = Turns(tmp_path, manifest, Rank(number, 100)), []
     while worker.wanted.any():
@@ -157,7 +157,7 @@ def test_whoever_dies_or_dawdles_everything_is_made_and_little_of_it_twice(block
 
     jobs = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns.time, "monotonic", lambda: clock[0])
+        patch.setattr(scheduling.time, "monotonic", lambda: clock[0])
         for number in range(workers):
             worker = Seen(None, manifest, Rank(number, workers))
             jobs[worker] = worker.take().tolist()

@@ -16,13 +16,14 @@ from rich.console import Console
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
 from mmcache.commands.shared import DTYPES, JSON, TRUST, layer_numbers, names, print_json
-from mmcache.corpus import check_sources, read_texts
-from mmcache.frame import BOS_CHOICES
-from mmcache.job import Extraction
+from mmcache.extraction.corpus import check_sources, read_texts
+from mmcache.extraction.job import Extraction
+from mmcache.extraction.outgoing import planned_in_bucket, staging_folder
+from mmcache.extraction.special_tokens import BOS_CHOICES
+from mmcache.extraction.threads import plan_threads
 from mmcache.models.capture import probe
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.models.sites import describe, resolve
-from mmcache.outgoing import planned_in_bucket, staging_folder
 from mmcache.progress import ProgressBar
 from mmcache.read.overview import overview
 from mmcache.signals import stoppable
@@ -30,13 +31,12 @@ from mmcache.storage.connection import placed
 from mmcache.system.launcher import find_rank
 from mmcache.tables import draw_rows
 from mmcache.terminal import draw_overview, draw_survey
-from mmcache.threads import plan_threads
 from mmcache.urls import is_url, redacted
 
 if TYPE_CHECKING:
+    from mmcache.extraction.estimate import Survey
     from mmcache.models.sites import ResolvedSite
     from mmcache.read.store import Store
-    from mmcache.survey import Survey
     from mmcache.system.launcher import Rank
 
 __all__ = ["extract", "sites"]

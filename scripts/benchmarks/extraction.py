@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Plan, Row, Skip, compare, seconds
-from mmcache.fill import forward
-from mmcache.job import Extraction
+from mmcache.extraction.fill import forward
+from mmcache.extraction.job import Extraction
+from mmcache.extraction.token_batches import Batches
 from mmcache.models.capture import capture
 from mmcache.models.loading import load_tokenizer
-from mmcache.token_batches import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

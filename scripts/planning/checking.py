@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from benchmarks.limits import raw_write
 
-from mmcache.fill import forward
+from mmcache.extraction.fill import forward
+from mmcache.extraction.job import Extraction
 from mmcache.format.names import RESERVED
-from mmcache.job import Extraction
 from mmcache.models.capture import capture
 from mmcache.models.loading import load_model, load_tokenizer
 from planning.figures import Figure

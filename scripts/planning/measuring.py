@@ -17,11 +17,11 @@ from benchmarks.huge import huge_store
 from benchmarks.limits import aligned, memcpy, random_reads, raw_write
 from benchmarks.measure import seconds
 
+from mmcache.extraction.scheduling import Turns
 from mmcache.read.opening import open_store
 from mmcache.stats.site_statistics import merge_site
 from mmcache.storage.listing import count_shards
 from mmcache.system.launcher import Rank
-from mmcache.turns import Turns
 from mmcache.write.page_cache import PageCachePolicy
 from mmcache.write.shard_writer import ShardWriter
 from planning.figures import Figure, Figures

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from mmcache.errors import NonFiniteError, PlanMismatchError
+from mmcache.extraction.missing_shards import bytes_to_write, check_room
+from mmcache.extraction.scheduling import Turns
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
 from mmcache.models.model_use import running
-from mmcache.room import bytes_to_write, check_room
 from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there
 from mmcache.system.arguments import outside
 from mmcache.system.memory import PAGE
-from mmcache.turns import Turns
 from mmcache.write.block import Block
 from mmcache.write.page_cache import PageCachePolicy
 from mmcache.write.pipeline import SLOT_BYTES, Pipeline
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from mmcache.extraction.outgoing import Outgoing
+    from mmcache.extraction.token_batches import Batches
     from mmcache.format.manifest import Manifest
     from mmcache.models.capture import Captured
-    from mmcache.outgoing import Outgoing
     from mmcache.system.launcher import Rank
-    from mmcache.token_batches import Batches
 
 __all__ = ["Fill", "NonFiniteWarning", "forward"]
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mmcache.errors import ArgumentError, CorpusError
+from mmcache.extraction.tokenizer_calls import ids_of_letter
 from mmcache.models.tokenizer import check_growth
 from mmcache.system.arguments import outside
-from mmcache.tokenizer_calls import ids_of_letter
 
 __all__ = [
     "BOS_CHOICES",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.bucket_listing import Listing, is_column, manifest_of, read_if_there, shard_numbers
-from mmcache.claims import MARKER, STAGING, is_staging
 from mmcache.errors import CorruptError, MmcacheError, PlanMismatchError, StoreExistsError
+from mmcache.extraction.bucket_listing import Listing, is_column, manifest_of, read_if_there, shard_numbers
+from mmcache.extraction.staging_claims import MARKER, STAGING, is_staging
 from mmcache.format.manifest import METADATA_LIMIT, is_store, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.claims import is_staging
 from mmcache.errors import (
     BucketNotFoundError,
     CorruptError,
@@ -19,6 +18,7 @@ from mmcache.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from mmcache.extraction.staging_claims import is_staging
 from mmcache.format.format import Layout
 from mmcache.format.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
 from mmcache.format.names import RESERVED, TOKENIZER_FOLDER

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.claims import is_staging
 from mmcache.errors import DiskFullError
+from mmcache.extraction.staging_claims import is_staging
 from mmcache.format.format import Layout
 from mmcache.storage.listing import present_shards
 from mmcache.system.files import free_bytes

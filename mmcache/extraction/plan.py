@@ -14,17 +14,18 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mmcache.claims import claimed
 from mmcache.errors import CorpusError, LockedError, PlanMismatchError, StoreExistsError
-from mmcache.fingerprint import with_sites
+from mmcache.extraction.fingerprint import with_sites
+from mmcache.extraction.missing_shards import check_room, shards_from
+from mmcache.extraction.plan_comparison import changes, grows, is_recorded, known_plan, with_recorded
+from mmcache.extraction.staging_claims import claimed
+from mmcache.extraction.tokenise import Tokenised, check_corpus, tokenise
 from mmcache.format.features import NEW_STORES
 from mmcache.format.format import ids_digest
 from mmcache.format.geometry import shard_rows
 from mmcache.format.manifest import Manifest, array_json, is_store, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.plan_compare import changes, grows, is_recorded, known_plan, with_recorded
-from mmcache.room import check_room, shards_from
 from mmcache.storage.listing import in_order
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
@@ -32,7 +33,6 @@ from mmcache.system.draft import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.system.locks import FolderLock
 from mmcache.system.small_files import publish_all
-from mmcache.tokenise import Tokenised, check_corpus, tokenise
 from mmcache.write.base_writer import claim
 from mmcache.write.new_store import check_new, row_sizes
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from mmcache.corpus import Document
-    from mmcache.settings import Settings
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.settings import Settings
 
 __all__ = ["join_plan", "open_plan"]
 

@@ -6,8 +6,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
-from mmcache.corpus import check_size
 from mmcache.errors import CorpusError, UnsupportedModelError
+from mmcache.extraction.corpus import check_size
 from mmcache.models.tokenizer import panics_as_errors, said
 
 if TYPE_CHECKING:

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from mmcache.contexts import Context, Contexts, CorpusDigest, Place
 from mmcache.errors import CorpusError, PlanMismatchError
+from mmcache.extraction.contexts import Context, Contexts, CorpusDigest, Place
+from mmcache.extraction.special_tokens import warn_of_framed, warn_of_missing
 from mmcache.format.names import RESERVED
 from mmcache.format.token_flags import flagged
-from mmcache.frame import warn_of_framed, warn_of_missing
 from mmcache.write.token_columns import Column, publish_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from mmcache.corpus import Document
+    from mmcache.extraction.corpus import Document
     from mmcache.format.manifest import Manifest
 
 __all__ = ["Tokenised", "check_corpus", "tokenise"]

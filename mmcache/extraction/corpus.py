@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 
 from mmcache.errors import CorpusError
-from mmcache.file_kinds import HEAD, check_kind
+from mmcache.extraction.file_kinds import HEAD, check_kind
 from mmcache.system.arguments import shown
 from mmcache.system.memory import available_memory
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from mmcache.claims import Claims
+    from mmcache.extraction.staging_claims import Claims
     from mmcache.format.manifest import Manifest
     from mmcache.storage.bucket import Bucket
 

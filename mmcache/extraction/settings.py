@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcache.contexts import Contexts
+from mmcache.extraction.contexts import Contexts
+from mmcache.extraction.special_tokens import BOS_CHOICES
 from mmcache.format.dtypes import BY_NAME
 from mmcache.format.geometry import MOST_ROWS
 from mmcache.format.user_metadata import check_user_metadata
-from mmcache.frame import BOS_CHOICES
 from mmcache.system.arguments import (
     Check,
     a_device,

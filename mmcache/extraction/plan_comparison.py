@@ -7,21 +7,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import ReadOnlyError
-from mmcache.fingerprint import ProvenanceWarning, check_fingerprint
+from mmcache.extraction.fingerprint import ProvenanceWarning, check_fingerprint
+from mmcache.extraction.missing_shards import missing_of
+from mmcache.extraction.provenance import compare, recorded
+from mmcache.extraction.tokenise import Tokenised
 from mmcache.format.manifest import read_manifest
 from mmcache.format.names import check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.provenance import compare, recorded
-from mmcache.room import missing_of
 from mmcache.system.arguments import outside
 from mmcache.system.draft import publish
-from mmcache.tokenise import Tokenised
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mmcache.extraction.settings import Settings
     from mmcache.format.manifest import Manifest
-    from mmcache.settings import Settings
 
 __all__ = ["changes", "check_plan", "grows", "is_recorded", "known_plan", "with_recorded"]
 

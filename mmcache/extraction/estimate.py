@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.fill import forward
+from mmcache.extraction.fill import forward
+from mmcache.extraction.special_tokens import warn_of_missing
+from mmcache.extraction.tokenise import Tokenised
 from mmcache.format.features import NEW_STORES
 from mmcache.format.geometry import shard_rows
 from mmcache.format.manifest import Manifest
-from mmcache.frame import warn_of_missing
 from mmcache.system.files import free_bytes
-from mmcache.tokenise import Tokenised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.contexts import Contexts
-    from mmcache.corpus import Document
-    from mmcache.fill import Fill
+    from mmcache.extraction.contexts import Contexts
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.fill import Fill
+    from mmcache.extraction.settings import Settings
     from mmcache.models.capture import Captured
-    from mmcache.settings import Settings
 
 __all__ = ["Survey", "quickest_batch", "survey_contexts", "survey_plan"]
 

@@ -11,31 +11,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mmcache.contexts import checked_texts
 from mmcache.errors import LockedError
-from mmcache.fill import Fill, forward
-from mmcache.fingerprint import probe_model
+from mmcache.extraction.contexts import checked_texts
+from mmcache.extraction.estimate import Survey, quickest_batch, survey_contexts, survey_plan
+from mmcache.extraction.fill import Fill, forward
+from mmcache.extraction.fingerprint import probe_model
+from mmcache.extraction.outgoing import outgoing_for
+from mmcache.extraction.plan import join_plan, open_plan
+from mmcache.extraction.plan_comparison import check_plan, is_recorded, known_plan
+from mmcache.extraction.provenance import model_record, numerics, site_modules
+from mmcache.extraction.settings import OPTIONS, Settings
+from mmcache.extraction.special_tokens import special_ids
+from mmcache.extraction.token_batches import Batches
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.manifest import is_store, read_manifest
-from mmcache.frame import special_ids
 from mmcache.models.capture import capture
 from mmcache.models.model_identity import hooked_modules, model_identity
 from mmcache.models.model_use import bos_token_id, device_of, evaluating, vocabulary
 from mmcache.models.model_use import context_length as usable_length
 from mmcache.models.sites import resolve, unwrap
-from mmcache.outgoing import outgoing_for
-from mmcache.plan import join_plan, open_plan
-from mmcache.plan_compare import check_plan, is_recorded, known_plan
-from mmcache.provenance import model_record, numerics, site_modules
 from mmcache.read.opening import open_store
-from mmcache.settings import OPTIONS, Settings
 from mmcache.stats.summary import load_summary, save_summary
 from mmcache.storage.tokenizer_file import tokenizer_identity
-from mmcache.survey import Survey, quickest_batch, survey_contexts, survey_plan
 from mmcache.system.arguments import a_callable, a_path, a_switch, a_tokenizer, optional, public
 from mmcache.system.launcher import find_rank
 from mmcache.system.locks import FolderLock
-from mmcache.token_batches import Batches
 
 if TYPE_CHECKING:
     import os
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.corpus import Document
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.special_tokens import Bos
     from mmcache.format.manifest import Manifest
-    from mmcache.frame import Bos
     from mmcache.read.store import Store
     from mmcache.system.launcher import Rank
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.room import missing_of
+from mmcache.extraction.missing_shards import missing_of
 from mmcache.system.draft import remove_drafts
 
 if TYPE_CHECKING:

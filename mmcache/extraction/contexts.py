@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import ArgumentError, CorpusError, UnsupportedModelError
-from mmcache.frame import frame_of, unframed
-from mmcache.tokenizer_calls import ids_of_texts
+from mmcache.extraction.special_tokens import frame_of, unframed
+from mmcache.extraction.tokenizer_calls import ids_of_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mmcache.corpus import Document
-    from mmcache.frame import Bos
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.special_tokens import Bos
 
 __all__ = ["Context", "Contexts", "CorpusDigest", "Place", "checked_texts"]
 

@@ -9,22 +9,22 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmcache.bucket_folder import BucketFolder
-from mmcache.bucket_listing import manifest_of, read_if_there, read_planned
-from mmcache.claims import STAGING, Claims
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError, LockedError, PlanMismatchError
+from mmcache.extraction.bucket_folder import BucketFolder
+from mmcache.extraction.bucket_listing import manifest_of, read_if_there, read_planned
+from mmcache.extraction.missing_shards import bytes_to_write
+from mmcache.extraction.staging_claims import STAGING, Claims
+from mmcache.extraction.uploads import Uploads
 from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
 from mmcache.read.opening import open_store
-from mmcache.room import bytes_to_write
 from mmcache.stats.summary import load_summary, save_summary
 from mmcache.storage.bucket import Bucket
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from mmcache.storage.connection import placed
 from mmcache.system.files import free_bytes
 from mmcache.system.locks import FolderLock
-from mmcache.uploads import Uploads
 from mmcache.urls import is_url
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from mmcache.errors import CorruptError, PlanMismatchError, UnsupportedModelError
-from mmcache.fill import forward
+from mmcache.extraction.fill import forward
 from mmcache.models.capture import capture, site_width
 from mmcache.models.model_use import context_length, vocabulary
 from mmcache.system.arguments import outside
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from mmcache.extraction.settings import Settings
     from mmcache.models.capture import Captured
-    from mmcache.settings import Settings
 
 __all__ = ["Probe", "ProvenanceWarning", "check_fingerprint", "probe_model", "with_sites"]
 

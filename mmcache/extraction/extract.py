@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mmcache.job import Extraction
+from mmcache.extraction.job import Extraction
 
 if TYPE_CHECKING:
     import os
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.corpus import Document
-    from mmcache.frame import Bos
-    from mmcache.job import Progress
+    from mmcache.extraction.corpus import Document
+    from mmcache.extraction.job import Progress
+    from mmcache.extraction.special_tokens import Bos
     from mmcache.read.store import Store
 
 __all__ = ["extract"]
