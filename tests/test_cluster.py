@@ -18,10 +18,11 @@ import torch
 from click.testing import CliRunner
 
 import mmcache
-from mmcache import cluster_pool, cluster_worker, ray_session
 from mmcache.cli import main
-from mmcache.cluster_pool import Resources, deal
-from mmcache.cluster_worker import Job, Planned, Worker
+from mmcache.cluster import pool, ray_session
+from mmcache.cluster import worker as cluster_worker
+from mmcache.cluster.pool import Resources, deal
+from mmcache.cluster.worker import Job, Planned, Worker
 from mmcache.format.manifest import read_manifest
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.signals import Stopped, stoppable
@@ -124,7 +125,7 @@ class Once:
 
 
 def test_a_machine_that_is_lost_on_the_way_changes_no_byte(model, alone, nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_pool, "_PATIENCE", 1)
+    monkeypatch.setattr(pool, "_PATIENCE", 1)
     lost = Once(lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
     told, plans = [], []
 
@@ -148,7 +149,7 @@ def test_a_machine_that_is_lost_on_the_way_changes_no_byte(model, alone, nodes, 
 @pytest.mark.parametrize("restarts", [5, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_job_whose_only_worker_dies_goes_on(model, alone, nodes, tmp_path, monkeypatch, restarts):
     """Ray starts it again so many times; after that it is made anew, as it was of use before."""
-    monkeypatch.setattr(cluster_pool, "_RESTARTS", restarts)
+    monkeypatch.setattr(pool, "_RESTARTS", restarts)
     pids, path = tmp_path / "pids", tmp_path / "store"
     pids.mkdir()
     lost = Once(lambda: os.kill(int(next(pids.iterdir()).name), signal.SIGKILL))
@@ -216,7 +217,7 @@ def test_what_workers_raise_is_raised_here(model, alone, nodes, tmp_path):
 
 
 def test_a_worker_that_dies_before_it_did_anything_ends_the_job(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_pool, "_RESTARTS", 0)
+    monkeypatch.setattr(pool, "_RESTARTS", 0)
     with pytest.raises(mmcache.ClusterError, match=r"(?s)lost 1 times before .*goes on from there"):
         run(lambda: os._exit(1), tmp_path / "store", nodes, workers=1)
     assert not (tmp_path / "store").exists()

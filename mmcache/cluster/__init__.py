@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from mmcache.cluster_pool import Pool, Resources
-from mmcache.cluster_worker import Job, Options, see_plan
+from mmcache.cluster.pool import Pool, Resources
+from mmcache.cluster.ray_session import connected
+from mmcache.cluster.worker import Job, Options, see_plan
 from mmcache.errors import ArgumentError
 from mmcache.extraction.job import complete
 from mmcache.extraction.special_tokens import BosWarning
 from mmcache.models.loading import load_model, load_tokenizer
-from mmcache.ray_session import connected
 from mmcache.storage.connection import placed
 
 if TYPE_CHECKING:

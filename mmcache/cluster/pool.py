@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from mmcache.cluster_worker import Worker
+from mmcache.cluster.worker import Worker
 from mmcache.errors import ArgumentError, ClusterError, MmcacheError
 from mmcache.extraction.fill import NonFiniteWarning
 from mmcache.extraction.job import Progress
@@ -24,7 +24,7 @@ from mmcache.system.launcher import Rank
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mmcache.cluster_worker import Job, Planned
+    from mmcache.cluster.worker import Job, Planned
     from mmcache.extraction.corpus import Document
     from mmcache.format.manifest import Manifest
 
