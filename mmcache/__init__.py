@@ -26,7 +26,6 @@ if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.defa
 from mmcache.format.dtypes import register_bfloat16  # noqa: E402 -- as said
 
 if TYPE_CHECKING:
-    from mmcache.dataset import ActivationDataset
     from mmcache.errors import (
         AccessError,
         ArgumentError,
@@ -69,8 +68,9 @@ if TYPE_CHECKING:
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
     from mmcache.repair import Loss, Repaired, repair
-    from mmcache.split import Split
-    from mmcache.training_batch import Batch
+    from mmcache.training.dataset import ActivationDataset
+    from mmcache.training.split import Split
+    from mmcache.training.training_batch import Batch
     from mmcache.transfer import Transferred, pull, push
     from mmcache.verify import verify
     from mmcache.write.cache import FullActivationCache
@@ -86,7 +86,7 @@ _PLACES = {
     "Captured": "models.capture",
     "capture": "models.capture",
     "read_texts": "extraction.corpus",
-    "ActivationDataset": "dataset",
+    "ActivationDataset": "training.dataset",
     "AccessError": "errors",
     "ArgumentError": "errors",
     "BucketNotFoundError": "errors",
@@ -127,10 +127,10 @@ _PLACES = {
     "Repaired": "repair",
     "repair": "repair",
     "SiteView": "read.site_view",
-    "Split": "split",
+    "Split": "training.split",
     "Store": "read.store",
     "open": "read.opening",
-    "Batch": "training_batch",
+    "Batch": "training.training_batch",
     "Transferred": "transfer",
     "pull": "transfer",
     "push": "transfer",

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from support import DTYPES, FORKS, forked, python, same, threads_named, wait_for, without_sync
 
 import mmcache
-from mmcache import fetcher
-from mmcache.batch_feed import BatchFeed
-from mmcache.feed_plan import Position
 from mmcache.read.site_view import SiteView
+from mmcache.training import fetcher
+from mmcache.training.batch_feed import BatchFeed
+from mmcache.training.feed_plan import Position
 
 SHUFFLES = ("global", "block", None)
 
@@ -240,7 +240,7 @@ if sys.argv[2] == "cycle":
 
 def grouped(monkeypatch, most):
     """Let at most so many batches be fetched together."""
-    monkeypatch.setattr("mmcache.dataset._MOST_TOGETHER", most)
+    monkeypatch.setattr("mmcache.training.dataset._MOST_TOGETHER", most)
 
 
 @pytest.mark.parametrize("most", [1, 2, 8])
@@ -306,7 +306,7 @@ def test_no_more_than_so_many_are_fetched_ahead(store, monkeypatch):
 
 
 def test_large_batches_are_fetched_each_by_itself(store, monkeypatch):
-    monkeypatch.setattr("mmcache.dataset._GROUP_BYTES", 1)
+    monkeypatch.setattr("mmcache.training.dataset._GROUP_BYTES", 1)
     data = dataset(store)
     assert (data._group, data._ahead) == (1, 4)
     assert len(list(data)) == len(data)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from support import without_sync
 
 import mmcache
-from mmcache import kept as module
-from mmcache.kept import Kept
-from mmcache.split import Split, members
 from mmcache.storage.shards import ShardFolder
+from mmcache.training import kept as module
+from mmcache.training.kept import Kept
+from mmcache.training.split import Split, members
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.lanes import Lanes
-from mmcache.shares import Shares
+from mmcache.training.lanes import Lanes
+from mmcache.training.shares import Shares
 
 
 @given(st.integers(1, 300), st.integers(1, 9))

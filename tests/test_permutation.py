@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmcache
-from mmcache.permutation import MOST, Permutation, hashed, mixed
+from mmcache.training.permutation import MOST, Permutation, hashed, mixed
 
 KEYS = st.integers(0, 2**64 - 1)
 

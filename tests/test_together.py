@@ -13,7 +13,7 @@ from mmcache.read.row_pieces import Way
 from mmcache.read.shard_maps import ShardMaps
 from mmcache.read.site_rows import SiteRows
 from mmcache.system.syscalls import LINUX
-from mmcache.together import Gather, gather_together
+from mmcache.training.together import Gather, gather_together
 
 LENGTHS = [900, 7, 2000, 1193]
 LAYER_SETS = (None, [2], [1, 0])

@@ -16,8 +16,8 @@ from support import shards, without_sync
 from trainer import SCRIPT, command, files, load_script, log, make_store, run
 
 import mmcache
-from mmcache.split import Split, members
 from mmcache.system.syscalls import LINUX
+from mmcache.training.split import Split, members
 
 PART = Path(__file__).with_name("train_rank.py")
 # Two epochs.

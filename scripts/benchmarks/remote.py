@@ -20,8 +20,8 @@ import torch
 import mmcache
 from benchmarks.measure import Plan, Row, compare, in_turn, seconds
 from benchmarks.samples import clt_store
-from mmcache.dataset import ActivationDataset
 from mmcache.storage.bucket import Bucket
+from mmcache.training.dataset import ActivationDataset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mmcache.feed_plan import State
+    from mmcache.training.feed_plan import State
 
 __all__ = ["Batch"]
 

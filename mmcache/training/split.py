@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.permutation import hashed, mixed
 from mmcache.system.arguments import choice, count, shown
+from mmcache.training.permutation import hashed, mixed
 
 if TYPE_CHECKING:
     from mmcache.read.store import Store

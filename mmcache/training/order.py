@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.lanes import Lanes
-from mmcache.permutation import Permutation, mixed
+from mmcache.training.lanes import Lanes
+from mmcache.training.permutation import Permutation, mixed
 
 __all__ = ["BlockOrder", "Blocks", "Order", "block_geometry", "order_of"]
 

@@ -15,9 +15,9 @@ from mmcache.system.crew import Crew
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmcache.kept import Kept
-    from mmcache.order import BlockOrder
     from mmcache.read.site_view import SiteView
+    from mmcache.training.kept import Kept
+    from mmcache.training.order import BlockOrder
 
 __all__ = ["BringAll", "ReadAhead"]
 

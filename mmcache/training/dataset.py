@@ -9,32 +9,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mmcache.batch_feed import BatchFeed
-from mmcache.conversion import Conversion
 from mmcache.errors import ArgumentError
-from mmcache.feed_options import (
-    checked_layers,
-    checked_sites,
-    nodes_of,
-    share_of,
-)
-from mmcache.feed_plan import FeedPlan, Position, State
-from mmcache.fetcher import Fetcher, Source
 from mmcache.format.dtypes import activation_dtype
-from mmcache.kept import Drop, Kept
-from mmcache.order import BlockOrder, block_geometry
 from mmcache.read.store import Store, a_store
-from mmcache.read_ahead import BringAll, ReadAhead
 from mmcache.system.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public
 from mmcache.system.buffers import Buffers
-from mmcache.training_batch import Batch
+from mmcache.training.batch_feed import BatchFeed
+from mmcache.training.conversion import Conversion
+from mmcache.training.feed_options import checked_layers, checked_sites, nodes_of, share_of
+from mmcache.training.feed_plan import FeedPlan, Position, State
+from mmcache.training.fetcher import Fetcher, Source
+from mmcache.training.kept import Drop, Kept
+from mmcache.training.order import BlockOrder, block_geometry
+from mmcache.training.read_ahead import BringAll, ReadAhead
+from mmcache.training.training_batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
-    from mmcache.split import Split
+    from mmcache.training.split import Split
 
 __all__ = ["ActivationDataset"]
 

@@ -12,9 +12,9 @@ import torch
 
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
 from mmcache.format.token_flags import counted, known_flags
-from mmcache.split import Split, as_split, members
 from mmcache.system.arguments import a_list, outside, shown
 from mmcache.system.held import pieces
+from mmcache.training.split import Split, as_split, members
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from mmcache.feed_plan import FeedPlan, Position
-    from mmcache.fetcher import Fetched, Fetcher, Span
-    from mmcache.training_batch import Batch
+    from mmcache.training.feed_plan import FeedPlan, Position
+    from mmcache.training.fetcher import Fetched, Fetcher, Span
+    from mmcache.training.training_batch import Batch
 
 __all__ = ["BatchFeed"]
 

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.dlpack import tensor_over
 from mmcache.read.opening import reopened
 from mmcache.system.arguments import outside
 from mmcache.system.devices import is_cpu
 from mmcache.system.held import pieces
-from mmcache.together import Gather, gather_together
-from mmcache.training_batch import Batch
+from mmcache.training.dlpack import tensor_over
+from mmcache.training.together import Gather, gather_together
+from mmcache.training.training_batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mmcache.conversion import Conversion
-    from mmcache.feed_plan import State
-    from mmcache.kept import Kept
-    from mmcache.order import Order
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
-    from mmcache.read_ahead import BringAll, ReadAhead
     from mmcache.system.buffers import Buffers
+    from mmcache.training.conversion import Conversion
+    from mmcache.training.feed_plan import State
+    from mmcache.training.kept import Kept
+    from mmcache.training.order import Order
+    from mmcache.training.read_ahead import BringAll, ReadAhead
 
 __all__ = ["Fetched", "Fetcher", "Source", "Span"]
 

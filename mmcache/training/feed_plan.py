@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from mmcache.errors import ArgumentError
-from mmcache.lanes import Lanes
-from mmcache.order import Blocks, Order, order_of
-from mmcache.shares import Shares
+from mmcache.training.lanes import Lanes
+from mmcache.training.order import Blocks, Order, order_of
+from mmcache.training.shares import Shares
 
 __all__ = ["FeedPlan", "Position", "State"]
 

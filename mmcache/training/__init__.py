@@ -1,0 +1,1 @@
+"""ActivationDataset: batches of rows for training."""
