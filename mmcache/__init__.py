@@ -55,24 +55,24 @@ if TYPE_CHECKING:
         VersionError,
         WriteError,
     )
-    from mmcache.export import Exported, export
     from mmcache.extraction.corpus import read_texts
     from mmcache.extraction.extract import extract
     from mmcache.extraction.fill import NonFiniteWarning
     from mmcache.extraction.fingerprint import ProvenanceWarning
     from mmcache.extraction.job import Progress
     from mmcache.extraction.special_tokens import BosWarning
-    from mmcache.findings import Finding, Report
     from mmcache.models.capture import Captured, capture
+    from mmcache.ops.export import Exported, export
+    from mmcache.ops.findings import Finding, Report
+    from mmcache.ops.repair import Loss, Repaired, repair
+    from mmcache.ops.transfer import Transferred, pull, push
+    from mmcache.ops.verify import verify
     from mmcache.read.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
-    from mmcache.repair import Loss, Repaired, repair
     from mmcache.training.dataset import ActivationDataset
     from mmcache.training.split import Split
     from mmcache.training.training_batch import Batch
-    from mmcache.transfer import Transferred, pull, push
-    from mmcache.verify import verify
     from mmcache.write.cache import FullActivationCache
     from mmcache.write.writer import Writer, append, create
 
@@ -114,27 +114,27 @@ _PLACES = {
     "LinkError": "errors",
     "VersionError": "errors",
     "WriteError": "errors",
-    "Exported": "export",
-    "export": "export",
+    "Exported": "ops.export",
+    "export": "ops.export",
     "Progress": "extraction.job",
     "extract": "extraction.extract",
     "NonFiniteWarning": "extraction.fill",
     "ProvenanceWarning": "extraction.fingerprint",
-    "Finding": "findings",
-    "Report": "findings",
+    "Finding": "ops.findings",
+    "Report": "ops.findings",
     "BosWarning": "extraction.special_tokens",
-    "Loss": "repair",
-    "Repaired": "repair",
-    "repair": "repair",
+    "Loss": "ops.repair",
+    "Repaired": "ops.repair",
+    "repair": "ops.repair",
     "SiteView": "read.site_view",
     "Split": "training.split",
     "Store": "read.store",
     "open": "read.opening",
     "Batch": "training.training_batch",
-    "Transferred": "transfer",
-    "pull": "transfer",
-    "push": "transfer",
-    "verify": "verify",
+    "Transferred": "ops.transfer",
+    "pull": "ops.transfer",
+    "push": "ops.transfer",
+    "verify": "ops.verify",
     "Writer": "write.writer",
     "append": "write.writer",
     "create": "write.writer",

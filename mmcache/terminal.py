@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mmcache.export import Exported
     from mmcache.extraction.estimate import Survey
-    from mmcache.findings import Finding, Report
-    from mmcache.repair import Repaired
+    from mmcache.ops.export import Exported
+    from mmcache.ops.findings import Finding, Report
+    from mmcache.ops.repair import Repaired
 
 __all__ = ["draw_exported", "draw_overview", "draw_repaired", "draw_report", "draw_survey"]
 

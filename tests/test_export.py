@@ -17,12 +17,12 @@ from safetensors import safe_open
 from support import DTYPES, damage, numpy_dtype, python, random_bits, raw, shards, tree, without_sync
 
 import mmcache
-from mmcache import selection
 from mmcache.cli import main
 from mmcache.format.manifest import read_manifest
+from mmcache.ops import selection
 
 # Under its own name there is the function.
-module = importlib.import_module("mmcache.export")
+module = importlib.import_module("mmcache.ops.export")
 
 LAYOUTS = ("layer", "token")
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)

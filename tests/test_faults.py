@@ -20,7 +20,7 @@ from small import assert_same_store, contents
 from support import Twin, damage, flip, shards, tree
 
 import mmcache
-from mmcache.repair import ASIDE
+from mmcache.ops.repair import ASIDE
 from mmcache.system import draft
 from mmcache.write import page_cache
 

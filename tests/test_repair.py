@@ -11,7 +11,7 @@ from support import damage, flip, shards, tree
 
 import mmcache
 from mmcache.cli import main
-from mmcache.repair import ASIDE
+from mmcache.ops.repair import ASIDE
 from mmcache.system.locks import FolderLock
 
 

@@ -6,9 +6,9 @@ import torch
 from support import random_bits, raw, shards, without_sync
 
 import mmcache
-from mmcache import selection
 from mmcache.errors import ArgumentError, DtypeError, IncompleteError, OutOfRangeError, UnknownSiteError
-from mmcache.selection import Selection, bytes_of
+from mmcache.ops import selection
+from mmcache.ops.selection import Selection, bytes_of
 
 TOTAL = 300
 

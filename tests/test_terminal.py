@@ -8,11 +8,11 @@ from broken import extracted
 from planted import SITE, drawn, numbers, terminal, unstyled
 from rich.cells import cell_len
 
-from mmcache.export import Exported
 from mmcache.extraction.estimate import Survey
-from mmcache.findings import Finding, Report
+from mmcache.ops.export import Exported
+from mmcache.ops.findings import Finding, Report
+from mmcache.ops.repair import Loss, Repaired
 from mmcache.read.overview import overview
-from mmcache.repair import Loss, Repaired
 from mmcache.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
 from mmcache.visible import visible
 

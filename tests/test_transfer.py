@@ -15,8 +15,8 @@ from small import contents, identities
 from support import damage, flip, python, raw, same, shards, threads_named, wait_for, without_sync
 
 import mmcache
-from mmcache import carrier, places, receiver
-from mmcache.part import blocks_of
+from mmcache.ops import carrier, endpoints, receiver
+from mmcache.ops.part import blocks_of
 from mmcache.read.sequences import Sequences
 from mmcache.storage import landing, object_reads
 from mmcache.storage.bucket import Bucket
@@ -509,7 +509,7 @@ def test_merged_statistics_and_the_tokenizer_are_checked(remote, tmp_path):
 
 
 def test_the_files_of_merged_statistics_are_all_of_them(planned):
-    assert set(contents(planned / "statistics" / "mlp_in")) == set(places.SUMMARY)
+    assert set(contents(planned / "statistics" / "mlp_in")) == set(endpoints.SUMMARY)
 
 
 @pytest.mark.parametrize(
@@ -616,7 +616,7 @@ def test_a_plan_that_is_not_done_is_no_store_to_copy(remote, tmp_path, monkeypat
 
 def test_no_room(planned, remote, tmp_path, monkeypatch):
     mmcache.push(planned, remote.url)
-    monkeypatch.setattr("mmcache.transfer.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("mmcache.ops.transfer.free_bytes", lambda _: 1000)
     with pytest.raises(mmcache.DiskFullError, match=r"take \d+ bytes .* and 1000 .* are free"):
         mmcache.pull(remote.url, tmp_path / "back")
     assert contents(tmp_path / "back") == {}
@@ -699,7 +699,7 @@ def test_no_such_bucket_and_no_right(planned, server, tmp_path, monkeypatch):
 
 
 def test_import_mmcache_needs_no_object_storage():
-    code = "import sys, mmcache, mmcache.transfer; print('obstore' in sys.modules, 'boto3' in sys.modules)"
+    code = "import sys, mmcache, mmcache.ops.transfer; print('obstore' in sys.modules, 'boto3' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

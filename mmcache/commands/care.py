@@ -11,15 +11,15 @@ import click
 from rich.console import Console
 
 from mmcache.commands.shared import DTYPES, FOLDER, JSON, LEVEL, PATH, layer_numbers, names, print_json
-from mmcache.export import export as export_store
+from mmcache.ops.export import export as export_store
+from mmcache.ops.repair import repair as repair_store
+from mmcache.ops.verify import verify as verify_store
 from mmcache.progress import BytesBar
-from mmcache.repair import repair as repair_store
 from mmcache.signals import stoppable
 from mmcache.terminal import draw_exported, draw_repaired, draw_report
-from mmcache.verify import verify as verify_store
 
 if TYPE_CHECKING:
-    from mmcache.findings import Level
+    from mmcache.ops.findings import Level
 
 __all__ = ["export", "repair", "verify"]
 

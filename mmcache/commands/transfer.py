@@ -10,17 +10,17 @@ import click
 from rich.console import Console
 
 from mmcache.commands.shared import JSON, PATH, layer_numbers, names, print_json
+from mmcache.ops.transfer import pull as pull_store
+from mmcache.ops.transfer import push as push_store
 from mmcache.progress import BytesBar
 from mmcache.signals import stoppable
 from mmcache.tables import draw_pairs
-from mmcache.transfer import pull as pull_store
-from mmcache.transfer import push as push_store
 from mmcache.units import size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.transfer import Transferred
+    from mmcache.ops.transfer import Transferred
 
 __all__ = ["pull", "push"]
 

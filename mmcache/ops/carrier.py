@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.manifest import Manifest
-    from mmcache.part import Blocks
-    from mmcache.places import Glance, Place
+    from mmcache.ops.endpoints import Glance, Place
+    from mmcache.ops.part import Blocks
 
 __all__ = ["Carrier", "Shard"]
 

@@ -24,11 +24,11 @@ from mmcache.errors import (
 from mmcache.format.manifest import METADATA_LIMIT, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.part import ALL, blocks_of, chosen_sites, joined
-from mmcache.places import BucketPlace, FolderPlace, metadata
+from mmcache.ops.endpoints import BucketPlace, FolderPlace, metadata
+from mmcache.ops.part import ALL, blocks_of, chosen_sites, joined
+from mmcache.ops.receiver import Receiver
+from mmcache.ops.sender import Sender
 from mmcache.read.store import Store
-from mmcache.receiver import Receiver
-from mmcache.sender import Sender
 from mmcache.storage.bucket import Bucket
 from mmcache.storage.connection import placed
 from mmcache.system.arguments import a_callable, a_path, names, optional, public
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mmcache.format.manifest import Manifest
-    from mmcache.part import Blocks, Numbers
+    from mmcache.ops.part import Blocks, Numbers
 
 __all__ = ["Transferred", "pull", "push"]
 

@@ -11,6 +11,7 @@ from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.format.manifest import array_json, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT
+from mmcache.ops.verify import verify
 from mmcache.read.store import Store
 from mmcache.storage.connection import placed
 from mmcache.storage.tokenizer_file import TOKENIZER
@@ -18,13 +19,12 @@ from mmcache.system.arguments import a_callable, a_path, choice, optional, publi
 from mmcache.system.draft import publish
 from mmcache.system.files import set_aside
 from mmcache.system.locks import FolderLock
-from mmcache.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmcache.findings import Finding, Level, Report
     from mmcache.format.manifest import Manifest
+    from mmcache.ops.findings import Finding, Level, Report
 
 __all__ = ["ASIDE", "Loss", "Repaired", "repair"]
 

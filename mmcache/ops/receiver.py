@@ -8,12 +8,12 @@ import itertools
 import json
 from typing import TYPE_CHECKING
 
-from mmcache.carrier import Carrier, Shard
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
 from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT
-from mmcache.places import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
+from mmcache.ops.carrier import Carrier, Shard
+from mmcache.ops.endpoints import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
 from mmcache.storage.arriving import ArrivingPart, tail_problems
 from mmcache.storage.landing import Landing
 from mmcache.storage.mirror import STREAMS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.manifest import Manifest
-    from mmcache.places import Glance
+    from mmcache.ops.endpoints import Glance
     from mmcache.storage.bucket import Bucket
 
 __all__ = ["Receiver"]

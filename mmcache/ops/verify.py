@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import AccessError, CorruptError, IncompleteError, LinkError, MmcacheError, RemoteError
-from mmcache.findings import Finding, Kind, Level, Report
 from mmcache.format.format import ids_digest
 from mmcache.format.manifest import ARRAY_LIMIT, read_array, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, read_signed
+from mmcache.ops.findings import Finding, Kind, Level, Report
 from mmcache.read.store import Store
 from mmcache.stats.summary import load_summary
 from mmcache.storage.connection import placed

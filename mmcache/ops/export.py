@@ -20,10 +20,10 @@ import numpy as np
 
 from mmcache.errors import ArgumentError, DiskFullError
 from mmcache.format.format import parse_header
-from mmcache.headers import npy_header, safetensors_header
+from mmcache.ops.headers import npy_header, safetensors_header
+from mmcache.ops.selection import Selection, bytes_of
 from mmcache.read.opening import open_store
 from mmcache.read.store import Store
-from mmcache.selection import Selection, bytes_of
 from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
 from mmcache.system.atomic_folder import Outbox
 from mmcache.system.draft import publish

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from mmcache.carrier import Carrier, Shard
 from mmcache.errors import CorruptError, StoreExistsError
-from mmcache.places import BucketPlace, FolderPlace
+from mmcache.ops.carrier import Carrier, Shard
+from mmcache.ops.endpoints import BucketPlace, FolderPlace
 from mmcache.storage.bucket import PART_BYTES
 from mmcache.storage.shards import ShardFolder
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.manifest import Manifest
-    from mmcache.places import Glance
+    from mmcache.ops.endpoints import Glance
     from mmcache.storage.bucket import Bucket
 
 __all__ = ["Sender"]

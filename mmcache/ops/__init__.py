@@ -1,0 +1,1 @@
+"""Whole-store operations: verify, repair, export, push, pull."""
