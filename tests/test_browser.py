@@ -21,7 +21,7 @@ from browsing import PLOT, Tab, browsing, contrast, number, screenshots
 from pages import IMAGE, SCRIPT, ask, demo_store, hostile_names, hostile_tokens, serving
 
 import mmcache
-from mmcache.view.browser import open_browser
+from mmcache.view.open_browser import open_browser
 from mmcache.view.panels import Source
 
 LAYER, DIMENSION = 2, 17

@@ -475,7 +475,7 @@ def test_where_no_browser_can_be_opened_the_address_is_enough(path, tmp_path, mo
         assert "#token=" in said.out
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(
-        "mmcache.view.browser._redirect", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "mmcache.view.open_browser._redirect", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     with contextlib.ExitStack() as tidy:
         serve(path, tidy=tidy, announce=print, tell=tell)

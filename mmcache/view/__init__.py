@@ -18,7 +18,7 @@ from mmcache.view.find import find
 from mmcache.view.health import health
 from mmcache.view.lens import Unembedding, lens
 from mmcache.view.norms import apart, norms
-from mmcache.view.summaries import layer_view, row_view, statistics_view
+from mmcache.view.summary import layer_view, row_view, statistics_view
 from mmcache.view.top import top
 from mmcache.view.words import Words
 

@@ -29,10 +29,10 @@ from starlette.routing import Route
 from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.plain import json_ready
 from mmcache.view.access import Access
-from mmcache.view.browser import open_browser as open_in_browser
 from mmcache.view.figures import plotly_js
 from mmcache.view.gate import Gate
 from mmcache.view.limits import LimitedConnection
+from mmcache.view.open_browser import open_browser as open_in_browser
 from mmcache.view.panels import DRAWING, PANELS, Source, parse
 
 if TYPE_CHECKING:
