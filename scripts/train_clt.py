@@ -35,8 +35,8 @@ from clt.run import Run
 from rich.console import Console
 
 import mmcache
+from mmcache.cli.tables import draw_rows
 from mmcache.system.draft import publish
-from mmcache.tables import draw_rows
 
 
 def feeds(

@@ -19,13 +19,13 @@ from click.testing import CliRunner
 
 import mmcache
 from mmcache.cli import main
+from mmcache.cli.signals import Stopped, stoppable
 from mmcache.cluster import pool, ray_session
 from mmcache.cluster import worker as cluster_worker
 from mmcache.cluster.pool import Resources, deal
 from mmcache.cluster.worker import Job, Planned, Worker
 from mmcache.format.manifest import read_manifest
 from mmcache.models.loading import load_model, load_tokenizer
-from mmcache.signals import Stopped, stoppable
 from mmcache.system.draft import Draft
 
 pytest.importorskip("transformers")

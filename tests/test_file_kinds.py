@@ -19,8 +19,7 @@ import torch
 from click.testing import CliRunner
 from support import widened
 
-from mmcache.cli import main
-from mmcache.commands import extraction
+from mmcache.cli import extract, main
 from mmcache.errors import CorpusError
 from mmcache.extraction import corpus
 from mmcache.extraction.corpus import read_texts
@@ -190,7 +189,7 @@ def test_what_cannot_be_read_is_named(source):
 
 
 def test_the_command_line_says_it_in_one_line_before_it_loads_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(extract, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "a.csv").write_text("text\nhello\n")
     for source, message in (
         ("a.csv", "is a table by its name"),

@@ -32,7 +32,7 @@ def serve():
     import transformers  # noqa: PLC0415 -- in the process that forks only
 
     from mmcache import cli  # noqa: PLC0415
-    from mmcache.commands import extraction  # noqa: PLC0415
+    from mmcache.cli import extract  # noqa: PLC0415
     from mmcache.extraction import tokenise  # noqa: PLC0415
     from mmcache.storage import bucket  # noqa: PLC0415
     from mmcache.system import draft  # noqa: PLC0415
@@ -47,7 +47,7 @@ def serve():
         ready, tell = os.pipe()
         pid = os.fork()
         if not pid:
-            become(asked, extraction, draft, tell)
+            become(asked, extract, draft, tell)
             if asked["hang"]:
                 hang(bucket.Bucket, *asked["hang"])
             cli.main()

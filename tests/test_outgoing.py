@@ -17,7 +17,7 @@ from support import ended_uploads
 
 import mmcache
 from mmcache import cli
-from mmcache.commands import extraction
+from mmcache.cli import extract as extraction
 from mmcache.errors import (
     ArgumentError,
     CorruptError,

@@ -3,8 +3,8 @@
 import pytest
 from planted import drawn, terminal, unstyled
 
+from mmcache.cli.progress import BytesBar, ProgressBar
 from mmcache.extraction.job import Progress
-from mmcache.progress import BytesBar, ProgressBar
 
 
 def test_bytes_are_told_once_a_tenth_where_there_is_no_terminal():

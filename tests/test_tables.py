@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planted import drawn, terminal, unstyled
 from rich.cells import cell_len
 
-from mmcache.tables import cell, draw_lines, draw_pairs, draw_rows, draw_text
+from mmcache.cli.tables import cell, draw_lines, draw_pairs, draw_rows, draw_text
 from mmcache.visible import visible
 
 WIDTHS = (20, 40, 60, 80, 200)

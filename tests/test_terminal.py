@@ -8,12 +8,12 @@ from broken import extracted
 from planted import SITE, drawn, numbers, terminal, unstyled
 from rich.cells import cell_len
 
+from mmcache.cli.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
 from mmcache.extraction.estimate import Survey
 from mmcache.ops.export import Exported
 from mmcache.ops.findings import Finding, Report
 from mmcache.ops.repair import Loss, Repaired
 from mmcache.read.overview import overview
-from mmcache.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
 from mmcache.visible import visible
 
 WIDTHS = (20, 40, 60, 80, 200)

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from mmcache.cli.signals import Stopped
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
-from mmcache.signals import Stopped
 from mmcache.urls import redacted
 from mmcache.visible import visible_lines
 
@@ -23,8 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
 
 # Where each command is: only the one that is run is imported, since `info` should not wait for torch.
 _COMMANDS = {
-    "extract": "extraction",
-    "sites": "extraction",
+    "extract": "extract",
+    "sites": "extract",
     "info": "info",
     "show": "look",
     "stats": "look",
@@ -48,7 +48,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 -- as above
         if cmd_name not in _COMMANDS:
             return None
-        found: click.Command = getattr(importlib.import_module(f"mmcache.commands.{_COMMANDS[cmd_name]}"), cmd_name)
+        found: click.Command = getattr(importlib.import_module(f"mmcache.cli.{_COMMANDS[cmd_name]}"), cmd_name)
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from mmcache.heat import Heat, coloured
-from mmcache.tables import cell, draw_pairs, draw_rows, draw_text, shown
+from mmcache.cli.heat import Heat, coloured
+from mmcache.cli.tables import cell, draw_pairs, draw_rows, draw_text, shown
 from mmcache.visible import visible
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from mmcache.commands.shared import PATH, TRUST
+from mmcache.cli.options import PATH, TRUST
+from mmcache.cli.signals import ended_at_once
 from mmcache.errors import ArgumentError
-from mmcache.signals import ended_at_once
 
 __all__ = ["view"]
 

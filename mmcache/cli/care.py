@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from mmcache.commands.shared import DTYPES, FOLDER, JSON, LEVEL, PATH, layer_numbers, names, print_json
+from mmcache.cli.options import DTYPES, FOLDER, JSON, LEVEL, PATH, layer_numbers, names, print_json
+from mmcache.cli.progress import BytesBar
+from mmcache.cli.signals import stoppable
+from mmcache.cli.terminal import draw_exported, draw_repaired, draw_report
 from mmcache.ops.export import export as export_store
 from mmcache.ops.repair import repair as repair_store
 from mmcache.ops.verify import verify as verify_store
-from mmcache.progress import BytesBar
-from mmcache.signals import stoppable
-from mmcache.terminal import draw_exported, draw_repaired, draw_report
 
 if TYPE_CHECKING:
     from mmcache.ops.findings import Level

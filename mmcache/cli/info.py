@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from mmcache.commands.shared import JSON, PATH, print_json
+from mmcache.cli.options import JSON, PATH, print_json
+from mmcache.cli.terminal import draw_overview
 from mmcache.read.overview import overview
-from mmcache.terminal import draw_overview
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,13 @@ import click
 import torch
 from rich.console import Console
 
+from mmcache.cli.options import DTYPES, JSON, TRUST, layer_numbers, names, print_json
+from mmcache.cli.progress import ProgressBar
+from mmcache.cli.signals import stoppable
+from mmcache.cli.tables import draw_rows
+from mmcache.cli.terminal import draw_overview, draw_survey
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
-from mmcache.commands.shared import DTYPES, JSON, TRUST, layer_numbers, names, print_json
 from mmcache.extraction.corpus import check_sources, read_texts
 from mmcache.extraction.job import Extraction
 from mmcache.extraction.outgoing import planned_in_bucket, staging_folder
@@ -24,13 +28,9 @@ from mmcache.extraction.threads import plan_threads
 from mmcache.models.capture import probe
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.models.sites import describe, resolve
-from mmcache.progress import ProgressBar
 from mmcache.read.overview import overview
-from mmcache.signals import stoppable
 from mmcache.storage.connection import placed
 from mmcache.system.launcher import find_rank
-from mmcache.tables import draw_rows
-from mmcache.terminal import draw_overview, draw_survey
 from mmcache.urls import is_url, redacted
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from mmcache.heat import NOTHING, Heat, coloured
-from mmcache.passages import draw_head, draw_sampled, fitted
-from mmcache.tables import draw_rows, draw_text
+from mmcache.cli.heat import NOTHING, Heat, coloured
+from mmcache.cli.passages import draw_head, draw_sampled, fitted
+from mmcache.cli.tables import draw_rows, draw_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from mmcache.commands.shared import JSON, PATH, layer_numbers, names, print_json
+from mmcache.cli.options import JSON, PATH, layer_numbers, names, print_json
+from mmcache.cli.progress import BytesBar
+from mmcache.cli.signals import stoppable
+from mmcache.cli.tables import draw_pairs
 from mmcache.ops.transfer import pull as pull_store
 from mmcache.ops.transfer import push as push_store
-from mmcache.progress import BytesBar
-from mmcache.signals import stoppable
-from mmcache.tables import draw_pairs
 from mmcache.units import size
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from mmcache.commands.shared import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
-from mmcache.passages import draw_find, draw_top
+from mmcache.cli.options import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
+from mmcache.cli.passages import draw_find, draw_top
 from mmcache.read.opening import open_store
 from mmcache.view import find as find_tokens
 from mmcache.view import load_direction

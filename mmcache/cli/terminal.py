@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmcache.heat import strip
-from mmcache.tables import draw_lines, draw_pairs, draw_rows, draw_text
+from mmcache.cli.heat import strip
+from mmcache.cli.tables import draw_lines, draw_pairs, draw_rows, draw_text
 from mmcache.units import duration, ranges, size
 
 if TYPE_CHECKING:
