@@ -7,7 +7,7 @@ import torch
 from broken import MAKERS, grown
 
 import mmcache
-from mmcache.units import ranges, size
+from mmcache.text import ranges, size
 
 EVIL = ['<script src="//x">', "</td></table><b>out", "a & b < c", "'\"><img src=x onerror=y>", "&lt;b&gt;"]
 

@@ -58,7 +58,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (bucket, "PATIENCE", 0.4), (uploads, "_AGAIN", 0.01),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (bucket, "PATIENCE", 0.4), (uploads, "_LOOK_AT_UPLOADS", 0.01),
         (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.05), (bucket_folder, "_SHARE", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

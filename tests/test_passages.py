@@ -13,8 +13,8 @@ from rich.cells import cell_len
 from mmcache import view as views
 from mmcache.cli.passages import draw_find, draw_sequence, draw_show, draw_token, draw_top, fitted, passage
 from mmcache.cli.tables import cell
+from mmcache.text import visible
 from mmcache.view import View
-from mmcache.visible import visible
 
 WIDTHS = (20, 40, 60, 80, 200)
 SAID = st.fixed_dictionaries({name: st.text(max_size=60) for name in ("before", "text", "after")})

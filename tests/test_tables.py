@@ -8,7 +8,7 @@ from planted import drawn, terminal, unstyled
 from rich.cells import cell_len
 
 from mmcache.cli.tables import cell, draw_lines, draw_pairs, draw_rows, draw_text
-from mmcache.visible import visible
+from mmcache.text import visible
 
 WIDTHS = (20, 40, 60, 80, 200)
 HOSTILE = ["[red]x[/red]", "[/]", "\x1b[31mred", ":smile:", "user\u202eexe", "\x07", "[link=file:///x]y[/link]", "a\rb"]

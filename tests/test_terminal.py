@@ -14,7 +14,7 @@ from mmcache.ops.export import Exported
 from mmcache.ops.findings import Finding, Report
 from mmcache.ops.repair import Loss, Repaired
 from mmcache.read.overview import overview
-from mmcache.visible import visible
+from mmcache.text import visible
 
 WIDTHS = (20, 40, 60, 80, 200)
 HOSTILE = "[red]x[/]\x1b[2J\u202e"

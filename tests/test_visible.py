@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.visible import plain_json, visible, visible_lines
+from mmcache.text import plain_json, visible, visible_lines
 
 # Controls, formats (bidi, tags), halves of letters, ends of lines, what has no meaning or a private one.
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}

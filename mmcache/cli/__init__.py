@@ -12,8 +12,8 @@ import click
 
 from mmcache.cli.signals import Stopped
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
+from mmcache.text import visible_lines
 from mmcache.urls import redacted
-from mmcache.visible import visible_lines
 
 __all__ = ["main"]
 

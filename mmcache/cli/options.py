@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmcache.plain import json_ready
 from mmcache.storage.connection import placed
-from mmcache.visible import plain_json, visible
+from mmcache.text import json_ready, plain_json, visible
 
 if TYPE_CHECKING:
     from mmcache.read.store import Store

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmcache.cli.heat import Heat, coloured
 from mmcache.cli.tables import cell, draw_pairs, draw_rows, draw_text, shown
-from mmcache.visible import visible
+from mmcache.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mmcache.units import duration, size
+from mmcache.text import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from mmcache.visible import visible
+from mmcache.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.cli.heat import strip
 from mmcache.cli.tables import draw_lines, draw_pairs, draw_rows, draw_text
-from mmcache.units import duration, ranges, size
+from mmcache.text import duration, ranges, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ from mmcache.cli.signals import stoppable
 from mmcache.cli.tables import draw_pairs
 from mmcache.ops.transfer import pull as pull_store
 from mmcache.ops.transfer import push as push_store
-from mmcache.units import size
+from mmcache.text import size
 
 if TYPE_CHECKING:
     from pathlib import Path

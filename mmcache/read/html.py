@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from mmcache.units import ranges, size
+from mmcache.text import ranges, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

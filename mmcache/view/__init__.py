@@ -8,8 +8,8 @@
 Terminal, notebook, JSON and page are drawn from the same. What is sampled says so, in `sampled`.
 """
 
-from mmcache.plain import json_ready
 from mmcache.read.overview import overview
+from mmcache.text import json_ready
 from mmcache.view.base import View
 from mmcache.view.browse import sequence, token
 from mmcache.view.dimensions import dimension, dimensions

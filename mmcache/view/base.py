@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmcache.plain import json_ready
+from mmcache.text import json_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mmcache.errors import ArgumentError, MmcacheError
-from mmcache.plain import json_ready
+from mmcache.text import json_ready
 from mmcache.view.access import Access
 from mmcache.view.figures import plotly_js
 from mmcache.view.gate import Gate
