@@ -36,7 +36,7 @@ from rich.console import Console
 
 import mmcache
 from mmcache.cli.tables import draw_rows
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 
 
 def feeds(

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from mmcache.system import aio
-from mmcache.system.aio import Queue, deepest
+from mmcache.system import direct_io
+from mmcache.system.direct_io import Queue, deepest
 from mmcache.system.memory import anonymous
 from mmcache.system.syscalls import AIO, READ, WRITE
 
@@ -112,8 +112,8 @@ def test_a_queue_can_be_closed_twice(queue):
 
 def test_what_was_prepared_is_submitted_in_one_go(queue, file, monkeypatch):
     fd, room, calls = os.open(file, os.O_RDONLY), anonymous(16 * PIECE), []
-    real = aio.aio_submit
-    monkeypatch.setattr(aio, "aio_submit", lambda *given: calls.append(1) or real(*given))
+    real = direct_io.aio_submit
+    monkeypatch.setattr(direct_io, "aio_submit", lambda *given: calls.append(1) or real(*given))
     with queue:
         for piece in range(16):
             place = room.ctypes.data + np.array([piece * PIECE])
@@ -139,14 +139,14 @@ def test_what_was_prepared_and_never_submitted_is_forgotten(queue):
 
 
 def test_where_few_requests_are_left_the_queue_is_shallower(monkeypatch):
-    left, real = [1024], aio.aio_setup
+    left, real = [1024], direct_io.aio_setup
 
     def setup(depth):
         if depth > left[0]:
             raise OSError(errno.EAGAIN, "none left")
         return real(depth)
 
-    monkeypatch.setattr(aio, "aio_setup", setup)
+    monkeypatch.setattr(direct_io, "aio_setup", setup)
     depths = []
     for left[0] in (5000, 1024, 300):
         queue = deepest()
@@ -165,7 +165,7 @@ def test_another_refusal_is_told_at_once(monkeypatch):
         calls.append(depth)
         raise OSError(errno.ENOSYS, "no such call")
 
-    monkeypatch.setattr(aio, "aio_setup", setup)
+    monkeypatch.setattr(direct_io, "aio_setup", setup)
     with pytest.raises(OSError, match="no such call"):
         deepest()
     assert len(calls) == 1

@@ -8,11 +8,10 @@ from support import file_descriptors, path_at
 
 from mmcache.errors import CorruptError, LinkError, WriteError
 from mmcache.system import no_symlinks
-from mmcache.system.draft import Draft, publish, remove_drafts
+from mmcache.system.atomic import Draft, publish, publish_all, remove_drafts
 from mmcache.system.files import make_folder, make_folders, remove_file, set_aside
 from mmcache.system.locks import FolderLock, locked
 from mmcache.system.no_symlinks import check_links, check_path, make_empty, open_in_place, opened_folder, opened_parent
-from mmcache.system.small_files import publish_all
 
 
 @pytest.fixture

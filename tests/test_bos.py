@@ -14,7 +14,7 @@ from mmcache.extraction import plan as planning
 from mmcache.extraction import tokenise
 from mmcache.extraction.tokenise import Tokenised
 from mmcache.format.manifest import read_manifest
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import torch
 
-from mmcache.system import buffers as buffers_module
-from mmcache.system.buffers import Buffers
+from mmcache.system import memory as buffers_module
+from mmcache.system.memory import Buffers
 
 
 def tensors(buffers, *sizes):

@@ -31,7 +31,7 @@ from mmcache import FullActivationCache
 from mmcache.read.opening import open_store
 from mmcache.stats.shard_statistics import shard_statistics
 from mmcache.storage.shards import ShardFolder
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mmcache.format.format import HEADER_BYTES
 from mmcache.storage import mirror, shard_cache
 from mmcache.storage.copy_records import identity
 from mmcache.storage.shard_cache import ShardCache
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 
 KINDS = ("planned, token", "grown, layer", "cache")
 

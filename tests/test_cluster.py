@@ -26,7 +26,7 @@ from mmcache.cluster.pool import Resources, deal
 from mmcache.cluster.worker import Job, Planned, Worker
 from mmcache.format.manifest import read_manifest
 from mmcache.models.loading import load_model, load_tokenizer
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 import pytest
 from support import python, threads_named, wait_for
 
-from mmcache.system.crew import Crew
+from mmcache.system.threads import Crew
 
 
 def test_jobs_are_done_and_their_errors_kept():
@@ -91,7 +91,7 @@ def test_jobs_that_come_while_it_is_closed_do_not_hang():
 def test_the_interpreter_ends_without_doing_what_is_left(how):
     code = """
 import os, sys, threading, time
-from mmcache.system.crew import Crew
+from mmcache.system.threads import Crew
 crew, begun = Crew(2, "ends"), threading.Event()
 def work(number):
     begun.set()

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmcache.system import descriptor
-from mmcache.system.descriptor import Descriptor, close_read, file_status, open_known
+from mmcache.system import files
+from mmcache.system.files import Descriptor, close_read, file_status, open_known
 from mmcache.system.syscalls import LINUX
 
 
@@ -31,7 +31,7 @@ def test_the_alignment_of_direct_reads_is_a_power_of_two(tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_status_of_a_file_is_what_fstat_says(tmp_path, monkeypatch, fast):
-    monkeypatch.setattr(descriptor, "LINUX", fast and LINUX)
+    monkeypatch.setattr(files, "LINUX", fast and LINUX)
     path = tmp_path / "file"
     path.write_bytes(bytes(12_345))
     os.utime(path, ns=(1, 1_234_567_890_987_654_321))
@@ -65,10 +65,10 @@ def test_a_file_is_opened_and_closed_with_the_lock_as_without(tmp_path):
 def test_where_a_file_has_no_direct_reads_they_would_be_of_pages(tmp_path, monkeypatch):
     def statx(_fd, _path, _flags, _mask, told):
         # As of an encrypted file: the kernel knows the answer, and it is zero.
-        told.raw = descriptor._DIOALIGN.to_bytes(4, "little").ljust(256, b"\0")
+        told.raw = files._DIOALIGN.to_bytes(4, "little").ljust(256, b"\0")
         return 0
 
-    monkeypatch.setattr(descriptor, "LIBC", SimpleNamespace(statx=statx))
+    monkeypatch.setattr(files, "LIBC", SimpleNamespace(statx=statx))
     (tmp_path / "file").write_bytes(bytes(4096))
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     assert file_status(fd).alignment == 4096

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmcache.system import aio, direct
-from mmcache.system.descriptor import Descriptor
-from mmcache.system.direct import DirectReader, Wanted, borrowed
-from mmcache.system.runs import GAP_BYTES
+from mmcache.system import direct_io
+from mmcache.system.direct_io import GAP_BYTES, DirectReader, Wanted, borrowed
+from mmcache.system.files import Descriptor
 from mmcache.system.syscalls import AIO
 
 needs_aio = pytest.mark.skipif(not AIO, reason="no asynchronous I/O here, or the fast paths are switched off")
@@ -81,8 +80,8 @@ def test_more_than_the_ring_and_the_queue_hold(tmp_path):
 @needs_aio
 @pytest.mark.parametrize("depth", [4096, 256])
 def test_what_several_want_is_read_in_one_go(tmp_path, monkeypatch, depth):
-    monkeypatch.setattr(aio, "_DEPTHS", (depth,))
-    direct._IDLE.clear()
+    monkeypatch.setattr(direct_io, "_DEPTHS", (depth,))
+    direct_io._IDLE.clear()
     generator, sources = np.random.default_rng(4), []
     for number, (width, alignment) in enumerate([(9216, 512), (256, 512), (77, 4096), (4096, 512)]):
         (tmp_path / str(number)).mkdir()
@@ -93,8 +92,8 @@ def test_what_several_want_is_read_in_one_go(tmp_path, monkeypatch, depth):
         for files in sources
         for rows in [generator.permutation(300)[: [300, 5, 120][turn]]]
     ]
-    submitted, real = [], aio.aio_submit
-    monkeypatch.setattr(aio, "aio_submit", lambda *given: submitted.append(1) or real(*given))
+    submitted, real = [], direct_io.aio_submit
+    monkeypatch.setattr(direct_io, "aio_submit", lambda *given: submitted.append(1) or real(*given))
     with borrowed() as reader:
         taken = reader.read(wanted)
         assert not reader._opened
@@ -103,13 +102,13 @@ def test_what_several_want_is_read_in_one_go(tmp_path, monkeypatch, depth):
         assert 0 < size <= len(rows) * (files.rows.shape[1] * 2 + 2 * files.alignment + GAP_BYTES)
     # Once for what goes straight to its place, once or twice for the ring.
     assert len(submitted) <= (5 if depth == 4096 else 60)
-    direct._IDLE.clear()
+    direct_io._IDLE.clear()
     reader.queue.close()
 
 
 @needs_aio
 def test_rows_of_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(direct, "_MOST_FILES", 4)
+    monkeypatch.setattr(direct_io, "_MOST_FILES", 4)
     files = Files(tmp_path, 8, 4096, 40)
     rows = np.random.default_rng(3).permutation(320)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 -- names only
@@ -141,27 +140,27 @@ def test_a_file_that_was_cut_short_is_told(tmp_path):
 def test_a_reader_that_failed_is_not_used_again(tmp_path):
     files = Files(tmp_path, 100, 4096, 1)
     os.truncate(files.paths[0], 4096)
-    direct._IDLE.clear()
+    direct_io._IDLE.clear()
     with pytest.raises(OSError, match="bytes instead of"):
         read(files, [5])
-    assert not direct._IDLE
+    assert not direct_io._IDLE
 
 
 @needs_aio
 def test_a_few_readers_are_kept(tmp_path):
-    direct._IDLE.clear()
+    direct_io._IDLE.clear()
     files = Files(tmp_path, 100, 64, 1)
     read(files, [1])
-    (kept,) = direct._IDLE
+    (kept,) = direct_io._IDLE
     with borrowed() as one, borrowed() as other:
         assert one is kept
         assert other is not kept
-    assert len(direct._IDLE) == 2
+    assert len(direct_io._IDLE) == 2
     readers = [DirectReader() for _ in range(9)]
-    direct._IDLE.extend(readers[: direct._MOST_IDLE])
+    direct_io._IDLE.extend(readers[: direct_io._MOST_IDLE])
     with borrowed():
-        direct._IDLE.extend(readers[direct._MOST_IDLE :])
-    assert sum(not reader.queue.closed for reader in direct._IDLE) == len(direct._IDLE)
-    direct._IDLE.clear()
+        direct_io._IDLE.extend(readers[direct_io._MOST_IDLE :])
+    assert sum(not reader.queue.closed for reader in direct_io._IDLE) == len(direct_io._IDLE)
+    direct_io._IDLE.clear()
     for reader in readers:
         reader.queue.close()

@@ -21,7 +21,7 @@ from support import Twin, damage, flip, shards, tree
 
 import mmcache
 from mmcache.ops.repair import ASIDE
-from mmcache.system import draft
+from mmcache.system import atomic
 from mmcache.write import page_cache
 
 # Points of each job in the suite, and power failures.
@@ -115,7 +115,7 @@ class Pushed:
             if self.direct:
                 patch.setattr(page_cache, "available_memory", lambda: 0)
             if self.direct == "uncached":
-                patch.setattr(draft, "O_DIRECT", 0)
+                patch.setattr(atomic, "O_DIRECT", 0)
             self._push(path, ack)
 
     def _push(self, path, ack):

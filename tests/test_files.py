@@ -18,7 +18,7 @@ from mmcache.errors import (
     WriteError,
 )
 from mmcache.system import files
-from mmcache.system.draft import Draft, publish, remove_drafts
+from mmcache.system.atomic import Draft, publish, remove_drafts
 from mmcache.system.files import map_file, read_file
 from mmcache.system.memory import anonymous
 

@@ -9,7 +9,7 @@ import mmcache
 from mmcache.errors import LockedError, PlanMismatchError
 from mmcache.extraction import fill, scheduling
 from mmcache.format.signed_json import ROOT
-from mmcache.system.draft import Draft, publish
+from mmcache.system.atomic import Draft, publish
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -270,7 +270,7 @@ def test_a_store_that_recorded_less_is_gone_on_with_and_that_is_said_once(tmp_pa
     path = tmp_path / "store"
     extract(small.llama(), path)
     from mmcache.format.manifest import read_manifest  # noqa: PLC0415
-    from mmcache.system.draft import publish  # noqa: PLC0415
+    from mmcache.system.atomic import publish  # noqa: PLC0415
 
     manifest = read_manifest(path)
     source = manifest.source

@@ -14,7 +14,7 @@ from mmcache.format import dtypes, features, format, geometry, manifest, names, 
 from mmcache.format.format import Layout
 from mmcache.format.manifest import Manifest, array_json
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL, known_flags
-from mmcache.system import draft
+from mmcache.system import atomic
 
 PAGE = (Path(mmcache.__file__).parent / "FORMAT.md").read_text()
 PROSE = " ".join(PAGE.split())
@@ -123,7 +123,7 @@ def test_the_names_that_the_page_gives():
     assert (BOS, SPECIAL, FIRST) == (1, 2, 4)
     assert known_flags(first=False) == {"bos": 1, "special": 2}
     assert known_flags(first=True) == {"bos": 1, "special": 2, "first": 4}
-    assert f"drafts `.*{draft._DRAFT}`" in PROSE
+    assert f"drafts `.*{atomic._DRAFT}`" in PROSE
 
 
 @pytest.mark.parametrize("layout", ["layer", "token"])

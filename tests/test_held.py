@@ -1,4 +1,4 @@
-from mmcache.system.held import pieces
+from mmcache.system.threads import pieces
 
 
 def test_few_numbers_come_in_pieces_for_which_numpy_keeps_the_lock():

@@ -35,7 +35,7 @@ def serve():
     from mmcache.cli import extract  # noqa: PLC0415
     from mmcache.extraction import tokenise  # noqa: PLC0415
     from mmcache.storage import bucket  # noqa: PLC0415
-    from mmcache.system import draft  # noqa: PLC0415
+    from mmcache.system import atomic  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     tokenise._TOKENS_A_COMMIT = 300  # so that tokenising, too, is killed between two commits
@@ -47,7 +47,7 @@ def serve():
         ready, tell = os.pipe()
         pid = os.fork()
         if not pid:
-            become(asked, extract, draft, tell)
+            become(asked, extract, atomic, tell)
             if asked["hang"]:
                 hang(bucket.Bucket, *asked["hang"])
             cli.main()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.storage import landing
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.memory import PAGE
 
 

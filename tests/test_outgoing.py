@@ -38,7 +38,7 @@ from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
 from mmcache.storage import bucket
 from mmcache.storage.bucket import Bucket
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 from mmcache.system.files import list_names
 from mmcache.system.launcher import Rank
 

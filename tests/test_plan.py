@@ -27,7 +27,7 @@ from mmcache.errors import (
     StoreExistsError,
 )
 from mmcache.extraction import missing_shards, tokenise
-from mmcache.system import draft
+from mmcache.system import atomic
 from mmcache.system.locks import FolderLock
 
 pytest.importorskip("transformers")
@@ -300,7 +300,7 @@ class Writes:
 
     def __init__(self, monkeypatch):
         self.done, self.crash_at = 0, None
-        publish = draft.Draft.publish
+        publish = atomic.Draft.publish
 
         def counted(draft, size, **options):
             publish(draft, size, **options)
@@ -308,7 +308,7 @@ class Writes:
             if self.done == self.crash_at:
                 raise Crash
 
-        monkeypatch.setattr(draft.Draft, "publish", counted)
+        monkeypatch.setattr(atomic.Draft, "publish", counted)
 
     def crash(self, number, call):
         """Run until file number `number`; tell whether it came that far."""
@@ -558,7 +558,7 @@ def test_what_killed_jobs_left_half_written_is_removed(begun):
     for folder in folders:
         (folder / ".zarr.json.0123abcd.tmp").write_bytes(b"{")
     # A live one holds a lock on what it is writing: here on what is there already.
-    live = draft.Draft(begun, f"mlp_in/{min(path.name for path in (begun / 'mlp_in').glob('c.*'))}")
+    live = atomic.Draft(begun, f"mlp_in/{min(path.name for path in (begun / 'mlp_in').glob('c.*'))}")
     extract(begun)
     assert [path.name for path in begun.rglob("*.tmp")] == [live._temporary]
     live.discard()

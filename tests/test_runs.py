@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.system.held import HELD
-from mmcache.system.runs import GAP_BYTES, apart, runs_of
+from mmcache.system.direct_io import GAP_BYTES, apart, runs_of
+from mmcache.system.threads import HELD
 
 
 @given(

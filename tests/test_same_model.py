@@ -12,7 +12,7 @@ from mmcache.extraction import estimate, provenance
 from mmcache.extraction.job import Extraction
 from mmcache.format.manifest import read_manifest
 from mmcache.models.model_identity import model_identity
-from mmcache.system.small_files import publish_all
+from mmcache.system.atomic import publish_all
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

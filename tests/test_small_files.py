@@ -8,8 +8,7 @@ import pytest
 from support import tree
 
 from mmcache.errors import WriteError
-from mmcache.system.draft import Draft
-from mmcache.system.small_files import publish_all
+from mmcache.system.atomic import Draft, publish_all
 
 
 @pytest.fixture

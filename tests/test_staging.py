@@ -18,8 +18,8 @@ import mmcache
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.format import ShardSpec, encode
 from mmcache.stats.moments import WHOLE_ROWS, Moments
-from mmcache.system import draft as draft_module
-from mmcache.system.draft import Draft
+from mmcache.system import atomic as draft_module
+from mmcache.system.atomic import Draft
 from mmcache.system.files import O_DIRECT
 from mmcache.system.syscalls import LINUX
 from mmcache.write import staging

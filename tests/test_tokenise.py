@@ -19,7 +19,7 @@ from mmcache.format import manifest
 from mmcache.format.manifest import Manifest
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
 from mmcache.storage.shards import ShardFolder
-from mmcache.system import draft
+from mmcache.system import atomic
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")
@@ -119,7 +119,7 @@ class Writes:
 
     def __init__(self, monkeypatch, when="after"):
         self.done, self.crash_at = 0, None
-        publish = draft.Draft.publish
+        publish = atomic.Draft.publish
 
         def counted(draft, size, **options):
             self.done += 1
@@ -129,7 +129,7 @@ class Writes:
             if self.done == self.crash_at:
                 raise Crash
 
-        monkeypatch.setattr(draft.Draft, "publish", counted)
+        monkeypatch.setattr(atomic.Draft, "publish", counted)
 
     def crash(self, number, call):
         self.done, self.crash_at = 0, number

@@ -20,7 +20,7 @@ from mmcache.ops.part import blocks_of
 from mmcache.read.sequences import Sequences
 from mmcache.storage import landing, object_reads
 from mmcache.storage.bucket import Bucket
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.locks import FolderLock
 
 FOLDER, S3 = "folder", "s3"

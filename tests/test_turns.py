@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmcache.extraction import scheduling
 from mmcache.extraction.scheduling import Turns
 from mmcache.format.manifest import Manifest
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.launcher import Rank
 
 SHARD = 2048

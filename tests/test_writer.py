@@ -30,7 +30,7 @@ from support import (
 )
 
 import mmcache
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.write.token_columns import publish_columns
 
 LAYOUTS = ("layer", "token")

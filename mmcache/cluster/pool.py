@@ -17,7 +17,7 @@ from mmcache.extraction.fill import NonFiniteWarning
 from mmcache.extraction.job import Progress
 from mmcache.extraction.scheduling import Turns
 from mmcache.format.manifest import is_store, read_manifest
-from mmcache.system.draft import remove_drafts
+from mmcache.system.atomic import remove_drafts
 from mmcache.system.files import sync_folder
 from mmcache.system.launcher import Rank
 

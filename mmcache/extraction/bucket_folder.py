@@ -23,10 +23,10 @@ from mmcache.format.signed_json import ROOT
 from mmcache.storage.listed import Listed
 from mmcache.storage.listing import in_order, present_shards
 from mmcache.storage.tokenizer_file import TOKENIZER
-from mmcache.system.crew import Crew
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, remove_tree
 from mmcache.system.no_symlinks import make_empty
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator

@@ -29,10 +29,9 @@ from mmcache.format.signed_json import ROOT
 from mmcache.storage.listing import in_order
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, publish_all, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.system.locks import FolderLock
-from mmcache.system.small_files import publish_all
 from mmcache.write.base_writer import claim
 from mmcache.write.new_store import check_new, row_sizes
 

@@ -15,7 +15,7 @@ from mmcache.format.manifest import read_manifest
 from mmcache.format.names import check_no_links
 from mmcache.format.signed_json import ROOT
 from mmcache.system.arguments import outside
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.extraction.missing_shards import missing_of
-from mmcache.system.draft import remove_drafts
+from mmcache.system.atomic import remove_drafts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from mmcache.errors import CorruptError, MmcacheError, RemoteError, StoreNotFoundError, WriteError
 from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder
-from mmcache.system.crew import Crew
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.files import remove_file
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

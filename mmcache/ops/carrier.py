@@ -21,7 +21,7 @@ from mmcache.format.names import RESERVED
 from mmcache.read.store import Store
 from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder
-from mmcache.system.crew import Crew
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

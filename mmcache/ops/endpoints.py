@@ -19,7 +19,7 @@ from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import listed_shards
 from mmcache.storage.shard_bytes import FileBytes
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 from mmcache.system.files import make_folder, open_file, read_file
 
 if TYPE_CHECKING:

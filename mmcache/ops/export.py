@@ -25,8 +25,8 @@ from mmcache.ops.selection import Selection, bytes_of
 from mmcache.read.opening import open_store
 from mmcache.read.store import Store
 from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
+from mmcache.system.atomic import publish
 from mmcache.system.atomic_folder import Outbox
-from mmcache.system.draft import publish
 from mmcache.system.files import free_bytes, make_folder, open_file, read_page
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmcache.read.site_view import SiteView
-    from mmcache.system.draft import Draft
+    from mmcache.system.atomic import Draft
 
 __all__ = ["Exported", "Kind", "export"]
 

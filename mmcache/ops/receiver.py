@@ -21,7 +21,7 @@ from mmcache.storage.shard_bytes import FileBytes
 from mmcache.storage.shard_check import check_ids
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.files import open_file
 
 if TYPE_CHECKING:

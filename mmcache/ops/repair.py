@@ -16,7 +16,7 @@ from mmcache.read.store import Store
 from mmcache.storage.connection import placed
 from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 from mmcache.system.files import set_aside
 from mmcache.system.locks import FolderLock
 

@@ -32,7 +32,7 @@ from mmcache.read.store import Store
 from mmcache.storage.bucket import Bucket
 from mmcache.storage.connection import placed
 from mmcache.system.arguments import a_callable, a_path, names, optional, public
-from mmcache.system.draft import remove_drafts
+from mmcache.system.atomic import remove_drafts
 from mmcache.system.files import free_bytes, make_folder, read_file, sync_folder
 from mmcache.system.locks import FolderLock
 

@@ -28,9 +28,9 @@ from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
-from mmcache.system.crew import Crew
 from mmcache.system.files import count_names, list_names
 from mmcache.system.no_symlinks import check_path
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     import os

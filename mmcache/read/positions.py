@@ -11,7 +11,7 @@ import torch
 from mmcache.errors import DtypeError, OutOfRangeError, ShapeError
 from mmcache.system.arguments import shown
 from mmcache.system.devices import is_cpu
-from mmcache.system.held import pieces
+from mmcache.system.threads import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

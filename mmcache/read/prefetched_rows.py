@@ -15,8 +15,7 @@ from mmcache.errors import IncompleteError
 from mmcache.format.format import HEADER_BYTES
 from mmcache.storage.copy_records import identity
 from mmcache.storage.mirror import CHECKSUM_BYTES
-from mmcache.system.descriptor import close_read
-from mmcache.system.files import map_file, open_file
+from mmcache.system.files import close_read, map_file, open_file
 from mmcache.system.memory import PAGE
 from mmcache.system.syscalls import LINUX, map_over, release, reserve
 

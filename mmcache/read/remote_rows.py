@@ -22,7 +22,7 @@ from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.read.prefetched_rows import Extents
 from mmcache.read.scatter import Part, begins_of, parts_of, scatter
 from mmcache.storage.mirror import STREAMS
-from mmcache.system.crew import let_end
+from mmcache.system.threads import let_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from mmcache.system.direct import borrowed
+from mmcache.system.direct_io import borrowed
 from mmcache.system.files import REFUSALS
 from mmcache.system.os_errors import our_error
 from mmcache.system.syscalls import will_need_all
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmcache.read.site_map import Table
-    from mmcache.system.direct import Wanted
+    from mmcache.system.direct_io import Wanted
     from mmcache.system.syscalls import Ranges
 
 __all__ = ["Piece", "Taker", "Way", "take_pieces"]

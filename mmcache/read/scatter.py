@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mmcache.system.runs import alike
+from mmcache.system.direct_io import alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.system.runs import alike
+from mmcache.system.direct_io import alike
 
 if TYPE_CHECKING:
     from mmcache.storage.shards import ShardFolder

@@ -13,12 +13,11 @@ import torch
 
 from mmcache.format.format import HEADER_BYTES
 from mmcache.read.window import Window
-from mmcache.system.descriptor import Descriptor, close_read
-from mmcache.system.files import REFUSALS
-from mmcache.system.held import pieces
+from mmcache.system.files import REFUSALS, Descriptor, close_read
 from mmcache.system.memory import PAGE
 from mmcache.system.os_errors import our_error
 from mmcache.system.syscalls import Residency, populate
+from mmcache.system.threads import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

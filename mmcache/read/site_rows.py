@@ -21,13 +21,12 @@ from mmcache.read.remote_rows import RemoteRows
 from mmcache.read.row_pieces import Piece, Way, take_pieces
 from mmcache.read.shard_maps import ShardMaps
 from mmcache.read.site_map import SAMPLES, Files, SiteMap
-from mmcache.system.direct import Wanted
+from mmcache.system.direct_io import GAP_BYTES, Wanted, apart, runs_of
 from mmcache.system.files import REFUSALS
-from mmcache.system.held import HELD, pieces
 from mmcache.system.memory import PAGE, anonymous, available_memory
 from mmcache.system.os_errors import our_error
-from mmcache.system.runs import GAP_BYTES, apart, runs_of
 from mmcache.system.syscalls import AIO, LINUX, will_need, will_need_all
+from mmcache.system.threads import HELD, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,10 +22,9 @@ from mmcache.errors import CorruptError, StoreNotFoundError
 from mmcache.format.names import STATISTICS_FOLDER
 from mmcache.format.signed_json import ROOT, attributes, group_json, read_signed, signed
 from mmcache.stats.site_statistics import SiteStatistics
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, publish_all, remove_drafts
 from mmcache.system.files import list_names, read_file
 from mmcache.system.no_symlinks import check_path
-from mmcache.system.small_files import publish_all
 
 if TYPE_CHECKING:
     from pathlib import Path

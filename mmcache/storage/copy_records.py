@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmcache.errors import CorruptError, MmcacheError
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, remove_drafts
 from mmcache.system.files import make_folder, read_file, remove_file
 from mmcache.system.no_symlinks import open_in_place
 

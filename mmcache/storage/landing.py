@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.system.buffers import Buffers
-from mmcache.system.crew import Crew, let_end
-from mmcache.system.memory import PAGE
+from mmcache.system.memory import PAGE, Buffers
+from mmcache.system.threads import Crew, let_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
-    from mmcache.system.draft import Draft
+    from mmcache.system.atomic import Draft
 
 __all__ = ["Landing"]
 

@@ -20,7 +20,7 @@ from mmcache.format.manifest import METADATA_LIMIT, read_manifest
 from mmcache.format.names import RESERVED
 from mmcache.format.signed_json import ROOT
 from mmcache.storage.listed import FOLDERS, Listed, is_metadata
-from mmcache.system.draft import publish
+from mmcache.system.atomic import publish
 from mmcache.system.files import list_names, make_folder, read_file, remove_file
 from mmcache.system.no_symlinks import make_empty
 

@@ -25,9 +25,9 @@ from mmcache.storage.landing import Landing
 from mmcache.storage.metadata_copies import MetadataCopies
 from mmcache.storage.shard_cache import ShardCache
 from mmcache.storage.shard_objects import ShardObjects
-from mmcache.system.crew import Crew, let_end
 from mmcache.system.files import free_bytes, read_file
 from mmcache.system.locks import locked
+from mmcache.system.threads import Crew, let_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mmcache.format.format import Layout
     from mmcache.storage.arriving import ArrivingPart
-    from mmcache.system.draft import Draft
+    from mmcache.system.atomic import Draft
 
 __all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror"]
 

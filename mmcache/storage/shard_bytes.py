@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from mmcache.system.descriptor import close_read
-from mmcache.system.files import advise_random, read_page
+from mmcache.system.files import advise_random, close_read, read_page
 from mmcache.system.memory import PAGE
 from mmcache.system.os_errors import read_at
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError
 from mmcache.storage.copy_records import RECORDS, CopyRecords, Identity, identity
-from mmcache.system.crew import Crew
-from mmcache.system.draft import Draft, remove_drafts
+from mmcache.system.atomic import Draft, remove_drafts
 from mmcache.system.files import explained, make_folder, remove_file
 from mmcache.system.locks import locked
 from mmcache.system.memory import PAGE
 from mmcache.system.no_symlinks import open_in_place
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable

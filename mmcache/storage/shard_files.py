@@ -12,8 +12,7 @@ from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.names import RESERVED
 from mmcache.storage.listing import count_shards, present_shards
 from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
-from mmcache.system.descriptor import close_read
-from mmcache.system.files import count_names, map_file, open_file, read_page
+from mmcache.system.files import close_read, count_names, map_file, open_file, read_page
 from mmcache.system.no_symlinks import check_path
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from mmcache.format.manifest import Manifest
     from mmcache.storage.mirror import Mirror
     from mmcache.storage.shard_bytes import ShardBytes
-    from mmcache.system.descriptor import FileStatus
+    from mmcache.system.files import FileStatus
 
 __all__ = ["MANY", "ShardFiles"]
 

@@ -14,8 +14,7 @@ from mmcache.errors import CorruptError
 from mmcache.format.format import HEADER_BYTES
 from mmcache.storage.shard_bytes import ObjectBytes
 from mmcache.storage.shard_files import ShardFiles
-from mmcache.system.descriptor import close_read
-from mmcache.system.files import read_through
+from mmcache.system.files import close_read, read_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

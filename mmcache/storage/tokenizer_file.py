@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import CorruptError
 from mmcache.format.names import TOKENIZER_FOLDER
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file
 from mmcache.system.no_symlinks import check_path
 

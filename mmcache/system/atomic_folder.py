@@ -10,7 +10,7 @@ import secrets
 from typing import TYPE_CHECKING, Self
 
 from mmcache.errors import StoreExistsError
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.files import explained, list_names, make_folder, remove_tree, sync_folder
 from mmcache.system.memory import anonymous
 from mmcache.system.no_symlinks import NO_FOLLOW

@@ -12,7 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from mmcache.errors import ClosedError
-from mmcache.system.crew import Crew
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable

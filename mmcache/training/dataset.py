@@ -13,7 +13,7 @@ from mmcache.errors import ArgumentError
 from mmcache.format.dtypes import activation_dtype
 from mmcache.read.store import Store, a_store
 from mmcache.system.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public
-from mmcache.system.buffers import Buffers
+from mmcache.system.memory import Buffers
 from mmcache.training.batch_feed import BatchFeed
 from mmcache.training.conversion import Conversion
 from mmcache.training.feed_options import checked_layers, checked_sites, nodes_of, share_of

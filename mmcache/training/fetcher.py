@@ -13,7 +13,7 @@ import torch
 from mmcache.read.opening import reopened
 from mmcache.system.arguments import outside
 from mmcache.system.devices import is_cpu
-from mmcache.system.held import pieces
+from mmcache.system.threads import pieces
 from mmcache.training.dlpack import tensor_over
 from mmcache.training.together import Gather, gather_together
 from mmcache.training.training_batch import Batch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
-    from mmcache.system.buffers import Buffers
+    from mmcache.system.memory import Buffers
     from mmcache.training.conversion import Conversion
     from mmcache.training.feed_plan import State
     from mmcache.training.kept import Kept

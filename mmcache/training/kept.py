@@ -13,7 +13,7 @@ import torch
 from mmcache.errors import ArgumentError, DtypeError, ShapeError
 from mmcache.format.token_flags import counted, known_flags
 from mmcache.system.arguments import a_list, outside, shown
-from mmcache.system.held import pieces
+from mmcache.system.threads import pieces
 from mmcache.training.split import Split, as_split, members
 
 if TYPE_CHECKING:

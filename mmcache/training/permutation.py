@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from mmcache.errors import ArgumentError
-from mmcache.system.held import pieces
+from mmcache.system.threads import pieces
 
 __all__ = ["MOST", "Permutation", "hashed", "mixed"]
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mmcache.errors import AccessError, RemoteError
-from mmcache.system.crew import Crew
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ from mmcache.format.manifest import array_json, is_store
 from mmcache.format.names import RESERVED, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT
 from mmcache.storage.tokenizer_file import TOKENIZER, save_tokenizer
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, remove_file
 from mmcache.system.locks import FolderLock
 from mmcache.system.memory import PAGE

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmcache.errors import ClosedError, MmcacheError, WriteError
-from mmcache.system.crew import Crew
 from mmcache.system.memory import anonymous
+from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable

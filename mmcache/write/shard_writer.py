@@ -11,7 +11,7 @@ import numpy as np
 
 from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.stats.moments import block_rows, shard_moments
-from mmcache.system.draft import Draft
+from mmcache.system.atomic import Draft
 from mmcache.system.files import sync_folder
 from mmcache.write.pipeline import Job
 

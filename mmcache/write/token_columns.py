@@ -8,8 +8,7 @@ import numpy as np
 
 from mmcache.format.format import encode
 from mmcache.storage.shards import ShardFolder
-from mmcache.system.draft import remove_drafts
-from mmcache.system.small_files import publish_all
+from mmcache.system.atomic import publish_all, remove_drafts
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -23,7 +23,7 @@ from mmcache.read.opening import open_store
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
-from mmcache.system.draft import remove_drafts
+from mmcache.system.atomic import remove_drafts
 from mmcache.write.base_writer import GrownStore, claim
 from mmcache.write.batch import check_batch, runs_by_block
 from mmcache.write.block import Block

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.system.aio import Queue
+from mmcache.system.direct_io import Queue
 from mmcache.system.syscalls import READ
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 import mmcache
 from clt.outcome import READS, WRITES
 from clt.transcoder import CrossLayerTranscoder, losses
-from mmcache.system.draft import publish, remove_drafts
+from mmcache.system.atomic import publish, remove_drafts
 from mmcache.system.files import make_folder
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""Files that are written: whole and durable under their own names, or not there.
+"""Files that are written whole and durable under their own names, one by one or several together, or not there.
 
-A file is written under a temporary name, made durable, renamed to its own name, and its folder made durable:
-a name that can be seen is a file that is whole. Linux is where this is fast; what another system or file
-system refuses (O_DIRECT, RWF_DONTCACHE, preallocation) is probed and done without.
+A file is written under a temporary name, made durable, renamed to its own name, and its folder made durable: a name
+that can be seen is a file that is whole. Linux is where this is fast; what another system or file system refuses
+(O_DIRECT, RWF_DONTCACHE, preallocation) is probed and done without.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.errors import CorruptError
-from mmcache.system.files import O_DIRECT, explained, name_batches, sync_folder
+from mmcache.system.files import O_DIRECT, explained, make_folders, name_batches, sync_folder
 from mmcache.system.memory import PAGE
 from mmcache.system.no_symlinks import NO_FOLLOW, opened_folder, opened_parent, status_in
 from mmcache.system.syscalls import LINUX, PORTABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["Draft", "publish", "remove_drafts"]
+__all__ = ["Draft", "publish", "publish_all", "remove_drafts"]
 
 _DRAFT = ".tmp"
 # The sealed file's mode, less what the umask forbids: a zarr writer that touched a shard would re-encode it, and lose
@@ -243,3 +244,30 @@ def publish(root: Path, name: str, data: bytes, *, durable: bool = True) -> None
         raise
     if durable:
         sync_folder(draft.path.parent)
+
+
+def publish_all(root: Path, contents: Mapping[str, bytes]) -> None:
+    """Put small files in place, and make them, their names and their folders durable; blocks until then.
+
+    Each is there whole or not at all, and the first ones are where a later one fails. Folders are made where there
+    are none.
+
+    Args:
+        root: the folder from which on no link is followed.
+        contents: the files, by their names from there.
+
+    Raises:
+        LinkError: A folder below the root is a symbolic link.
+    """
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in contents)
+    changed = make_folders(root, folders)
+    for name, data in contents.items():
+        draft = Draft(root, name)
+        try:
+            draft.write(np.frombuffer(data, np.uint8), 0)
+            draft.publish(len(data))
+        except BaseException:
+            draft.discard()
+            raise
+    for folder in dict.fromkeys([*changed, *(root / folder for folder in folders)]):
+        sync_folder(folder)
