@@ -17,8 +17,8 @@ import atheris
 with atheris.instrument_imports(include=["mmcache"]):
     import mmcache
     from mmcache.format.dtypes import BY_NAME
-    from mmcache.format.format import Layout, ShardSpec, parse_header
     from mmcache.format.manifest import Manifest, read_manifest
+    from mmcache.format.shard import Layout, ShardSpec, parse_header
     from mmcache.read.overview import overview
     from mmcache.view.words import Words
 

@@ -13,7 +13,7 @@ from broken import MAKERS
 from support import same, widened, without_sync
 
 import mmcache
-from mmcache.format.format import HEADER_BYTES
+from mmcache.format.shard import HEADER_BYTES
 from mmcache.storage import mirror, shard_cache
 from mmcache.storage.copy_records import identity
 from mmcache.storage.shard_cache import ShardCache

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import mmcache
 from mmcache.errors import CorruptError
 from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.format.format import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
 from mmcache.format.manifest import ROOT, Manifest, array_json
+from mmcache.format.shard import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
 from mmcache.stats.moments import Moments
 from mmcache.stats.shard_statistics import shard_statistics
 from mmcache.storage.shards import ShardFolder

@@ -10,9 +10,9 @@ import pytest
 
 import mmcache
 from mmcache.errors import VersionError
-from mmcache.format import dtypes, features, format, geometry, manifest, names, signed_json  # noqa: A004 -- a module of ours
-from mmcache.format.format import Layout
+from mmcache.format import dtypes, manifest, names, shard, signed_json
 from mmcache.format.manifest import Manifest, array_json
+from mmcache.format.shard import Layout
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL, known_flags
 from mmcache.system import atomic
 
@@ -48,7 +48,7 @@ def store_of(layout="token", **fields):
 
 def test_the_page_is_one_page():
     assert len(PAGE.splitlines()) <= 155
-    assert f"# The mmcache format, versions {' and '.join(map(str, format.FORMAT_VERSIONS))}\n" in PAGE
+    assert f"# The mmcache format, versions {' and '.join(map(str, shard.FORMAT_VERSIONS))}\n" in PAGE
     assert "MUST" in PAGE
     assert "MAY" in PAGE
 
@@ -63,7 +63,7 @@ def test_the_dtypes():
 def test_the_fields_of_the_root():
     fields = dataclasses.fields(Manifest)
     assert [row["field"] for row in FIELDS] == ["format", "digest", *(field.name for field in fields)]
-    said = json.loads(store_of(uses=features.NEW_STORES).to_json())["attributes"]["mmcache"]
+    said = json.loads(store_of(uses=manifest.NEW_STORES).to_json())["attributes"]["mmcache"]
     assert list(said) == [row["field"] for row in FIELDS]
     assert list(json.loads(store_of().to_json())["attributes"]["mmcache"]) == list(said)[:-1]
     kinds = {int: "integer", str: "string", bool: "boolean", dict: "object", list: "array", type(None): "null"}
@@ -75,7 +75,7 @@ def test_the_fields_of_the_root():
         assert row["default"] == ("" if required else json.dumps(default)), row
         value = said[field.name]
         assert kinds[type(value)] in row["JSON"] or json.dumps(value) in row["JSON"].split(", "), row
-    assert FIELDS[0]["JSON"].split(", ") == [str(version) for version in format.FORMAT_VERSIONS]
+    assert FIELDS[0]["JSON"].split(", ") == [str(version) for version in shard.FORMAT_VERSIONS]
 
 
 @pytest.mark.parametrize("row", [row for row in FIELDS[2:-1] if row["default"]], ids=lambda row: row["field"])
@@ -91,11 +91,11 @@ def test_the_limits_that_the_page_gives():
         "below 2^48": 2**48,
         "below 2^31": 2**31,
         "larger than 16 MiB": manifest.ROOT_LIMIT,
-        "within 256 MiB": geometry.SHARD_BYTES,
-        "within 4 MiB": geometry.CHUNK_BYTES,
-        "header of 4096": format.HEADER_BYTES,
-        "pages of 4096": geometry.PAGE,
-        "always 4088": format._JSON_BYTES,
+        "within 256 MiB": shard.SHARD_BYTES,
+        "within 4 MiB": shard.CHUNK_BYTES,
+        "header of 4096": shard.HEADER_BYTES,
+        "pages of 4096": shard.PAGE,
+        "always 4088": shard._JSON_BYTES,
         "with 64 zeros": len(signed_json._BLANK),
     }
     for words, value in limits.items():
@@ -119,7 +119,7 @@ def test_the_names_that_the_page_gives():
     assert "at most 200 bytes" in PROSE
     assert names.site_name_problem("x" * 200) is None
     assert names.site_name_problem("x" * 201) is not None
-    assert f"1 BOS, 2 special, in a store that uses `{features.FIRST_TOKENS}` (see *Version 2*) 4 first" in PROSE
+    assert f"1 BOS, 2 special, in a store that uses `{manifest.FIRST_TOKENS}` (see *Version 2*) 4 first" in PROSE
     assert (BOS, SPECIAL, FIRST) == (1, 2, 4)
     assert known_flags(first=False) == {"bos": 1, "special": 2}
     assert known_flags(first=True) == {"bos": 1, "special": 2, "first": 4}
@@ -152,13 +152,13 @@ def test_the_tensors_of_a_shard(layout):
                 said = [cell.strip() for cell in shape.strip("[]").split(",")]
                 said = [16 * values["I"] + 4 if cell == "16·I + 4" else values.get(cell) or int(cell) for cell in said]
                 assert list(real) == said, (name, shape)
-    assert [row["tensor"] for row in TENSORS if row["tensor"] in format.STATISTICS] == list(format.STATISTICS)
+    assert [row["tensor"] for row in TENSORS if row["tensor"] in shard.STATISTICS] == list(shard.STATISTICS)
 
 
 def test_the_columns_of_the_norms():
     said = re.search(r"over the Euclidean norms of rows that count: (.*?) \(NaN", PROSE)[1]
-    assert tuple(re.findall(r"`(\w+)`", said)) == format.NORM_COLUMNS
-    assert [row["shape"] for row in TENSORS if row["tensor"] == "norms"] == [f"[C, L, {len(format.NORM_COLUMNS)}]"]
+    assert tuple(re.findall(r"`(\w+)`", said)) == shard.NORM_COLUMNS
+    assert [row["shape"] for row in TENSORS if row["tensor"] == "norms"] == [f"[C, L, {len(shard.NORM_COLUMNS)}]"]
 
 
 @pytest.mark.parametrize("array", ["mlp_in", *names.RESERVED])
@@ -213,7 +213,7 @@ def test_the_arrays(array, layout):
 
 
 def test_the_features_of_version_2():
-    assert sorted(name for name, row in FEATURES.items() if not row["state"]) == sorted(features.IMPLEMENTED)
+    assert sorted(name for name, row in FEATURES.items() if not row["state"]) == sorted(manifest.IMPLEMENTED)
     reserved = [name for name, row in FEATURES.items() if row["state"]]
     assert all(row["state"] in ("", "reserved") for row in FEATURES.values())
     assert reserved == ["documents", "flag_names", "scales", "site_layers", "zones"]
@@ -224,7 +224,7 @@ def test_the_features_of_version_2():
             Manifest.from_attributes(said | {"uses": sorted(["first", name]), "more": 1}, "acts")
 
 
-@pytest.mark.parametrize("version", format.FORMAT_VERSIONS)
+@pytest.mark.parametrize("version", shard.FORMAT_VERSIONS)
 def test_every_file_says_the_version(version):
     store = store_of(uses=("first",) if version == 2 else ())
     texts = [store.to_json(), *(array_json(store, array, 100) for array in ("mlp_in", *names.RESERVED))]

@@ -4,8 +4,7 @@ from hypothesis import strategies as st
 
 from mmcache.errors import ArgumentError
 from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.format.format import Layout, ShardSpec
-from mmcache.format.geometry import CHUNK_BYTES, SHARD_BYTES, inner_rows, shard_rows
+from mmcache.format.shard import CHUNK_BYTES, SHARD_BYTES, Layout, ShardSpec, inner_rows, shard_rows
 from mmcache.system.memory import PAGE
 
 # Bytes a row: numbers of 2, 4 or 8 bytes, from one number to a token's 100 layers of 16,384.

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmcache.format.dtypes import BY_NAME
-from mmcache.format.format import ShardSpec
+from mmcache.format.shard import ShardSpec
 from mmcache.stats import kernel as module
 from mmcache.stats import moments as statistics
 from mmcache.stats.kernel import load_kernel, span_sums

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from mmcache.errors import ArgumentError, CorruptError, MmcacheError, StoreNotFoundError, VersionError
 from mmcache.format.dtypes import ACTIVATION_DTYPES
-from mmcache.format.manifest import Manifest, array_json, read_manifest
+from mmcache.format.manifest import Manifest, array_json, check_user_metadata, read_manifest
 from mmcache.format.names import RESERVED, check_site_name, site_name_problem
 from mmcache.format.signed_json import ROOT
-from mmcache.format.user_metadata import check_user_metadata
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(max_size=10),

@@ -17,8 +17,8 @@ from test_format import METADATA, encoded, layouts, random_rows
 
 import mmcache
 from mmcache.errors import ArgumentError, BucketNotFoundError, CorruptError, IncompleteError, StoreNotFoundError
-from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.manifest import read_manifest
+from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.storage import bucket
 from mmcache.storage import mirror as mirror_module
 from mmcache.storage.arriving import Arriving

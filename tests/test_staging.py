@@ -16,7 +16,7 @@ from support import DTYPES, numpy_dtype, random_bits, raw, without_sync
 
 import mmcache
 from mmcache.format.dtypes import activation_dtype
-from mmcache.format.format import ShardSpec, encode
+from mmcache.format.shard import ShardSpec, encode
 from mmcache.stats.moments import WHOLE_ROWS, Moments
 from mmcache.system import atomic as draft_module
 from mmcache.system.atomic import Draft

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.format.format import NORM_COLUMNS, STATISTICS
+from mmcache.format.shard import NORM_COLUMNS, STATISTICS
 from mmcache.stats.moments import Moments, merge_moments
 
 SEEDS = st.integers(0, 2**32)

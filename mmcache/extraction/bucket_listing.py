@@ -19,9 +19,9 @@ from mmcache.errors import (
     StoreNotFoundError,
 )
 from mmcache.extraction.staging_claims import is_staging
-from mmcache.format.format import Layout
 from mmcache.format.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
 from mmcache.format.names import RESERVED, TOKENIZER_FOLDER
+from mmcache.format.shard import Layout
 from mmcache.format.signed_json import ROOT, check_signed
 from mmcache.storage.tokenizer_file import TOKENIZER
 

@@ -13,9 +13,8 @@ import torch
 from mmcache.extraction.fill import forward
 from mmcache.extraction.special_tokens import warn_of_missing
 from mmcache.extraction.tokenise import Tokenised
-from mmcache.format.features import NEW_STORES
-from mmcache.format.geometry import shard_rows
-from mmcache.format.manifest import Manifest
+from mmcache.format.manifest import NEW_STORES, Manifest
+from mmcache.format.shard import shard_rows
 from mmcache.system.files import free_bytes
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.extraction.missing_shards import bytes_to_write, check_room
 from mmcache.extraction.scheduling import Turns
-from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
+from mmcache.format.shard import Layout
 from mmcache.models.model_use import running
 from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmcache.errors import DiskFullError
 from mmcache.extraction.staging_claims import is_staging
-from mmcache.format.format import Layout
+from mmcache.format.shard import Layout
 from mmcache.storage.listing import present_shards
 from mmcache.system.files import free_bytes
 

@@ -15,8 +15,8 @@ from mmcache.extraction.bucket_listing import manifest_of, read_if_there, read_p
 from mmcache.extraction.missing_shards import bytes_to_write
 from mmcache.extraction.staging_claims import STAGING, Claims
 from mmcache.extraction.uploads import Uploads
-from mmcache.format.format import Layout
 from mmcache.format.manifest import read_manifest
+from mmcache.format.shard import Layout
 from mmcache.format.signed_json import ROOT
 from mmcache.read.opening import open_store
 from mmcache.stats.summary import load_summary, save_summary

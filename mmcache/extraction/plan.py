@@ -20,11 +20,9 @@ from mmcache.extraction.missing_shards import check_room, shards_from
 from mmcache.extraction.plan_comparison import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.extraction.staging_claims import claimed
 from mmcache.extraction.tokenise import Tokenised, check_corpus, tokenise
-from mmcache.format.features import NEW_STORES
-from mmcache.format.format import ids_digest
-from mmcache.format.geometry import shard_rows
-from mmcache.format.manifest import Manifest, array_json, is_store, read_manifest
+from mmcache.format.manifest import NEW_STORES, Manifest, array_json, is_store, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
+from mmcache.format.shard import ids_digest, shard_rows
 from mmcache.format.signed_json import ROOT
 from mmcache.storage.listing import in_order
 from mmcache.storage.shards import ShardFolder

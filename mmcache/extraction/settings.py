@@ -8,8 +8,8 @@ from typing import Any, Literal
 from mmcache.extraction.contexts import Contexts
 from mmcache.extraction.special_tokens import BOS_CHOICES
 from mmcache.format.dtypes import BY_NAME
-from mmcache.format.geometry import MOST_ROWS
-from mmcache.format.user_metadata import check_user_metadata
+from mmcache.format.manifest import check_user_metadata
+from mmcache.format.shard import MOST_ROWS
 from mmcache.system.arguments import (
     Check,
     a_device,

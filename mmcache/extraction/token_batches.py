@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.format.format import ids_digest
+from mmcache.format.shard import ids_digest
 from mmcache.format.token_flags import counted
 from mmcache.storage.shards import ShardFolder
 

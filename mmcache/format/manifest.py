@@ -1,7 +1,7 @@
 """What a store says of itself: the root's `zarr.json`, and the `zarr.json` of each array.
 
-zarr-python writes the metadata, in memory; `files` puts it on disk. Every `zarr.json` carries a digest of its
-own bytes, computed with the digest's 64 characters blanked to zeros.
+zarr-python writes the metadata, in memory; `files` puts it on disk. Every `zarr.json` carries a digest of its own
+bytes, computed with the digest's 64 characters blanked to zeros.
 """
 
 from __future__ import annotations
@@ -14,29 +14,65 @@ import zarr
 import zarr.storage
 from zarr.codecs import TransposeCodec
 
-from mmcache.errors import CorruptError, StoreNotFoundError
+from mmcache.errors import ArgumentError, CorruptError, StoreNotFoundError, VersionError
 from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
-from mmcache.format.features import FIRST_TOKENS, checked_uses
-from mmcache.format.format import Layout, ShardSpec
-from mmcache.format.geometry import inner_rows
 from mmcache.format.names import RESERVED, site_name_problem
+from mmcache.format.shard import Layout, ShardSpec, inner_rows
 from mmcache.format.signed_json import ROOT, attributes, group_json, read_signed, signed
 from mmcache.format.token_flags import known_flags
+from mmcache.system.arguments import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
     "ARRAY_LIMIT",
+    "FIRST_TOKENS",
+    "IMPLEMENTED",
     "METADATA_LIMIT",
+    "NEW_STORES",
     "ROOT",
     "ROOT_LIMIT",
     "Manifest",
     "array_json",
+    "check_user_metadata",
+    "checked_uses",
     "is_store",
     "read_array",
     "read_manifest",
 ]
+
+FIRST_TOKENS = "first"
+# The others that the format reserves are refused like any unknown name.
+IMPLEMENTED = (FIRST_TOKENS,)
+# What a new store with tokens uses. A cache, which has none, uses nothing and is of version 1.
+NEW_STORES = (FIRST_TOKENS,)
+
+
+def checked_uses(said: dict[str, Any], where: Path | str) -> tuple[str, ...]:
+    """Names of the features that a root says its store uses; none in version 1.
+
+    Raises:
+        VersionError: this library does not know one of them.
+        CorruptError: they are no names, or do not fit the version.
+    """
+    uses = said.get("uses")
+    if said.get("format") == 1:
+        if "uses" in said:
+            raise CorruptError(f"{where} does not describe a store: version 1 has no field `uses`")
+        return ()
+    if not isinstance(uses, list) or not uses or not all(isinstance(name, str) for name in uses):
+        raise CorruptError(f"{where} does not describe a store: `uses` is {uses!r}, not one name or more")
+    unknown = [name for name in uses if name not in IMPLEMENTED]
+    if unknown:
+        raise VersionError(
+            f"{where} uses {unknown[0]!r} of format version 2, which this library does not know (it knows "
+            f"{', '.join(IMPLEMENTED)}): open it with the mmcache that made it, or upgrade"
+        )
+    if uses != sorted(set(uses)):
+        raise CorruptError(f"{where} does not describe a store: `uses` is {uses}, not each once and sorted")
+    return tuple(uses)
+
 
 # Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
 _RESERVED_SHARD_ROWS = 1 << 20
@@ -346,3 +382,36 @@ def read_manifest(path: Path) -> Manifest:
             error.errno, "no mmcache store there (a store is a folder with a zarr.json)", str(path)
         ) from error
     return Manifest.from_attributes(said, where)
+
+
+# Half of what a root may have.
+_LIMIT = 8 << 20
+
+
+def check_user_metadata(name: str, metadata: Any) -> dict[str, Any]:
+    """A copy of the user's own metadata, which survives JSON; None is empty.
+
+    Args:
+        name: what the argument is called.
+        metadata: its value.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    kept = {} if metadata is None else metadata
+    try:
+        text = json.dumps(kept, allow_nan=False, indent=2)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"{name} cannot be kept as JSON ({error}): use text, numbers, lists, dicts") from error
+    copy = json.loads(text)
+    if not isinstance(copy, dict) or copy != kept:
+        raise ArgumentError(
+            f"{name} changes when kept as JSON: expected a dict with text keys, found {shown(metadata)}"
+        )
+    size = len(text) + 6 * text.count("\n")  # as it will be indented in the root
+    if size > _LIMIT:
+        raise ArgumentError(
+            f"{name} takes {size} bytes as JSON, and the root's zarr.json has room for {_LIMIT}: keep "
+            f"it in a file of its own"
+        )
+    return copy

@@ -15,7 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 
 from mmcache.errors import CorruptError, VersionError
-from mmcache.format.format import FORMAT_VERSIONS
+from mmcache.format.shard import FORMAT_VERSIONS
 from mmcache.system.files import read_file
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.format.format import ids_digest
 from mmcache.format.names import RESERVED
+from mmcache.format.shard import ids_digest
 from mmcache.read.store import Store
 from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shards import ShardFolder

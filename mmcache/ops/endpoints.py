@@ -11,9 +11,9 @@ import numpy as np
 
 from mmcache.errors import CorruptError, StoreNotFoundError
 from mmcache.extraction.bucket_listing import manifest_of, read_if_there
-from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
+from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import listed_shards

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mmcache.errors import ArgumentError, DiskFullError
-from mmcache.format.format import parse_header
+from mmcache.format.shard import parse_header
 from mmcache.ops.headers import npy_header, safetensors_header
 from mmcache.ops.selection import Selection, bytes_of
 from mmcache.read.opening import open_store

@@ -9,8 +9,8 @@ import json
 from typing import TYPE_CHECKING
 
 from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
-from mmcache.format.format import HEADER_BYTES, Layout
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
+from mmcache.format.shard import HEADER_BYTES, Layout
 from mmcache.format.signed_json import ROOT
 from mmcache.ops.carrier import Carrier, Shard
 from mmcache.ops.endpoints import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.errors import AccessError, CorruptError, IncompleteError, LinkError, MmcacheError, RemoteError
-from mmcache.format.format import ids_digest
 from mmcache.format.manifest import ARRAY_LIMIT, read_array, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
+from mmcache.format.shard import ids_digest
 from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.ops.findings import Finding, Kind, Level, Report
 from mmcache.read.store import Store

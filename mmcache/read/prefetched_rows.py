@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import IncompleteError
-from mmcache.format.format import HEADER_BYTES
+from mmcache.format.shard import HEADER_BYTES
 from mmcache.storage.copy_records import identity
 from mmcache.storage.mirror import CHECKSUM_BYTES
 from mmcache.system.files import close_read, map_file, open_file

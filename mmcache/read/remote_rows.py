@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
-from mmcache.format.format import HEADER_BYTES, Layout
+from mmcache.format.shard import HEADER_BYTES, Layout
 from mmcache.read.prefetched_rows import Extents
 from mmcache.read.scatter import Part, begins_of, parts_of, scatter
 from mmcache.storage.mirror import STREAMS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mmcache.format.format import HEADER_BYTES
+from mmcache.format.shard import HEADER_BYTES
 from mmcache.read.window import Window
 from mmcache.system.files import REFUSALS, Descriptor, close_read
 from mmcache.system.memory import PAGE

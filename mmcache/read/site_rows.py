@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.format.format import HEADER_BYTES
+from mmcache.format.shard import HEADER_BYTES
 from mmcache.read.checked_rows import CheckedRows
 from mmcache.read.remote_rows import RemoteRows
 from mmcache.read.row_pieces import Piece, Way, take_pieces

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.format.format import NORM_COLUMNS
+from mmcache.format.shard import NORM_COLUMNS
 from mmcache.stats.sums import SPAN, Sums, sum_block, together
 
 if TYPE_CHECKING:
-    from mmcache.format.format import ShardSpec
+    from mmcache.format.shard import ShardSpec
 
 __all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments", "shard_moments"]
 

@@ -8,10 +8,10 @@ import crc32c
 import numpy as np
 
 from mmcache.errors import CorruptError
-from mmcache.format.format import STATISTICS
+from mmcache.format.shard import STATISTICS
 
 if TYPE_CHECKING:
-    from mmcache.format.format import Layout
+    from mmcache.format.shard import Layout
     from mmcache.storage.shard_bytes import ShardBytes
     from mmcache.storage.shards import ShardFolder
 

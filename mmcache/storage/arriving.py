@@ -12,7 +12,7 @@ import crc32c
 import numpy as np
 
 from mmcache.errors import CorruptError
-from mmcache.format.format import HEADER_BYTES, STATISTICS
+from mmcache.format.shard import HEADER_BYTES, STATISTICS
 from mmcache.storage.shard_bytes import FileBytes
 from mmcache.system.files import open_file
 from mmcache.system.memory import anonymous
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mmcache.format.format import Layout
+    from mmcache.format.shard import Layout
     from mmcache.storage.shard_bytes import ShardBytes
 
 __all__ = ["Arriving", "ArrivingPart", "check_copy", "index_start", "read_whole", "tail_problems"]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from concurrent.futures import Future
 
-    from mmcache.format.format import Layout
+    from mmcache.format.shard import Layout
     from mmcache.storage.arriving import ArrivingPart
     from mmcache.system.atomic import Draft
 

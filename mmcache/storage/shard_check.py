@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmcache.errors import CorruptError
-from mmcache.format.format import HEADER_BYTES, said_ids
+from mmcache.format.shard import HEADER_BYTES, said_ids
 from mmcache.storage.arriving import index_start, read_whole, tail_problems
 from mmcache.system.files import REFUSALS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mmcache.format.format import Layout
+    from mmcache.format.shard import Layout
     from mmcache.storage.shard_bytes import ShardBytes
     from mmcache.storage.shards import ShardFolder
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from mmcache.errors import CorruptError, IncompleteError
-from mmcache.format.format import HEADER_BYTES, Layout, parse_header
 from mmcache.format.names import RESERVED
+from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.storage.listing import count_shards, present_shards
 from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
 from mmcache.system.files import close_read, count_names, map_file, open_file, read_page

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mmcache.errors import IncompleteError, StoreNotFoundError
-from mmcache.format.format import HEADER_BYTES
+from mmcache.format.shard import HEADER_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

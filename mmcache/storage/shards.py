@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import CorruptError
-from mmcache.format.format import HEADER_BYTES
+from mmcache.format.shard import HEADER_BYTES
 from mmcache.storage.shard_bytes import ObjectBytes
 from mmcache.storage.shard_files import ShardFiles
 from mmcache.system.files import close_read, read_through
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from mmcache.format.format import Layout
+    from mmcache.format.shard import Layout
     from mmcache.storage.shard_bytes import ShardBytes
 
 __all__ = ["ShardFolder"]

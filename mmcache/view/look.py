@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
-from mmcache.format.format import Layout
+from mmcache.format.shard import Layout
 from mmcache.stats.site_statistics import SiteStatistics, merge_site
 from mmcache.stats.summary import load_summary
 

@@ -21,9 +21,9 @@ from mmcache.errors import (
     ReadOnlyError,
 )
 from mmcache.format.dtypes import activation_dtype
-from mmcache.format.geometry import MOST_ROWS
 from mmcache.format.manifest import Manifest
 from mmcache.format.names import check_site_name
+from mmcache.format.shard import MOST_ROWS
 from mmcache.read.html import cache_html
 from mmcache.read.opening import open_store
 from mmcache.read.site_view import SiteView

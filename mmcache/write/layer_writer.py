@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mmcache.errors import ClosedError, DtypeError, ShapeError
 from mmcache.format.dtypes import activation_dtype
-from mmcache.format.geometry import shard_rows
+from mmcache.format.shard import shard_rows
 from mmcache.system.devices import check_dense
 from mmcache.system.files import make_folder
 from mmcache.write.base_writer import GrownStore

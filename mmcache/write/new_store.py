@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import ArgumentError, CorruptError
 from mmcache.format.dtypes import BY_NAME
-from mmcache.format.format import Layout
 from mmcache.format.manifest import ARRAY_LIMIT, ROOT_LIMIT, Manifest, array_json
 from mmcache.format.names import check_site_name
+from mmcache.format.shard import Layout
 from mmcache.format.signed_json import check_signed
 from mmcache.system.arguments import count, shown
 

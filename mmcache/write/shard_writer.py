@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import crc32c
 import numpy as np
 
-from mmcache.format.format import HEADER_BYTES, Layout
+from mmcache.format.shard import HEADER_BYTES, Layout
 from mmcache.stats.moments import block_rows, shard_moments
 from mmcache.system.atomic import Draft
 from mmcache.system.files import sync_folder
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from mmcache.format.format import ShardSpec
+    from mmcache.format.shard import ShardSpec
     from mmcache.stats.moments import Moments
     from mmcache.write.page_cache import PageCachePolicy
 

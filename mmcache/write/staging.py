@@ -16,7 +16,7 @@ from mmcache.write.pipeline import Job
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mmcache.format.format import ShardSpec
+    from mmcache.format.shard import ShardSpec
     from mmcache.write.pipeline import Pipeline, Slot
     from mmcache.write.shard_writer import ShardWriter
 

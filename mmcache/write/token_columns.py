@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.format.format import encode
+from mmcache.format.shard import encode
 from mmcache.storage.shards import ShardFolder
 from mmcache.system.atomic import publish_all, remove_drafts
 

@@ -13,12 +13,10 @@ import torch
 
 from mmcache.errors import ArgumentError, ReadOnlyError
 from mmcache.format.dtypes import activation_dtype
-from mmcache.format.features import NEW_STORES
-from mmcache.format.geometry import shard_rows
-from mmcache.format.manifest import Manifest, read_manifest
+from mmcache.format.manifest import NEW_STORES, Manifest, check_user_metadata, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
+from mmcache.format.shard import shard_rows
 from mmcache.format.token_flags import counted, flagged
-from mmcache.format.user_metadata import check_user_metadata
 from mmcache.read.opening import open_store
 from mmcache.storage.shards import ShardFolder
 from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source

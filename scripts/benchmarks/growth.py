@@ -16,8 +16,8 @@ import torch
 import mmcache
 from benchmarks.cold import make_cold
 from benchmarks.measure import Plan, Row, Series, compare, in_turn, seconds
-from mmcache.format.format import Layout
 from mmcache.format.manifest import Manifest, array_json
+from mmcache.format.shard import Layout
 from mmcache.read.overview import overview
 
 if TYPE_CHECKING:

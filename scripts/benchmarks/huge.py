@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmcache.format.format import NORM_COLUMNS, Layout
 from mmcache.format.manifest import Manifest, array_json
 from mmcache.format.names import RESERVED
+from mmcache.format.shard import NORM_COLUMNS, Layout
 from mmcache.write.token_columns import Column, publish_columns
 
 if TYPE_CHECKING:

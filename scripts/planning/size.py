@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmcache.format.dtypes import BY_NAME
-from mmcache.format.features import NEW_STORES
-from mmcache.format.format import STATISTICS, Layout
-from mmcache.format.geometry import shard_rows
-from mmcache.format.manifest import Manifest, array_json
+from mmcache.format.manifest import NEW_STORES, Manifest, array_json
 from mmcache.format.names import RESERVED
+from mmcache.format.shard import STATISTICS, Layout, shard_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
