@@ -14,8 +14,8 @@ from support import without_sync
 import mmcache
 from mmcache import errors
 from mmcache.cli import main
-from mmcache.storage import bucket
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import object_store
+from mmcache.storage.object_store import Bucket
 from mmcache.urls import address, concealed, is_url, redacted
 from mmcache.view.panels import Source
 
@@ -129,7 +129,7 @@ def made(tmp_path_factory):
     "url", [f"s3://key:{SECRET}@nowhere/acts?sig={SECRET}", f"https://me:{SECRET}@host/acts", f"hf://{SECRET}@x"]
 )
 def test_no_call_that_fails_says_a_secret(call, url, made, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 1.0)
     with pytest.raises(Exception) as raised:
         CALLS[call](url, made)
     assert SECRET not in everything_said(raised.value)
@@ -137,7 +137,7 @@ def test_no_call_that_fails_says_a_secret(call, url, made, monkeypatch):
 
 @pytest.mark.parametrize("port", ["1", "99999x"])
 def test_a_server_that_is_not_there_is_named_without_the_password_to_it(port, monkeypatch, made):
-    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@127.0.0.1:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{SECRET}+more")

@@ -12,8 +12,8 @@ import s3
 from support import FORKS, forked
 
 from mmcache.errors import AccessError, CorruptError, RemoteError, StoreNotFoundError
-from mmcache.storage import bucket, object_keys, object_reads
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import object_keys, object_store
+from mmcache.storage.object_store import Bucket
 
 PART = 5 << 20
 SMALL, LARGE = b"0123456789", bytes(range(256)) * 49152  # 12 MiB: three parts
@@ -21,8 +21,8 @@ SMALL, LARGE = b"0123456789", bytes(range(256)) * 49152  # 12 MiB: three parts
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 3.0)
-    monkeypatch.setattr(bucket, "PART_BYTES", PART)
+    monkeypatch.setattr(object_store, "PATIENCE", 3.0)
+    monkeypatch.setattr(object_store, "PART_BYTES", PART)
     # Nobody's own keys.
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, os.devnull)
@@ -159,7 +159,7 @@ def test_where_the_tag_is_no_md5_it_is_read_back(s3_proxy, s3_server, large, mon
 
 @pytest.mark.parametrize("replace", [True, False])
 def test_what_arrives_damaged_is_sent_again_or_told(place, large, monkeypatch, replace):
-    monkeypatch.setattr(bucket, "PATIENCE", 0.6)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.6)
     damaged, real = [], place._obstore
 
     def put(store, key, data, **options):
@@ -187,7 +187,7 @@ def test_what_arrives_damaged_is_sent_again_or_told(place, large, monkeypatch, r
 def test_a_listing_comes_in_pages(monkeypatch):
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
     monkeypatch.setattr(object_keys, "_LISTED", 10)
-    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     with s3.serve_s3() as server, s3.FaultProxy(server.host, server.port) as proxy:
         for name, value in server.env(proxy.endpoint).items():
             monkeypatch.setenv(name, value)
@@ -258,7 +258,7 @@ def test_whatever_befalls_a_request_the_answer_is_right(kind, s3_proxy, s3_serve
 
 @pytest.mark.parametrize("kind", s3.KINDS)
 def test_what_never_works_names_the_object_in_time(kind, s3_proxy, s3_server, large, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 0.4)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.4)
     where, s3_proxy.hang_s = prepared(s3_server), 0.2
     s3_proxy.plan(kind, count=10**6)
     error, possible = (AccessError if kind == "forbidden" else RemoteError), {**READS, **WRITES}
@@ -293,11 +293,11 @@ def test_a_stream_that_is_cut_goes_on_from_where_it_was(s3_proxy, s3_server):
         assert starts == sorted(set(starts))
         assert len(starts) == cut + 1
         # What came, less than a piece before each cut, did not come again.
-        assert len(LARGE) <= s3_proxy.bytes_sent() <= len(LARGE) + cut * object_reads._PIECE_BYTES
+        assert len(LARGE) <= s3_proxy.bytes_sent() <= len(LARGE) + cut * object_store._PIECE_BYTES
 
 
 def test_a_server_that_is_gone_for_a_second_holds_up_but_breaks_nothing(s3_proxy, s3_server, large, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 20.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 20.0)
     where = prepared(s3_server)
     coming = where.stream("there/large", 0, len(LARGE))
     begun = bytes(next(coming))
@@ -332,7 +332,7 @@ def test_a_forked_process_is_told_and_a_pickled_one_works(s3_server, large):
 
 
 def test_who_asks_now_and_then_whether_to_go_on_ends_what_waits_for_a_server(s3_proxy, s3_server, large, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 60.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 60.0)
     where = prepared(s3_server)
     s3_proxy.down()
     ended = threading.Event()

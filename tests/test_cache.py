@@ -30,7 +30,7 @@ import mmcache
 from mmcache import FullActivationCache
 from mmcache.read.opening import open_store
 from mmcache.stats.shard_statistics import shard_statistics
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.atomic import Draft
 
 

@@ -14,9 +14,8 @@ from support import same, widened, without_sync
 
 import mmcache
 from mmcache.format.shard import HEADER_BYTES
-from mmcache.storage import mirror, shard_cache
-from mmcache.storage.copy_records import identity
-from mmcache.storage.shard_cache import ShardCache
+from mmcache.storage import disk_cache, mirror
+from mmcache.storage.disk_cache import ShardCache, identity
 from mmcache.system.atomic import Draft
 
 KINDS = ("planned, token", "grown, layer", "cache")
@@ -209,7 +208,7 @@ def test_a_copy_is_compared_once_after_a_restart_by_whichever_process(far, monke
     far.bring()
     assert compared == [], "what was just fetched was compared on its way"
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(shard_cache, "_boot", lambda: "another one")
+        elsewhere.setattr(disk_cache, "_boot", lambda: "another one")
         far.bring()
         assert sorted(compared) == sorted(copies)
         far.bring()
@@ -218,7 +217,7 @@ def test_a_copy_is_compared_once_after_a_restart_by_whichever_process(far, monke
     far.bring()
     assert len(compared) == len(copies)
     # Where the system does not say when it was started, each process compares them.
-    monkeypatch.setattr(shard_cache, "_boot", lambda: "")
+    monkeypatch.setattr(disk_cache, "_boot", lambda: "")
     far.bring()
     far.bring()
     assert sorted(compared) == sorted([*copies] * 3)
@@ -233,7 +232,7 @@ def test_what_the_power_took_is_found_after_the_restart(far, monkeypatch):
     for cache in {file.parent for file in files}:
         for file in files:
             ShardCache(cache, 1 << 30)._records.note(file.name, identity(file))
-    monkeypatch.setattr(shard_cache, "_boot", lambda: "after the power came back")
+    monkeypatch.setattr(disk_cache, "_boot", lambda: "after the power came back")
     far.bring()
 
 

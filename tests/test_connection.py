@@ -8,8 +8,8 @@ import pytest
 import s3
 
 from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, StoreNotFoundError
-from mmcache.storage import bucket
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import object_store
+from mmcache.storage.object_store import Bucket
 from mmcache.urls import is_url
 
 SMALL = b"0123456789"
@@ -32,7 +32,7 @@ ASKED = {
 def _nobodys_own_keys(monkeypatch):
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, os.devnull)
-    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(object_store, "PART_BYTES", 5 << 20)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def large(tmp_path):
 
 
 def test_who_is_refused_is_told_at_once(monkeypatch, large):
-    monkeypatch.setattr(bucket, "PATIENCE", 60.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 60.0)
     with s3.serve_s3(auth=True) as server:
         for name, value in (server.env() | {"AWS_SECRET_ACCESS_KEY": "wrong"}).items():
             monkeypatch.setenv(name, value)
@@ -55,7 +55,7 @@ def test_who_is_refused_is_told_at_once(monkeypatch, large):
 
 @pytest.mark.usefixtures("s3_server")
 def test_no_such_bucket_is_told_at_once(large, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 60.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 60.0)
     where, began = Bucket("s3://nowhere/acts"), time.monotonic()
     for name in ("read", "stream", "head", "whole", "names", "put", "create", "upload"):
         with pytest.raises(BucketNotFoundError, match=r"no such bucket.*s3://nowhere/acts"):

@@ -14,7 +14,7 @@ import mmcache
 from mmcache.errors import RemoteError
 from mmcache.extraction import bucket_folder, fill, outgoing, scheduling, uploads
 from mmcache.extraction.outgoing import staging_folder
-from mmcache.storage import bucket, retries
+from mmcache.storage import connection, object_store
 
 pytest.importorskip("transformers")
 pytest.importorskip("obstore")
@@ -36,7 +36,7 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (retries, "_PAUSE", 0.01), (uploads, "_LOOK_AT_UPLOADS", 0.01),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (connection, "_PAUSE", 0.01), (uploads, "_LOOK_AT_UPLOADS", 0.01),
         (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -110,7 +110,7 @@ def test_faults_at_random_cost_nothing(s3_server, s3_proxy, tmp_path, layout):
 
 
 def test_a_server_that_is_gone_ends_the_job_which_goes_on_when_it_is_back(s3_server, s3_proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     url = s3_server.url("acts")
 
     def progress(at):
@@ -123,7 +123,7 @@ def test_a_server_that_is_gone_ends_the_job_which_goes_on_when_it_is_back(s3_ser
     assert f"What was made and not sent is in {staging}; the same command goes on from there" in str(failed.value)
     assert [file for file in staging.glob("mlp_*/c.*") if file.stat().st_size]
     s3_proxy.up()
-    monkeypatch.setattr(bucket, "PATIENCE", 60)
+    monkeypatch.setattr(object_store, "PATIENCE", 60)
     extract(url)
     extract(tmp_path / "local")
     small.assert_same_store(fetched(s3_server, "acts", tmp_path / "fetched"), tmp_path / "local")

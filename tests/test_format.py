@@ -20,7 +20,7 @@ from mmcache.format.manifest import ROOT, Manifest, array_json
 from mmcache.format.shard import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
 from mmcache.stats.moments import Moments
 from mmcache.stats.shard_statistics import shard_statistics
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 
 ABSENT = 2**64 - 1
 METADATA = {"format": "mmcache/1", "store": "0" * 32, "array": "mlp_in", "key": "c.0.0.0"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import without_sync
 
 import mmcache
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.training import kept as module
 from mmcache.training.kept import Kept
 from mmcache.training.split import Split, members

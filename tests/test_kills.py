@@ -34,7 +34,7 @@ def serve():
     from mmcache import cli  # noqa: PLC0415
     from mmcache.cli import extract  # noqa: PLC0415
     from mmcache.extraction import tokenise  # noqa: PLC0415
-    from mmcache.storage import bucket  # noqa: PLC0415
+    from mmcache.storage import object_store  # noqa: PLC0415
     from mmcache.system import atomic  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
@@ -49,7 +49,7 @@ def serve():
         if not pid:
             become(asked, extract, atomic, tell)
             if asked["hang"]:
-                hang(bucket.Bucket, *asked["hang"])
+                hang(object_store.Bucket, *asked["hang"])
             cli.main()
         os.close(tell)
         os.read(ready, 1)

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.storage import landing
+from mmcache.storage import mirror
 from mmcache.system.atomic import Draft
 from mmcache.system.memory import PAGE
 
 
 @pytest.mark.parametrize("window", [PAGE, 3 * PAGE, 4 << 20])
 def test_the_file_has_what_came(tmp_path_factory, monkeypatch, window):
-    monkeypatch.setattr(landing, "_WINDOW", window)
-    folder, target = tmp_path_factory.mktemp("landing"), landing.Landing(2)
+    monkeypatch.setattr(mirror, "_WINDOW", window)
+    folder, target = tmp_path_factory.mktemp("landing"), mirror.Landing(2)
 
     @given(st.lists(st.integers(0, 5 * PAGE), max_size=6), st.sampled_from([0, 1, 17, PAGE, PAGE + 5, 3 * PAGE - 1]))
     def check(lengths, offset):
@@ -50,8 +50,8 @@ class Slow:
 
 @pytest.mark.parametrize("windows", [1, 2])
 def test_what_breaks_off_is_told_once_nothing_is_written_any_more_and_its_memory_used_again(monkeypatch, windows):
-    monkeypatch.setattr(landing, "_WINDOW", PAGE)
-    target, draft = landing.Landing(1), Slow()
+    monkeypatch.setattr(mirror, "_WINDOW", PAGE)
+    target, draft = mirror.Landing(1), Slow()
 
     def broken():
         yield memoryview(bytes(windows * PAGE))
@@ -67,8 +67,8 @@ def test_what_breaks_off_is_told_once_nothing_is_written_any_more_and_its_memory
 
 
 def test_a_signal_while_a_write_is_waited_for_leaves_none_behind(monkeypatch):
-    monkeypatch.setattr(landing, "_WINDOW", PAGE)
-    target, draft = landing.Landing(1), Slow()
+    monkeypatch.setattr(mirror, "_WINDOW", PAGE)
+    target, draft = mirror.Landing(1), Slow()
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from mmcache.format.manifest import Manifest
 from mmcache.read.overview import overview
 from mmcache.read.store import Store
 from mmcache.storage.listing import count_shards, in_order, is_there, listed_shards, present_shards
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system import files
 
 # Files in the suite, and with --slow.
@@ -127,8 +127,8 @@ def test_a_root_that_counts_more_shards_than_files_can_be_takes_no_memory_for_th
 
 
 def test_what_files_back_is_believed_however_much_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmcache.storage.shard_files.MANY", 4)
-    monkeypatch.setattr("mmcache.storage.shard_files._SPARSE", 2)
+    monkeypatch.setattr("mmcache.storage.shard_folder.MANY", 4)
+    monkeypatch.setattr("mmcache.storage.shard_folder._SPARSE", 2)
     (tmp_path / "x").mkdir()
     folder = ShardFolder(tmp_path, plan("layer"), "x", 7)
     for files_there, believed in ((3, False), (4, True)):

@@ -11,8 +11,8 @@ from support import tree
 
 import mmcache
 from mmcache.errors import ArgumentError, CorruptError
-from mmcache.storage import bucket
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import object_store
+from mmcache.storage.object_store import Bucket
 
 
 class Syncs:
@@ -142,7 +142,7 @@ def test_a_key_that_is_a_link_is_replaced_and_what_it_leads_to_stays(root, tmp_p
 
 
 def test_a_store_is_pushed_and_pulled_by_an_address_with_spaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 1.0)
     cache(tmp_path / "acts").close()
     url = f"file://{tmp_path}/a b%20c/\u00e9"
     mmcache.push(tmp_path / "acts", url)

@@ -19,13 +19,11 @@ import mmcache
 from mmcache.errors import ArgumentError, BucketNotFoundError, CorruptError, IncompleteError, StoreNotFoundError
 from mmcache.format.manifest import read_manifest
 from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
-from mmcache.storage import bucket
 from mmcache.storage import mirror as mirror_module
-from mmcache.storage.arriving import Arriving
-from mmcache.storage.mirror import CHECKSUM_BYTES, Mirror
-from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
-from mmcache.storage.shard_objects import ShardObjects
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage import object_store
+from mmcache.storage.mirror import CHECKSUM_BYTES, Mirror, ShardObjects
+from mmcache.storage.shard_check import Arriving
+from mmcache.storage.shard_folder import FileBytes, ObjectBytes, ShardFolder
 
 KEY = "c.0.0.0"
 
@@ -33,7 +31,7 @@ KEY = "c.0.0.0"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     without_sync(monkeypatch)
-    monkeypatch.setattr(bucket, "PATIENCE", 3.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,7 @@ def test_no_store_no_bucket_and_a_damaged_root_say_so(url, made, s3_server, tmp_
 
 def test_a_root_that_changes_while_it_is_listed_is_listed_anew(url, made, s3_server, tmp_path, monkeypatch):
     root = replace(read_manifest(made), metadata={"now": "another"}).to_json()
-    real = bucket.Bucket.read_tagged
+    real = object_store.Bucket.read_tagged
     times = []
 
     def read_tagged(self, key, limit):
@@ -175,7 +173,7 @@ def test_a_root_that_changes_while_it_is_listed_is_listed_anew(url, made, s3_ser
             remote.replace(s3_server, "acts/zarr.json", root)
         return real(self, key, limit)
 
-    monkeypatch.setattr(bucket.Bucket, "read_tagged", read_tagged)
+    monkeypatch.setattr(object_store.Bucket, "read_tagged", read_tagged)
     mirror = Mirror(url, tmp_path / "cache")
     assert len(times) == 2
     assert "a/c.0.9.0" in stubs(mirror)

@@ -12,8 +12,8 @@ from support import same, without_sync
 import mmcache
 from mmcache.cli import main
 from mmcache.errors import ArgumentError
-from mmcache.storage import bucket
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import object_store
+from mmcache.storage.object_store import Bucket
 
 NAMED = r"keys that no store has: .*remove these objects"
 
@@ -22,7 +22,7 @@ NAMED = r"keys that no store has: .*remove these objects"
 def _quick(monkeypatch, tmp_path):
     without_sync(monkeypatch)
     monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bucket, "PATIENCE", 3.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_listing_by_hand_comes_in_pages_and_says_the_same(s3_server, monkeypat
 @pytest.mark.parametrize("kind", ["forbidden", "error_500"])
 def test_a_server_that_refuses_or_is_down_is_told_there_too(kind, s3_server, s3_proxy, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     where = Bucket(s3_server.url("acts"))
     remote.replace(s3_server, "acts/..", b"")
     assert list(where.names()) == []

@@ -36,8 +36,8 @@ from mmcache.extraction.outgoing import staging_folder
 from mmcache.extraction.staging_claims import STAGING, Claims, claimed
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
-from mmcache.storage import bucket
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import object_store
+from mmcache.storage.object_store import Bucket
 from mmcache.system.atomic import publish
 from mmcache.system.files import list_names
 from mmcache.system.launcher import Rank
@@ -58,7 +58,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (bucket, "PATIENCE", 0.4), (uploads, "_LOOK_AT_UPLOADS", 0.01),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (object_store, "PATIENCE", 0.4), (uploads, "_LOOK_AT_UPLOADS", 0.01),
         (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.05), (bucket_folder, "_SHARE", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -545,7 +545,7 @@ def test_claims_are_of_the_living(tmp_path):
 
 
 def test_a_server_that_is_gone_holds_up_nobody_who_leaves(tmp_path, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 60)
+    monkeypatch.setattr(object_store, "PATIENCE", 60)
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
         "AWS_REGION": "us-east-1",

@@ -15,8 +15,8 @@ from support import python, same, shards, widened, without_sync
 
 import mmcache
 from mmcache.read import remote_rows
-from mmcache.storage import bucket, shard_files
-from mmcache.storage.shard_objects import ShardObjects
+from mmcache.storage import object_store, shard_folder
+from mmcache.storage.mirror import ShardObjects
 
 MIB = 1 << 20
 KINDS = ("token", "layer")
@@ -25,7 +25,7 @@ KINDS = ("token", "layer")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     without_sync(monkeypatch)
-    monkeypatch.setattr(bucket, "PATIENCE", 5.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 5.0)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -99,7 +99,7 @@ def test_nearly_all_of_a_shard_comes_in_one_request_or_beside_others_where_it_is
 
 
 def test_many_rows_do_not_bring_the_shard_that_the_first_is_in(path, url, monkeypatch):
-    monkeypatch.setattr(shard_files, "MANY", 1000)
+    monkeypatch.setattr(shard_folder, "MANY", 1000)
     found = mmcache.open(url)
     assert same(found["a"].gather(range(20)), mmcache.open(path)["a"].gather(range(20)))
     names = [name for name in (file.name for file in shards(path / "a")) if remote.is_here(found, "a", name)]
@@ -162,7 +162,7 @@ def test_what_is_waited_for_and_damaged_is_told(path, coming, s3_server):
 
 
 def test_what_is_waited_for_and_does_not_come_is_told_in_time(coming, s3_proxy, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 1.0)
     _, found = coming
     s3_proxy.down()
     began = time.monotonic()
@@ -223,7 +223,7 @@ def test_whatever_fails_nothing_wrong_is_returned(path, url, s3_proxy, seed, tmp
 def test_a_server_that_stays_down_is_told_with_the_object_and_reading_goes_on_behind_it(
     path, url, s3_proxy, monkeypatch
 ):
-    monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 1.0)
     right, found = mmcache.open(path)["a"], mmcache.open(url)["a"]
     s3_proxy.down()
     slot = "1" if mmcache.open(path).layout == "layer" else "0"

@@ -14,7 +14,7 @@ from support import FORKS, flip, forked, python, same, shards, widened, without_
 
 import mmcache
 from mmcache.cli import main
-from mmcache.storage import bucket
+from mmcache.storage import object_store
 from mmcache.view.panels import Source
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     without_sync(monkeypatch)
-    monkeypatch.setattr(bucket, "PATIENCE", 5.0)
+    monkeypatch.setattr(object_store, "PATIENCE", 5.0)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -183,7 +183,7 @@ def test_verify_finds_what_is_wrong_in_the_bucket(offset, small_one, s3_server):
 
 
 def test_verify_does_not_take_a_server_that_is_down_for_a_damaged_store(small_one, s3_proxy, s3_server, monkeypatch):
-    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     url = remote.upload(s3_server, small_one)
     s3_proxy.aim(substring="/a/c.")
     s3_proxy.set_rates(error_500=1.0)

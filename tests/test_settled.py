@@ -11,9 +11,8 @@ import pytest
 from support import python, wait_for
 
 from mmcache.errors import ArgumentError, WriteError
-from mmcache.storage import shard_cache
-from mmcache.storage.copy_records import identity
-from mmcache.storage.shard_cache import ShardCache
+from mmcache.storage import disk_cache
+from mmcache.storage.disk_cache import ShardCache, identity
 from mmcache.system.locks import locked
 
 PAGE = 4096
@@ -56,7 +55,7 @@ def test_a_file_is_there_before_it_is_durable(tmp_path, monkeypatch):
 def test_where_the_system_does_not_say_when_it_started_files_are_durable_first(tmp_path, monkeypatch):
     synced, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
-    monkeypatch.setattr(shard_cache, "_boot", lambda: "")
+    monkeypatch.setattr(disk_cache, "_boot", lambda: "")
     assert add(ShardCache(tmp_path, 4 * FILE), "a").stat().st_ino in synced
 
 

@@ -9,7 +9,7 @@ from support import shards
 
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.storage.mirror import Mirror
-from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
+from mmcache.storage.shard_folder import FileBytes, ObjectBytes
 from mmcache.system.memory import anonymous
 
 PAGE = 4096

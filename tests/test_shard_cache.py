@@ -15,8 +15,8 @@ import remote
 from support import FORKS, exit_code, start_fork, widened, without_sync
 
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
-from mmcache.storage import shard_cache
-from mmcache.storage.shard_cache import ShardCache
+from mmcache.storage import disk_cache
+from mmcache.storage.disk_cache import ShardCache
 
 PAGE = 4096
 
@@ -132,7 +132,7 @@ def test_who_holds_files_is_told_before_their_room_is_given_away(folder):
     del holder
     add(cache, "c")
     assert len(told) == 1
-    assert not [one for one in shard_cache._HOLDERS if one[0] == folder]
+    assert not [one for one in disk_cache._HOLDERS if one[0] == folder]
 
 
 @FORKS

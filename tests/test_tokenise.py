@@ -18,7 +18,7 @@ from mmcache.extraction.tokenise import Tokenised, check_corpus
 from mmcache.format import manifest
 from mmcache.format.manifest import Manifest
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system import atomic
 
 pytest.importorskip("transformers")

@@ -18,8 +18,8 @@ import mmcache
 from mmcache.ops import carrier, endpoints, receiver
 from mmcache.ops.part import blocks_of
 from mmcache.read.sequences import Sequences
-from mmcache.storage import landing, object_reads
-from mmcache.storage.bucket import Bucket
+from mmcache.storage import mirror, object_store
+from mmcache.storage.object_store import Bucket
 from mmcache.system.atomic import Draft
 from mmcache.system.locks import FolderLock
 
@@ -708,4 +708,4 @@ def test_several_are_under_way_and_few_bytes_in_memory():
     assert 2 <= carrier.Carrier.copies <= 4
     assert 2 <= receiver.Receiver.copies <= 16
     # Two windows a stream, and the piece that is on its way into one.
-    assert receiver.Receiver.copies * (2 * landing._WINDOW + object_reads._PIECE_BYTES) <= 160 * MIB
+    assert receiver.Receiver.copies * (2 * mirror._WINDOW + object_store._PIECE_BYTES) <= 160 * MIB

@@ -20,7 +20,7 @@ from mmcache.extraction.staging_claims import MARKER, STAGING, is_staging
 from mmcache.format.manifest import METADATA_LIMIT, is_store, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.storage.listed import Listed
+from mmcache.storage.bucket_metadata import Listed
 from mmcache.storage.listing import in_order, present_shards
 from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.atomic import publish, remove_drafts
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.manifest import Manifest
-    from mmcache.storage.bucket import Bucket
+    from mmcache.storage.object_store import Bucket
 
 __all__ = ["BucketFolder"]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from mmcache.storage.bucket import Bucket
+    from mmcache.storage.object_store import Bucket
 
 __all__ = ["Listing", "is_column", "manifest_of", "read_if_there", "read_planned", "shard_numbers"]
 

@@ -20,9 +20,9 @@ from mmcache.format.shard import Layout
 from mmcache.format.signed_json import ROOT
 from mmcache.read.opening import open_store
 from mmcache.stats.summary import load_summary, save_summary
-from mmcache.storage.bucket import Bucket
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from mmcache.storage.connection import placed
+from mmcache.storage.object_store import Bucket
 from mmcache.system.files import free_bytes
 from mmcache.system.locks import FolderLock
 from mmcache.urls import is_url

@@ -25,7 +25,7 @@ from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.shard import ids_digest, shard_rows
 from mmcache.format.signed_json import ROOT
 from mmcache.storage.listing import in_order
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
 from mmcache.system.atomic import publish, publish_all, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder

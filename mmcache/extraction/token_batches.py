@@ -14,7 +14,7 @@ import numpy as np
 
 from mmcache.format.shard import ids_digest
 from mmcache.format.token_flags import counted
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mmcache.errors import CorruptError, MmcacheError, RemoteError, StoreNotFoundError, WriteError
 from mmcache.storage.shard_check import check_shard
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.atomic import Draft
 from mmcache.system.files import remove_file
 from mmcache.system.threads import Crew
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mmcache.extraction.staging_claims import Claims
     from mmcache.format.manifest import Manifest
-    from mmcache.storage.bucket import Bucket
+    from mmcache.storage.object_store import Bucket
 
 __all__ = ["Uploads"]
 

@@ -20,7 +20,7 @@ from mmcache.format.names import RESERVED
 from mmcache.format.shard import ids_digest
 from mmcache.read.store import Store
 from mmcache.storage.shard_check import check_shard
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.threads import Crew
 
 if TYPE_CHECKING:

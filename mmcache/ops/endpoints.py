@@ -17,7 +17,7 @@ from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import listed_shards
-from mmcache.storage.shard_bytes import FileBytes
+from mmcache.storage.shard_folder import FileBytes
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.system.atomic import publish
 from mmcache.system.files import make_folder, open_file, read_file
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from mmcache.storage.bucket import Bucket
+    from mmcache.storage.object_store import Bucket
 
 __all__ = ["SUMMARY", "BucketPlace", "FolderPlace", "Glance", "Place", "expected_bytes", "metadata"]
 

@@ -14,12 +14,9 @@ from mmcache.format.shard import HEADER_BYTES, Layout
 from mmcache.format.signed_json import ROOT
 from mmcache.ops.carrier import Carrier, Shard
 from mmcache.ops.endpoints import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
-from mmcache.storage.arriving import ArrivingPart, tail_problems
-from mmcache.storage.landing import Landing
-from mmcache.storage.mirror import STREAMS
-from mmcache.storage.shard_bytes import FileBytes
-from mmcache.storage.shard_check import check_ids
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.mirror import STREAMS, Landing
+from mmcache.storage.shard_check import ArrivingPart, check_ids, tail_problems
+from mmcache.storage.shard_folder import FileBytes, ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.atomic import Draft
 from mmcache.system.files import open_file
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 
     from mmcache.format.manifest import Manifest
     from mmcache.ops.endpoints import Glance
-    from mmcache.storage.bucket import Bucket
+    from mmcache.storage.object_store import Bucket
 
 __all__ = ["Receiver"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from mmcache.errors import CorruptError, StoreExistsError
 from mmcache.ops.carrier import Carrier, Shard
 from mmcache.ops.endpoints import BucketPlace, FolderPlace
-from mmcache.storage.bucket import PART_BYTES
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.object_store import PART_BYTES
+from mmcache.storage.shard_folder import ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mmcache.format.manifest import Manifest
     from mmcache.ops.endpoints import Glance
-    from mmcache.storage.bucket import Bucket
+    from mmcache.storage.object_store import Bucket
 
 __all__ = ["Sender"]
 

@@ -29,8 +29,8 @@ from mmcache.ops.part import ALL, blocks_of, chosen_sites, joined
 from mmcache.ops.receiver import Receiver
 from mmcache.ops.sender import Sender
 from mmcache.read.store import Store
-from mmcache.storage.bucket import Bucket
 from mmcache.storage.connection import placed
+from mmcache.storage.object_store import Bucket
 from mmcache.system.arguments import a_callable, a_path, names, optional, public
 from mmcache.system.atomic import remove_drafts
 from mmcache.system.files import free_bytes, make_folder, read_file, sync_folder

@@ -25,7 +25,7 @@ from mmcache.storage.connection import placed
 from mmcache.storage.listing import listed_shards, present_shards
 from mmcache.storage.mirror import Mirror
 from mmcache.storage.shard_check import check_shard
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.files import count_names, list_names

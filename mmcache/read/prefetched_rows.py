@@ -13,7 +13,7 @@ import torch
 
 from mmcache.errors import IncompleteError
 from mmcache.format.shard import HEADER_BYTES
-from mmcache.storage.copy_records import identity
+from mmcache.storage.disk_cache import identity
 from mmcache.storage.mirror import CHECKSUM_BYTES
 from mmcache.system.files import close_read, map_file, open_file
 from mmcache.system.memory import PAGE
@@ -22,8 +22,8 @@ from mmcache.system.syscalls import LINUX, map_over, release, reserve
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.storage.copy_records import Identity
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.disk_cache import Identity
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["Extents"]
 

@@ -27,7 +27,7 @@ from mmcache.system.threads import let_end
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["RemoteRows"]
 

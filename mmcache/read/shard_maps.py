@@ -14,7 +14,7 @@ import torch
 from mmcache.system.direct_io import alike
 
 if TYPE_CHECKING:
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["ShardMaps"]
 

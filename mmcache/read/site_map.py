@@ -22,7 +22,7 @@ from mmcache.system.threads import pieces
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["SAMPLES", "Files", "SiteMap", "Table"]
 

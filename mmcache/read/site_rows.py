@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mmcache.read.site_map import Table
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
     from mmcache.system.syscalls import Ranges
 
 __all__ = ["Reader", "SiteRows", "best_reader", "bring_near"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mmcache.read.site_rows import Reader
     from mmcache.stats.site_statistics import SiteStatistics
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]
 

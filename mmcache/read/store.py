@@ -18,7 +18,7 @@ from mmcache.read.site_view import MAX_MAPS, SiteView
 from mmcache.read.token_arrays import TokenArrays
 from mmcache.stats.summary import load_summary
 from mmcache.storage.listing import count_shards
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import read_tokenizer
 from mmcache.system.arguments import instance, shown
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mmcache.format.manifest import Manifest
     from mmcache.read.site_view import SiteView
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["as_dataset"]
 

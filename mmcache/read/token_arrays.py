@@ -9,13 +9,13 @@ import torch
 
 from mmcache.errors import CorruptError
 from mmcache.read.sequences import Sequences
-from mmcache.storage.shard_files import MANY
+from mmcache.storage.shard_folder import MANY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcache.format.manifest import Manifest
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["TokenArrays"]
 

@@ -12,8 +12,7 @@ from mmcache.format.shard import STATISTICS
 
 if TYPE_CHECKING:
     from mmcache.format.shard import Layout
-    from mmcache.storage.shard_bytes import ShardBytes
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardBytes, ShardFolder
 
 __all__ = ["brief_statistics", "overflow", "shard_statistics"]
 

@@ -18,7 +18,7 @@ from mmcache.system.arguments import choice
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = ["SiteStatistics", "merge_site"]
 

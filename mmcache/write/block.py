@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmcache.format.manifest import Manifest
-    from mmcache.storage.shards import ShardFolder
+    from mmcache.storage.shard_folder import ShardFolder
     from mmcache.write.page_cache import PageCachePolicy
     from mmcache.write.pipeline import Pipeline
     from mmcache.write.staging import Stager

@@ -27,7 +27,7 @@ from mmcache.format.shard import MOST_ROWS
 from mmcache.read.html import cache_html
 from mmcache.read.opening import open_store
 from mmcache.read.site_view import SiteView
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.system.files import remove_tree
 from mmcache.write.base_writer import claim, close_after

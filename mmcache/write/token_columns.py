@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.format.shard import encode
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.atomic import publish_all, remove_drafts
 
 if TYPE_CHECKING:

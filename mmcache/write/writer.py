@@ -18,7 +18,7 @@ from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.shard import shard_rows
 from mmcache.format.token_flags import counted, flagged
 from mmcache.read.opening import open_store
-from mmcache.storage.shards import ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.system.atomic import remove_drafts

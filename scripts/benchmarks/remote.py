@@ -20,7 +20,7 @@ import torch
 import mmcache
 from benchmarks.measure import Plan, Row, compare, in_turn, seconds
 from benchmarks.samples import clt_store
-from mmcache.storage.bucket import Bucket
+from mmcache.storage.object_store import Bucket
 from mmcache.training.dataset import ActivationDataset
 
 if TYPE_CHECKING:
