@@ -29,7 +29,7 @@ from support import (
 import mmcache
 from mmcache import FullActivationCache
 from mmcache.read.opening import open_store
-from mmcache.stats.shard_statistics import shard_statistics
+from mmcache.stats.site_statistics import shard_statistics
 from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.atomic import Draft
 

@@ -36,7 +36,7 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (connection, "_PAUSE", 0.01), (uploads, "_LOOK_AT_UPLOADS", 0.01),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (connection, "_CLIENT_PAUSE", 0.01), (uploads, "_LOOK_AT_UPLOADS", 0.01),
         (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

@@ -19,7 +19,7 @@ from mmcache.format.dtypes import ACTIVATION_DTYPES, BY_NAME
 from mmcache.format.manifest import ROOT, Manifest, array_json
 from mmcache.format.shard import HEADER_BYTES, STATISTICS, Layout, ShardSpec, encode, parse_header
 from mmcache.stats.moments import Moments
-from mmcache.stats.shard_statistics import shard_statistics
+from mmcache.stats.site_statistics import shard_statistics
 from mmcache.storage.shard_folder import ShardFolder
 
 ABSENT = 2**64 - 1

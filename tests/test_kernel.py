@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from mmcache.format.dtypes import BY_NAME
 from mmcache.format.shard import ShardSpec
-from mmcache.stats import kernel as module
+from mmcache.stats import block_sums as module
 from mmcache.stats import moments as statistics
-from mmcache.stats.kernel import load_kernel, span_sums
+from mmcache.stats.block_sums import SPAN, load_kernel, span_sums, sum_block
 from mmcache.stats.moments import Moments, block_rows
-from mmcache.stats.sums import SPAN, sum_block
 
 numba = pytest.importorskip("numba")
 EXACT = ("count", "first", "second", "non_finite", "first_non_finite", "zero_rows")
@@ -231,7 +230,7 @@ def test_it_lets_go_of_the_interpreter():
 
 
 def test_it_is_kept_for_the_next_process(tmp_path):
-    code = "from mmcache.stats.kernel import load_kernel; print(load_kernel().stats.cache_hits.total())"
+    code = "from mmcache.stats.block_sums import load_kernel; print(load_kernel().stats.cache_hits.total())"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     said = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout

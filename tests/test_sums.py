@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.stats import sums as module
-from mmcache.stats.sums import SPAN, together
-from mmcache.stats.sums import sum_block as sum_apart
+from mmcache.stats import block_sums as module
+from mmcache.stats.block_sums import SPAN, together
+from mmcache.stats.block_sums import sum_block as sum_apart
 
 FIELDS = ("count", "first", "second", "norms", "non_finite", "first_non_finite", "zero_rows")
 
@@ -190,7 +190,7 @@ def test_memory_in_any_order():
 
 _BITS = """
 import hashlib, ml_dtypes, numpy as np
-from mmcache.stats.sums import sum_block
+from mmcache.stats.block_sums import sum_block
 rows = np.random.default_rng(0).standard_normal((128, 2, 10_240)).astype(ml_dtypes.bfloat16)
 for some in (rows, rows.astype(np.float32)):
     found = sum_block(some, None)

@@ -15,7 +15,7 @@ from mmcache.format.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.format.signed_json import ROOT, read_signed
-from mmcache.stats.summary import load_summary
+from mmcache.stats.site_statistics import load_summary
 from mmcache.storage.listing import listed_shards
 from mmcache.storage.shard_folder import FileBytes
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer

@@ -20,7 +20,7 @@ from mmcache.format.shard import ids_digest
 from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.ops.findings import Finding, Kind, Level, Report
 from mmcache.read.store import Store
-from mmcache.stats.summary import load_summary
+from mmcache.stats.site_statistics import load_summary
 from mmcache.storage.connection import placed
 from mmcache.storage.listing import listed_shards, present_shards
 from mmcache.storage.mirror import Mirror

@@ -16,7 +16,7 @@ from mmcache.read.positions import span_of, whole_number
 from mmcache.read.sequences import Location, Sequences
 from mmcache.read.site_view import MAX_MAPS, SiteView
 from mmcache.read.token_arrays import TokenArrays
-from mmcache.stats.summary import load_summary
+from mmcache.stats.site_statistics import load_summary
 from mmcache.storage.listing import count_shards
 from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import read_tokenizer

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.format.shard import NORM_COLUMNS
-from mmcache.stats.sums import SPAN, Sums, sum_block, together
+from mmcache.stats.block_sums import SPAN, Sums, sum_block, together
 
 if TYPE_CHECKING:
     from mmcache.format.shard import ShardSpec

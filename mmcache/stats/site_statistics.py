@@ -1,4 +1,10 @@
-"""The statistics of a whole site, merged from those that each shard carries."""
+"""The statistics of a site: read from its shards, merged, and kept in a complete store.
+
+The merged statistics of a complete store, kept in it: `statistics/<site>`, a zarr group of two small arrays. Merging
+ten thousand shards reads gigabytes; reading what was merged once reads kilobytes. `dimensions` is `[3, n_layers,
+d_model]` (count, mean, std), `layers` `[8, n_layers]`, both float64 with zarr's own crc32c codec; the group's
+`zarr.json`, written last, names their rows and says of which tokens they are.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +12,129 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import crc32c
 import numpy as np
 import torch
+import zarr
+import zarr.storage
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
 
-from mmcache.errors import IncompleteError
+from mmcache.errors import CorruptError, IncompleteError, StoreNotFoundError
+from mmcache.format.names import STATISTICS_FOLDER
+from mmcache.format.shard import STATISTICS
+from mmcache.format.signed_json import ROOT, attributes, group_json, read_signed, signed
 from mmcache.stats.moments import merge_moments, shard_moments
-from mmcache.stats.shard_statistics import overflow, shard_statistics
 from mmcache.storage.listing import in_order
 from mmcache.system.arguments import choice
+from mmcache.system.atomic import publish, publish_all, remove_drafts
+from mmcache.system.files import list_names, read_file
+from mmcache.system.no_symlinks import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from pathlib import Path
 
-    from mmcache.storage.shard_folder import ShardFolder
+    from mmcache.format.manifest import Manifest
+    from mmcache.format.shard import Layout
+    from mmcache.storage.shard_folder import ShardBytes, ShardFolder
 
-__all__ = ["SiteStatistics", "merge_site"]
+__all__ = [
+    "SiteStatistics",
+    "brief_statistics",
+    "load_summary",
+    "merge_site",
+    "overflow",
+    "save_summary",
+    "shard_statistics",
+]
+
+# What of them is not by dimension.
+_BRIEF = STATISTICS[3:]
+
+
+def shard_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
+    """Read the statistics of one shard, their checksum compared: the arrays of `Moments.arrays`.
+
+    They are of all rows in the file, whose number comes with them: after a crash these may be more than count.
+
+    Raises:
+        IncompleteError, CorruptError: as `ShardFolder.open_file`; the checksum differs.
+    """
+
+    def compared(shard: ShardBytes, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+        data, digest = _read(shard, layout, STATISTICS, folder.where(slot, block))
+        if crc32c.crc32c(data) != digest:
+            raise CorruptError(
+                f"{folder.where(slot, block)}: its statistics do not match their checksum; "
+                f"set the file aside and make it again"
+            )
+        return _arrays(data, layout, STATISTICS), layout.rows
+
+    return folder.reading(slot, block, compared, scattered=True)
+
+
+def brief_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
+    """Read what of one shard's statistics is not by dimension: norms and counts, a few KiB, as `shard_statistics`.
+
+    The checksum is of all statistics, and not compared: `mmcache verify` does that. Counts that no such shard can have
+    are refused.
+
+    Raises:
+        IncompleteError, CorruptError: as `ShardFolder.open_file`; such counts.
+    """
+
+    def plausible(shard: ShardBytes, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+        found = _arrays(_read(shard, layout, _BRIEF, folder.where(slot, block))[0], layout, _BRIEF)
+        if not _plausible(found, block, folder.spec.shard_rows, folder.spec.chunk_rows):
+            raise CorruptError(f"{folder.where(slot, block)}: its statistics are damaged; `mmcache verify` says more")
+        return found, layout.rows
+
+    return folder.reading(slot, block, plausible, scattered=True)
+
+
+def overflow(folder: ShardFolder, slot: int, block: int) -> np.ndarray:
+    """Count, per layer, the values that became infinite in the cast, among the rows that count.
+
+    Where a crash left more rows in the file, there are no more of them than infinities in those that count.
+    """
+    found, rows = shard_statistics(folder, slot, block)
+    spec = folder.spec
+    counted = spec.rows_in_block(block, folder.rows)
+    lost = found["overflow"]
+    if rows > counted:
+        values = folder.open(slot, block).view(counted, spec.stat_layers, -1)
+        lost = np.minimum(lost, values.isinf().sum(dim=(0, 2)).numpy())
+    return lost
+
+
+def _read(shard: ShardBytes, layout: Layout, names: tuple[str, ...], where: str) -> tuple[bytearray, int]:
+    """Read tensors that follow each other, and the checksum of all of them."""
+    start, stop = layout.tensors[names[0]][2], layout.tensors[names[-1]][3]
+    _, _, first, last = layout.tensors["statistics_crc32c"]
+    # Their checksum stands behind them: of an object, one request instead of two.
+    found = bytearray(last - start)
+    if not shard.read(memoryview(found), start):
+        raise CorruptError(f"{where} was cut short while it was read")
+    return found[: stop - start], int.from_bytes(found[first - start : last - start], "little")
+
+
+def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Give tensors that follow each other as arrays of the data's own memory."""
+    begin, found = layout.tensors[names[0]][2], {}
+    for name in names:
+        code, shape, start, stop = layout.tensors[name]
+        found[name] = np.frombuffer(data, f"<{code[0].lower()}8", (stop - start) // 8, start - begin).reshape(shape)
+    return found
+
+
+def _plausible(found: dict[str, np.ndarray], block: int, size: int, chunk_rows: int) -> bool:
+    """Tell whether counts of rows, and the position of the first that is not finite, can be those of a block."""
+    rows, first = found["norms"][..., 0], found["first_non_finite"]
+    there = (first >= block * size) & (first < (block + 1) * size)
+    fine = [((rows >= 0) & (rows <= chunk_rows)).all(), np.where(found["non_finite"], there, first == -1).all()]
+    fine += [((found[name] >= 0) & (found[name] <= size)).all() for name in ("non_finite", "zero_rows")]
+    return all(fine)
 
 
 @dataclass(frozen=True)
@@ -156,3 +270,84 @@ def _anew(folder: ShardFolder, slot: int, block: int, keep: np.ndarray) -> dict[
     moments.add(flat.reshape(len(rows), spec.stat_layers, spec.row_shape[-1]), keep)
     moments.add_overflow(overflow(folder, slot, block))
     return moments.arrays(block * spec.shard_rows)
+
+
+_DIMENSIONS = ("count", "mean", "std")
+# Each array and the file of its only chunk.
+_ARRAYS = {"dimensions": "dimensions/c/0/0/0", "layers": "layers/c/0/0"}
+_COUNTS = ("rows", "non_finite", "first_non_finite", "zero_rows", "overflow")
+_LAYERS = ("mean_norm", "min_norm", "max_norm", *_COUNTS)
+# A stranger's zarr.json is not read further than this.
+_LIMIT = 1 << 20
+
+
+def _of(manifest: Manifest) -> dict[str, object]:
+    """Say which rows the statistics are of: others, of a shorter plan say, are not believed."""
+    return {
+        "store": manifest.store,
+        "n_tokens": manifest.n_tokens,
+        "dimensions": list(_DIMENSIONS),
+        "layers": list(_LAYERS),
+    }
+
+
+def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistics) -> None:
+    """Keep the merged statistics of a complete site; blocks until they are durable."""
+    folder, memory = f"{STATISTICS_FOLDER}/{site}", zarr.storage.MemoryStore()
+    contents = {f"{STATISTICS_FOLDER}/{ROOT}": group_json(manifest.version)}
+    for name, rows in (("dimensions", _DIMENSIONS), ("layers", _LAYERS)):
+        data = np.stack([getattr(found, row).double().numpy() for row in rows])
+        zarr.create_array(
+            memory,
+            name=name,
+            shape=data.shape,
+            dtype=data.dtype,
+            chunks=data.shape,
+            compressors=[Crc32cCodec()],
+            fill_value=float("nan"),
+            attributes=attributes(manifest.version),
+        )
+        contents[f"{folder}/{name}/{ROOT}"] = signed(memory, f"{name}/{ROOT}")
+        chunk = data.astype("<f8").tobytes()
+        contents[f"{folder}/{_ARRAYS[name]}"] = chunk + crc32c.crc32c(chunk).to_bytes(4, "little")
+    for parent in dict.fromkeys(name.rpartition("/")[0] for name in contents):
+        remove_drafts(path, parent)
+    publish_all(path, contents)
+    # Where it is, all of them are, and this is not done again.
+    remove_drafts(path, folder)
+    publish(path, f"{folder}/{ROOT}", group_json(manifest.version, **_of(manifest)))
+
+
+def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:
+    """Read the merged statistics of a site; None where there are none of exactly these tokens.
+
+    Raises:
+        CorruptError: they are there, and damaged.
+    """
+    folder = path / STATISTICS_FOLDER / site
+    for part in ("", *(file.rpartition("/")[0] for file in _ARRAYS.values())):
+        check_path(path, f"{STATISTICS_FOLDER}/{site}/{part}".rstrip("/"))
+    if ROOT not in list_names(folder):
+        return None
+    try:
+        said, text = read_signed(folder / ROOT, _LIMIT)
+        if said | _of(manifest) != said:
+            return None
+        deep, width = len(manifest.layers), manifest.sites[site] or 0
+        shapes = {"dimensions": (len(_DIMENSIONS), deep, width), "layers": (len(_LAYERS), deep)}
+        files = {ROOT: text}
+        for name, chunk in _ARRAYS.items():
+            files[f"{name}/{ROOT}"] = read_signed(folder / name / ROOT, _LIMIT)[1]
+            files[chunk] = read_file(folder / chunk, math.prod(shapes[name]) * 8 + 4)
+        buffer = default_buffer_prototype().buffer
+        memory = zarr.storage.MemoryStore({key: buffer.from_bytes(content) for key, content in files.items()})
+        arrays = {name: zarr.open_array(memory, path=name, mode="r") for name in _ARRAYS}
+        if any(array.shape != shapes[name] or array.chunks != shapes[name] for name, array in arrays.items()):
+            raise CorruptError(f"its arrays are {[array.shape for array in arrays.values()]}, not {shapes}")
+        dimensions, layers = (np.asarray(array[:]) for array in arrays.values())
+    except (ValueError, TypeError, KeyError, StoreNotFoundError) as error:
+        raise CorruptError(f"{folder} is damaged ({error}): remove the folder, it is made again") from error
+    named = {name: torch.from_numpy(dimensions[row].astype(float)) for row, name in enumerate(_DIMENSIONS)}
+    for row, name in enumerate(_LAYERS):
+        named[name] = torch.from_numpy(layers[row].astype(np.int64 if name in _COUNTS else float))
+    return SiteStatistics(**named)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcache.stats.shard_statistics import brief_statistics
+from mmcache.stats.site_statistics import brief_statistics
 from mmcache.view.look import Look
 
 if TYPE_CHECKING:

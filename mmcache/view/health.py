@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmcache.read.store import a_store
-from mmcache.stats.shard_statistics import brief_statistics
+from mmcache.stats.site_statistics import brief_statistics
 from mmcache.system.arguments import a_name, public
 from mmcache.view.base import View, written
 from mmcache.view.far import FAR, far_rows

@@ -10,8 +10,7 @@ import numpy as np
 
 from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
 from mmcache.format.shard import Layout
-from mmcache.stats.site_statistics import SiteStatistics, merge_site
-from mmcache.stats.summary import load_summary
+from mmcache.stats.site_statistics import SiteStatistics, load_summary, merge_site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

@@ -9,7 +9,7 @@ import numpy as np
 from mmcache.errors import ArgumentError
 from mmcache.format.token_flags import BOS, SPECIAL
 from mmcache.read.store import a_store
-from mmcache.stats.shard_statistics import brief_statistics
+from mmcache.stats.site_statistics import brief_statistics
 from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public
 from mmcache.view.base import View, written
 from mmcache.view.look import Look

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from mmcache.stats.shard_statistics import overflow
+from mmcache.stats.site_statistics import overflow
 from mmcache.system.files import make_folder
 from mmcache.write.shard_writer import Seal, ShardWriter
 
