@@ -67,9 +67,9 @@ if TYPE_CHECKING:
     from mmcache.ops.repair import Loss, Repaired, repair
     from mmcache.ops.transfer import Transferred, pull, push
     from mmcache.ops.verify import verify
-    from mmcache.read.opening import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
+    from mmcache.read.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.training.dataset import ActivationDataset
     from mmcache.training.split import Split
     from mmcache.training.training_batch import Batch
@@ -129,7 +129,7 @@ _PLACES = {
     "SiteView": "read.site_view",
     "Split": "training.split",
     "Store": "read.store",
-    "open": "read.opening",
+    "open": "read.store",
     "Batch": "training.training_batch",
     "Transferred": "ops.transfer",
     "pull": "ops.transfer",

@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["mmcache"]):
     from mmcache.format.dtypes import BY_NAME
     from mmcache.format.manifest import Manifest, read_manifest
     from mmcache.format.shard import Layout, ShardSpec, parse_header
-    from mmcache.read.overview import overview
+    from mmcache.read.describe import overview
     from mmcache.view.words import Words
 
 __all__ = ["TARGETS", "seeds"]

@@ -28,7 +28,7 @@ from support import (
 
 import mmcache
 from mmcache import FullActivationCache
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import shard_statistics
 from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.atomic import Draft

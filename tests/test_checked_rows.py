@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from support import damage, flip, same, shards
 
 import mmcache
-from mmcache.read.checked_rows import CheckedRows
-from mmcache.read.shard_maps import ShardMaps
+from mmcache.read.local_rows import CheckedRows, ShardMaps
 
 
 @pytest.fixture(scope="module", params=["token", "layer"])

@@ -15,7 +15,7 @@ from support import python, widened
 
 import mmcache
 from mmcache.format.manifest import Manifest
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 from mmcache.read.store import Store
 from mmcache.storage.listing import count_shards, in_order, is_there, listed_shards, present_shards
 from mmcache.storage.shard_folder import ShardFolder

@@ -8,7 +8,7 @@ import torch
 from broken import MAKERS, extracted
 
 import mmcache
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

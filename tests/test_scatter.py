@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.read.scatter import begins_of, parts_of, scatter
+from mmcache.read.remote_rows import begins_of, parts_of, scatter
 
 MOST = 16 << 20
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from support import FORKS, forked, maps_below, same, shards, without_sync
 
 import mmcache
-from mmcache.read import row_pieces, site_map, site_rows
-from mmcache.read.shard_maps import ShardMaps
-from mmcache.read.site_rows import SiteRows
+from mmcache.read import local_rows, site_map
+from mmcache.read.local_rows import ShardMaps, SiteRows
 from mmcache.system.syscalls import AIO, LINUX
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")
@@ -120,7 +119,7 @@ def refuse_queue(monkeypatch):
     def refuse():
         raise OSError(errno.EAGAIN, "no more asynchronous I/O")
 
-    monkeypatch.setattr(row_pieces, "borrowed", refuse)
+    monkeypatch.setattr(local_rows, "borrowed", refuse)
 
 
 def refuse_direct(monkeypatch):
@@ -151,10 +150,10 @@ def test_where_direct_reads_are_refused_advice_does(made, view, monkeypatch, ref
 def test_what_is_asked_for_again_comes_through_the_page_cache(made, view, monkeypatch):
     fast, _ = ways(view)
     read, copied = [], []
-    real_read, real_copy = row_pieces._read, fast.copy
-    monkeypatch.setattr(row_pieces, "_read", lambda wanted: read.append(1) or real_read(wanted))
+    real_read, real_copy = local_rows._read, fast.copy
+    monkeypatch.setattr(local_rows, "_read", lambda wanted: read.append(1) or real_read(wanted))
     fast.copy = lambda *given, advised=False: copied.append(advised) or real_copy(*given, advised=advised)
-    monkeypatch.setattr(site_rows, "available_memory", lambda: 0)  # as if the site did not fit
+    monkeypatch.setattr(local_rows, "available_memory", lambda: 0)  # as if the site did not fit
     drop(made[0])
     positions = np.random.default_rng(0).permutation(TOKENS)[:100]
     for _ in range(3):
@@ -294,7 +293,7 @@ def test_a_row_is_read_from_its_own_file_though_another_thread_forgets_it(made, 
         fast.forget()
         return real(fd, *rest)
 
-    monkeypatch.setattr(site_rows.os, "preadv", preadv)
+    monkeypatch.setattr(local_rows.os, "preadv", preadv)
     fast._believed, fast._was_cached = 10, False
     position = TOKENS - 1
     assert same(fast.row(1, position), made[1][1, position])

@@ -13,7 +13,7 @@ from mmcache.extraction.estimate import Survey
 from mmcache.ops.export import Exported
 from mmcache.ops.findings import Finding, Report
 from mmcache.ops.repair import Loss, Repaired
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 from mmcache.text import visible
 
 WIDTHS = (20, 40, 60, 80, 200)

@@ -9,9 +9,7 @@ from feeds import LAYERS, SITES, make_store
 from support import same, shards, without_sync
 
 import mmcache
-from mmcache.read.row_pieces import Way
-from mmcache.read.shard_maps import ShardMaps
-from mmcache.read.site_rows import SiteRows
+from mmcache.read.local_rows import ShardMaps, SiteRows, Way
 from mmcache.system.syscalls import LINUX
 from mmcache.training.together import Gather, gather_together
 

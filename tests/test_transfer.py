@@ -17,7 +17,7 @@ from support import damage, flip, python, raw, same, shards, threads_named, wait
 import mmcache
 from mmcache.ops import carrier, endpoints, receiver
 from mmcache.ops.part import blocks_of
-from mmcache.read.sequences import Sequences
+from mmcache.read.tokens import Sequences
 from mmcache.storage import mirror, object_store
 from mmcache.storage.object_store import Bucket
 from mmcache.system.atomic import Draft

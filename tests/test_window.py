@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support import FORKS, forked, maps_below
 
-from mmcache.read import window as module
-from mmcache.read.window import Window
+from mmcache.read import site_map as module
+from mmcache.read.site_map import Window
 from mmcache.system.syscalls import LINUX, Residency, populate, reserve, will_need_all
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")

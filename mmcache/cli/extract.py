@@ -28,7 +28,7 @@ from mmcache.extraction.threads import plan_threads
 from mmcache.models.capture import probe
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.models.sites import describe, resolve
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 from mmcache.storage.connection import placed
 from mmcache.system.launcher import find_rank
 from mmcache.urls import is_url, redacted

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmcache.cli.options import JSON, PATH, print_json
 from mmcache.cli.terminal import draw_overview
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from rich.console import Console
 from mmcache.cli.charts import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
 from mmcache.cli.options import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
 from mmcache.cli.passages import draw_sequence, draw_show, draw_token
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.view import (
     Words,
     apart,

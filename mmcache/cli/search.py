@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmcache.cli.options import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
 from mmcache.cli.passages import draw_find, draw_top
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.view import find as find_tokens
 from mmcache.view import load_direction
 from mmcache.view import top as top_tokens

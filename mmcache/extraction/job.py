@@ -30,7 +30,7 @@ from mmcache.models.model_identity import hooked_modules, model_identity
 from mmcache.models.model_use import bos_token_id, device_of, evaluating, vocabulary
 from mmcache.models.model_use import context_length as usable_length
 from mmcache.models.sites import resolve, unwrap
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import load_summary, save_summary
 from mmcache.storage.tokenizer_file import tokenizer_identity
 from mmcache.system.arguments import a_callable, a_path, a_switch, a_tokenizer, optional, public

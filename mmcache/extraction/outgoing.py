@@ -18,7 +18,7 @@ from mmcache.extraction.uploads import Uploads
 from mmcache.format.manifest import read_manifest
 from mmcache.format.shard import Layout
 from mmcache.format.signed_json import ROOT
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import load_summary, save_summary
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from mmcache.storage.connection import placed

@@ -22,8 +22,7 @@ from mmcache.errors import ArgumentError, DiskFullError
 from mmcache.format.shard import parse_header
 from mmcache.ops.headers import npy_header, safetensors_header
 from mmcache.ops.selection import Selection, bytes_of
-from mmcache.read.opening import open_store
-from mmcache.read.store import Store
+from mmcache.read.store import Store, open_store
 from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
 from mmcache.system.atomic import publish
 from mmcache.system.atomic_folder import Outbox

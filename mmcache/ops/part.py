@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmcache.format.manifest import Manifest
-    from mmcache.read.sequences import Sequences
+    from mmcache.read.tokens import Sequences
 
 __all__ = ["ALL", "Blocks", "Numbers", "blocks_of", "chosen_sites", "joined"]
 

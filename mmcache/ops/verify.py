@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from mmcache.format.manifest import Manifest
-    from mmcache.read.sequences import Sequences
+    from mmcache.read.tokens import Sequences
 
 __all__ = ["verify"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, OutOfRangeError
-from mmcache.read.html import site_html
+from mmcache.read.describe import site_html
+from mmcache.read.local_rows import best_reader, bring_near
 from mmcache.read.positions import Positions, listed, slice_range, span_of, whole_number, whole_positions
-from mmcache.read.site_rows import best_reader, bring_near
 from mmcache.stats.site_statistics import merge_site
 from mmcache.system.arguments import a_device, shown
 from mmcache.system.devices import check_target, fill_device, is_cpu, own_copy
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from threading import Event
 
-    from mmcache.read.site_rows import Reader
+    from mmcache.read.local_rows import Reader
     from mmcache.stats.site_statistics import SiteStatistics
     from mmcache.storage.shard_folder import ShardFolder
 

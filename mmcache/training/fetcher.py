@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from mmcache.read.opening import reopened
+from mmcache.read.store import reopened
 from mmcache.system.arguments import outside
 from mmcache.system.devices import is_cpu
 from mmcache.system.threads import pieces

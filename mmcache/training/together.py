@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from mmcache.read.row_pieces import take_pieces
-from mmcache.read.site_rows import SiteRows
+from mmcache.read.local_rows import SiteRows, take_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mmcache.read.row_pieces import Piece, Taker
+    from mmcache.read.local_rows import Piece, Taker
     from mmcache.read.site_view import SiteView
 
 __all__ = ["Gather", "gather_together"]

@@ -8,7 +8,7 @@
 Terminal, notebook, JSON and page are drawn from the same. What is sampled says so, in `sampled`.
 """
 
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 from mmcache.text import json_ready
 from mmcache.view.base import View
 from mmcache.view.browse import sequence, token

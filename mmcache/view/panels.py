@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmcache.errors import ArgumentError, IncompleteError
-from mmcache.read.opening import open_store
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
+from mmcache.read.store import open_store
 from mmcache.view.base import View
 from mmcache.view.browse import sequence, token
 from mmcache.view.dimensions import dimension, dimensions

@@ -24,9 +24,9 @@ from mmcache.format.dtypes import activation_dtype
 from mmcache.format.manifest import Manifest
 from mmcache.format.names import check_site_name
 from mmcache.format.shard import MOST_ROWS
-from mmcache.read.html import cache_html
-from mmcache.read.opening import open_store
+from mmcache.read.describe import cache_html
 from mmcache.read.site_view import SiteView
+from mmcache.read.store import open_store
 from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.system.files import remove_tree

@@ -17,7 +17,7 @@ from mmcache.format.manifest import NEW_STORES, Manifest, check_user_metadata, r
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.shard import shard_rows
 from mmcache.format.token_flags import counted, flagged
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids

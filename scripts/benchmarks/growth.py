@@ -18,7 +18,7 @@ from benchmarks.cold import make_cold
 from benchmarks.measure import Plan, Row, Series, compare, in_turn, seconds
 from mmcache.format.manifest import Manifest, array_json
 from mmcache.format.shard import Layout
-from mmcache.read.overview import overview
+from mmcache.read.describe import overview
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.cold import make_cold
 from benchmarks.huge import huge_store
 from benchmarks.measure import Plan, Row, compare, in_turn, seconds
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.view import norms
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from benchmarks.limits import aligned, memcpy, random_reads, raw_write
 from benchmarks.measure import seconds
 
 from mmcache.extraction.scheduling import Turns
-from mmcache.read.opening import open_store
+from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import merge_site
 from mmcache.storage.listing import count_shards
 from mmcache.system.launcher import Rank

@@ -1,27 +1,32 @@
-"""Rows of one site, the fast way: one tensor over all shards, and past the page cache where that is faster.
+"""Rows of one site of a store on this machine, read in one of three ways: mapped, portable, or with checksums.
 
 What is in memory is copied by one `index_select`, in whose course the interpreter's lock is free. What is not is read
 by asynchronous direct reads, or where those are refused by advice for many rows at once. `shard_maps` is the simple
 way.
+
+Rows of one site, the simple way: a map a shard, rows copied shard by shard. It works wherever a file can be mapped, and
+is what `site_rows`, the fast way, is tested equal to.
+
+Rows of one site, the careful way: read, never mapped, and each inner chunk's checksum compared. A file that is cut
+short, replaced or damaged while it is read is an error, whatever the moment. A row costs the inner chunk that it lies
+in, of up to 4 MiB.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import threading
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from mmcache.format.shard import HEADER_BYTES
-from mmcache.read.checked_rows import CheckedRows
 from mmcache.read.remote_rows import RemoteRows
-from mmcache.read.row_pieces import Piece, Way, take_pieces
-from mmcache.read.shard_maps import ShardMaps
 from mmcache.read.site_map import SAMPLES, Files, SiteMap
-from mmcache.system.direct_io import GAP_BYTES, Wanted, apart, runs_of
+from mmcache.system.direct_io import GAP_BYTES, Wanted, alike, apart, borrowed, runs_of
 from mmcache.system.files import REFUSALS
 from mmcache.system.memory import PAGE, anonymous, available_memory
 from mmcache.system.os_errors import our_error
@@ -29,13 +34,203 @@ from mmcache.system.syscalls import AIO, LINUX, will_need, will_need_all
 from mmcache.system.threads import HELD, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mmcache.read.site_map import Table
     from mmcache.storage.shard_folder import ShardFolder
     from mmcache.system.syscalls import Ranges
 
-__all__ = ["Reader", "SiteRows", "best_reader", "bring_near"]
+__all__ = [
+    "CheckedRows",
+    "Piece",
+    "Reader",
+    "ShardMaps",
+    "SiteRows",
+    "Taker",
+    "Way",
+    "best_reader",
+    "bring_near",
+    "take_pieces",
+]
+
+
+class Way(enum.Enum):
+    """How rows are taken: from the map, as it is or behind advice to bring them in, or past the page cache."""
+
+    MAPPED = 0
+    ADVISED = 1
+    DIRECT = 2
+
+
+class Piece(NamedTuple):
+    """Rows of a table, int64 `[n]`, at least one, and where they go: contiguous host memory of theirs."""
+
+    table: Table
+    rows: np.ndarray
+    into: torch.Tensor
+
+
+class Taker(Protocol):
+    """What knows the rows of a site: `SiteRows`."""
+
+    def way(self, piece: Piece) -> Way:
+        """Choose how a piece is best taken."""
+
+    def advice(self, piece: Piece) -> list[Ranges]:
+        """Give the memory of as many of its rows as may come in before the first is copied."""
+
+    def copy(self, piece: Piece, *, advised: bool = False) -> None:
+        """Copy it from the map."""
+
+    def wanted(self, piece: Piece) -> Wanted:
+        """Say what to read past the page cache for it."""
+
+    def was_read(self, size: int) -> None:
+        """Note that so many bytes were read past the page cache."""
+
+    def was_refused(self) -> None:
+        """Note that the system has no direct reads."""
+
+    def check(self, piece: Piece) -> None:
+        """Raise if one of its shards is no longer what it was."""
+
+
+def take_pieces(wanted: Sequence[tuple[Taker, Piece]]) -> None:
+    """Take pieces each its own way: what has to come from the device is asked for before what is there is copied.
+
+    All that is read past the page cache is read in one go. Errors as `SiteRows.take`.
+    """
+    chosen: dict[Way, list[tuple[Taker, Piece]]] = {way: [] for way in Way}
+    for reader, piece in wanted:
+        chosen[reader.way(piece)].append((reader, piece))
+    will_need_all([part for reader, piece in chosen[Way.ADVISED] for part in reader.advice(piece)])
+    for reader, piece in chosen[Way.MAPPED]:
+        reader.copy(piece)
+    if chosen[Way.DIRECT]:
+        _read(chosen[Way.DIRECT])
+    for reader, piece in chosen[Way.ADVISED]:
+        reader.copy(piece, advised=True)
+
+
+def _read(wanted: Sequence[tuple[Taker, Piece]]) -> None:
+    """Read pieces past the page cache, or where the system refuses that, through it."""
+    try:
+        with borrowed() as direct:
+            taken = direct.read([reader.wanted(piece) for reader, piece in wanted])
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            # A file that was cut short meanwhile is told as that.
+            for reader, piece in wanted:
+                reader.check(piece)
+            raise our_error(error) from error
+        for reader, piece in wanted:
+            reader.was_refused()
+            will_need_all(reader.advice(piece))
+            reader.copy(piece, advised=True)
+        return
+    for (reader, _), size in zip(wanted, taken, strict=True):
+        reader.was_read(size)
+
+
+class ShardMaps:
+    """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
+
+    Args:
+        folder: the site's shards.
+        layout: the store's.
+        n_layers: how many layers there are; a slot is a layer's place among them.
+        most_open: maps that are kept; Python's mmap keeps a descriptor for each.
+    """
+
+    def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
+        self._folder, self._layer_layout, self._n_layers = folder, layout == "layer", n_layers
+        self._most_open = most_open
+        self._files: dict[tuple[int, int], torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def _view(self, slot: int, block: int) -> torch.Tensor:
+        """Give the mapped rows of one layer in one block: `[rows, d_model]`, never to be handed out."""
+        place = (slot if self._layer_layout else 0, block)
+        file = self._files.get(place)
+        if file is None:
+            # Without the lock: a shard in a bucket is long in coming, and others may have to be forgotten for it.
+            file = self._folder.open(*place)
+            with self._lock:
+                if len(self._files) >= self._most_open:
+                    del self._files[next(iter(self._files))]
+                self._files[place] = file
+        return file if self._layer_layout else file[:, slot]
+
+    def row(self, slot: int, position: int) -> torch.Tensor:
+        """Copy one row: `[d_model]`. Raises IncompleteError or CorruptError, as `ShardFolder.open`."""
+        block, row = divmod(position, self._folder.spec.shard_rows)
+        return self._view(slot, block)[row].clone()
+
+    def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
+        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+
+        Raises:
+            IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
+        """
+        blocks, within = np.divmod(positions, self._folder.spec.shard_rows)
+        order = np.argsort(blocks, kind="stable")
+        for start, stop in alike(blocks[order]):
+            picked = order[start:stop]
+            place, at = torch.from_numpy(picked), torch.from_numpy(within[picked])
+            for number, slot in enumerate(slots):
+                into[place, number] = self._view(slot, int(blocks[picked[0]]))[at]
+
+    def forget(self) -> None:
+        """Let go of every map; they come back as they are needed."""
+        with self._lock:
+            self._files.clear()
+
+
+class CheckedRows:
+    """The rows of one site. Safe to use from several threads; reading blocks until the chunks are read.
+
+    Args:
+        folder: the site's shards.
+        layout: the store's.
+    """
+
+    def __init__(self, folder: ShardFolder, layout: str) -> None:
+        self._folder, self._layer_layout = folder, layout == "layer"
+
+    def row(self, slot: int, position: int) -> torch.Tensor:
+        """Copy one row: `[d_model]`. Raises IncompleteError or CorruptError, as `ShardFolder.chunks`."""
+        row = torch.empty((1, 1, self._folder.spec.row_shape[-1]), dtype=self._folder.spec.dtype.torch)
+        self.take(np.array([position]), [slot], row)
+        return row[0, 0]
+
+    def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
+        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+
+        Raises:
+            IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
+        """
+        spec = self._folder.spec
+        order = np.argsort(positions, kind="stable")
+        blocks, within = np.divmod(positions[order], spec.shard_rows)
+        # Each file with the layers wanted of its rows, and their places among the slots: in the layer layout each slot
+        # is a file of its own, in the token layout all of them are in one.
+        files = [(0, slots, list(range(len(slots))))]
+        if self._layer_layout:
+            files = [(slot, [0], [place]) for place, slot in enumerate(slots)]
+        for start, stop in alike(blocks):
+            chunks = within[start:stop] // spec.chunk_rows
+            wanted = [(start + first, start + last) for first, last in alike(chunks)]
+            numbers = [int(chunks[first - start]) for first, _ in wanted]
+            for file, inside, places in files:
+                found = self._folder.chunks(file, int(blocks[start]), numbers)
+                for (first, last), (number, data) in zip(wanted, found, strict=True):
+                    rows = torch.from_numpy(data).view(spec.dtype.torch).view(spec.chunk_rows, -1, spec.row_shape[-1])
+                    at = torch.from_numpy(within[first:last] - number * spec.chunk_rows)
+                    into[torch.from_numpy(order[first:last])[:, None], places] = rows[at][:, inside]
+
+    def forget(self) -> None:
+        """Do nothing: it keeps nothing."""
+
 
 # Fewer rows than these are looked at one by one; of more only some, and one more in so many.
 _FEW, _MORE_SAMPLES = 64, 1 << 14
