@@ -20,9 +20,9 @@ from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there
 from mmcache.system.arguments import outside
 from mmcache.system.memory import PAGE
-from mmcache.write.block import Block
 from mmcache.write.page_cache import PageCachePolicy
 from mmcache.write.pipeline import SLOT_BYTES, Pipeline
+from mmcache.write.shard_writer import Block
 from mmcache.write.staging import Stager
 
 if TYPE_CHECKING:
