@@ -14,7 +14,7 @@ from mmcache.errors import ArgumentError, CorpusError, MmcacheError, Unsupported
 from mmcache.extraction.fill import forward
 from mmcache.extraction.job import Extraction
 from mmcache.models.capture import probe
-from mmcache.models.model_use import context_length, running, text_config, vocabulary
+from mmcache.models.inference import context_length, running, text_config, vocabulary
 
 _TEXT_PATH = "model.language_model.layers.*.mlp:out"
 

@@ -11,7 +11,7 @@ from mmcache.errors import CorruptError, PlanMismatchError
 from mmcache.extraction import estimate, provenance
 from mmcache.extraction.job import Extraction
 from mmcache.format.manifest import read_manifest
-from mmcache.models.model_identity import model_identity
+from mmcache.models.identity import model_identity
 from mmcache.system.atomic import publish_all
 
 pytest.importorskip("transformers")

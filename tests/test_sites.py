@@ -12,8 +12,7 @@ from torch import nn
 
 from mmcache.errors import ArgumentError, OutOfRangeError, UnknownSiteError, UnsupportedModelError
 from mmcache.models.capture import capture
-from mmcache.models.families import TABLE
-from mmcache.models.sites import SITES, ResolvedSite, describe, resolve, unwrap
+from mmcache.models.sites import SITES, TABLE, ResolvedSite, describe, resolve, unwrap
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

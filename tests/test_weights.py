@@ -13,7 +13,7 @@ from torch import nn
 
 import mmcache
 from mmcache.errors import UnsupportedModelError
-from mmcache.models.weights import weights_digest
+from mmcache.models.identity import weights_digest
 
 QUANTISED = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 

@@ -15,7 +15,7 @@ from mmcache.extraction.missing_shards import bytes_to_write, check_room
 from mmcache.extraction.scheduling import Turns
 from mmcache.format.manifest import read_manifest
 from mmcache.format.shard import Layout
-from mmcache.models.model_use import running
+from mmcache.models.inference import running
 from mmcache.stats.moments import WHOLE_ROWS
 from mmcache.storage.listing import is_there
 from mmcache.system.arguments import outside

@@ -35,7 +35,7 @@ from torch import nn
 from mmcache.errors import CorruptError, PlanMismatchError, UnsupportedModelError
 from mmcache.extraction.fill import forward
 from mmcache.models.capture import capture, site_width
-from mmcache.models.model_use import context_length, vocabulary
+from mmcache.models.inference import context_length, vocabulary
 from mmcache.system.arguments import outside
 
 if TYPE_CHECKING:

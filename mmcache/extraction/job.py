@@ -26,9 +26,9 @@ from mmcache.extraction.token_batches import Batches
 from mmcache.format.dtypes import activation_dtype
 from mmcache.format.manifest import is_store, read_manifest
 from mmcache.models.capture import capture
-from mmcache.models.model_identity import hooked_modules, model_identity
-from mmcache.models.model_use import bos_token_id, device_of, evaluating, vocabulary
-from mmcache.models.model_use import context_length as usable_length
+from mmcache.models.identity import hooked_modules, model_identity
+from mmcache.models.inference import bos_token_id, device_of, evaluating, vocabulary
+from mmcache.models.inference import context_length as usable_length
 from mmcache.models.sites import resolve, unwrap
 from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import load_summary, save_summary

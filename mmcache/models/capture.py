@@ -19,9 +19,8 @@ from mmcache.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
-from mmcache.models.model_use import running
+from mmcache.models.inference import is_compiled, running, unwrap
 from mmcache.models.sites import ResolvedSite, resolve
-from mmcache.models.wrappers import is_compiled, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mmcache.errors import ArgumentError, UnsupportedModelError
-from mmcache.models.model_use import unsupported
+from mmcache.models.inference import unsupported
 from mmcache.models.tokenizer import said
 
 if TYPE_CHECKING:

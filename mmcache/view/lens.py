@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError, ShapeError, UnsupportedModelError
+from mmcache.models.inference import text_config
 from mmcache.models.loading import load_model
-from mmcache.models.model_use import text_config
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, instance, layer_numbers, optional, public
 from mmcache.view.base import Name, View, written

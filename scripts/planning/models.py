@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from mmcache.errors import ArgumentError
-from mmcache.models.families import TABLE
 from mmcache.models.loading import DEMO
+from mmcache.models.sites import TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
