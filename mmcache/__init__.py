@@ -56,10 +56,9 @@ if TYPE_CHECKING:
         WriteError,
     )
     from mmcache.extraction.corpus import read_texts
-    from mmcache.extraction.extract import extract
-    from mmcache.extraction.fill import NonFiniteWarning
     from mmcache.extraction.fingerprint import ProvenanceWarning
-    from mmcache.extraction.job import Progress
+    from mmcache.extraction.job import Progress, extract
+    from mmcache.extraction.runner import NonFiniteWarning
     from mmcache.extraction.special_tokens import BosWarning
     from mmcache.models.capture import Captured, capture
     from mmcache.ops.export import Exported, export
@@ -117,8 +116,8 @@ _PLACES = {
     "Exported": "ops.export",
     "export": "ops.export",
     "Progress": "extraction.job",
-    "extract": "extraction.extract",
-    "NonFiniteWarning": "extraction.fill",
+    "extract": "extraction.job",
+    "NonFiniteWarning": "extraction.runner",
     "ProvenanceWarning": "extraction.fingerprint",
     "Finding": "ops.findings",
     "Report": "ops.findings",

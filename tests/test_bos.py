@@ -11,8 +11,8 @@ from support import tree, without_sync
 import mmcache
 from mmcache.cli import main
 from mmcache.extraction import plan as planning
-from mmcache.extraction import tokenise
-from mmcache.extraction.tokenise import Tokenised
+from mmcache.extraction import tokenization
+from mmcache.extraction.tokenization import Tokenised
 from mmcache.format.manifest import read_manifest
 from mmcache.system.atomic import publish
 
@@ -153,7 +153,7 @@ def begin_as_before(path, patch, *, stop=None, **options):
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("stop", ["tokenise", "extract"])
 def test_a_plan_of_before_goes_on_as_it_began(tmp_path, monkeypatch, pack, stop):
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 40)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 40)
     texts = TEXTS * 5
     begin_as_before(tmp_path / "never", monkeypatch, texts=texts, pack=pack)
     begin_as_before(tmp_path / "acts", monkeypatch, stop=stop, texts=texts, pack=pack)

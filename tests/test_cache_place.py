@@ -9,7 +9,7 @@ from support import python, without_sync
 
 import mmcache
 from mmcache.errors import ArgumentError, WriteError
-from mmcache.extraction.outgoing import Outgoing
+from mmcache.extraction.bucket_output import Outgoing
 from mmcache.storage import cache_folder as cache_place
 from mmcache.storage.cache_folder import cache_folder, private_folder
 

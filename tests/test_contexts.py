@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmcache.errors import ArgumentError, CorpusError
-from mmcache.extraction.contexts import Contexts, CorpusDigest, Place
+from mmcache.extraction.tokenization import Contexts, CorpusDigest, Place
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -24,9 +24,9 @@ from mmcache.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
-from mmcache.extraction.contexts import Contexts
-from mmcache.extraction.fill import NonFiniteWarning
 from mmcache.extraction.job import Extraction
+from mmcache.extraction.runner import NonFiniteWarning
+from mmcache.extraction.tokenization import Contexts
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
 from mmcache.models.loading import load_model, load_tokenizer
 

@@ -12,8 +12,9 @@ from support import ended_uploads, wait_for
 
 import mmcache
 from mmcache.errors import RemoteError
-from mmcache.extraction import bucket_folder, fill, outgoing, scheduling, uploads
-from mmcache.extraction.outgoing import staging_folder
+from mmcache.extraction import bucket_output, bucket_plan, scheduling
+from mmcache.extraction import runner as fill
+from mmcache.extraction.bucket_output import staging_folder
 from mmcache.storage import connection, object_store
 
 pytest.importorskip("transformers")
@@ -36,8 +37,8 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (connection, "_CLIENT_PAUSE", 0.01), (uploads, "_LOOK_AT_UPLOADS", 0.01),
-        (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.1),
+        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (connection, "_CLIENT_PAUSE", 0.01), (bucket_output, "_LOOK_AT_UPLOADS", 0.01),
+        (bucket_output, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield

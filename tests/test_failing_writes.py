@@ -17,7 +17,7 @@ from failing import KINDS, FailOnce
 from support import Twin, at_opcode, widened
 
 import mmcache
-from mmcache.extraction import tokenise
+from mmcache.extraction import tokenization
 from mmcache.write import page_cache
 
 SITES = {"a": 32, "b": 16}
@@ -351,7 +351,7 @@ def test_an_append_that_is_interrupted_is_there_whole_or_not_at_all_or_told_of(f
 
 def test_a_plan_whose_tokens_fail_once_is_made_by_the_same_command(folder, request, monkeypatch):
     # Many commits of the columns, where one has up to four million tokens.
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 40)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 40)
     broken.extracted(folder / "right")
     path = folder / "plan"
 

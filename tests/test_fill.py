@@ -7,7 +7,7 @@ import pytest
 
 import mmcache
 from mmcache.errors import LockedError, PlanMismatchError
-from mmcache.extraction import fill, scheduling
+from mmcache.extraction import runner, scheduling
 from mmcache.format.signed_json import ROOT
 from mmcache.system.atomic import Draft, publish
 
@@ -22,7 +22,7 @@ SETTINGS = {"sites": ("mlp_in", "mlp_out"), "context_length": 24, "batch_size": 
 def quick(monkeypatch):
     """Nothing here could see a sync, and nobody should wait for a second."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(fill, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(runner, "_LOOK_AGAIN", 0.01)
     monkeypatch.setattr(scheduling, "_PATIENCE", 0.02)
 
 
@@ -139,9 +139,9 @@ def test_a_plan_that_became_another_one_ends_the_job_before_it_publishes_more(co
 
 def test_a_small_job_takes_small_slots_and_no_slot_is_too_small_for_a_row():
     mebibyte = 1 << 20
-    assert fill._slot_bytes(mebibyte, 4096) == 4 * mebibyte
-    assert fill._slot_bytes(128 * mebibyte, 4096) == 8 * mebibyte
-    assert fill._slot_bytes(1 << 40, 4096) == 16 * mebibyte
+    assert runner._slot_bytes(mebibyte, 4096) == 4 * mebibyte
+    assert runner._slot_bytes(128 * mebibyte, 4096) == 8 * mebibyte
+    assert runner._slot_bytes(1 << 40, 4096) == 16 * mebibyte
     # Whole blocks of sums, as long as they are no larger than a slot of a large job.
-    assert fill._slot_bytes(mebibyte, 100_000) == 6_402_048
-    assert fill._slot_bytes(mebibyte, 17 * mebibyte + 1) == 17 * mebibyte + 4096
+    assert runner._slot_bytes(mebibyte, 100_000) == 6_402_048
+    assert runner._slot_bytes(mebibyte, 17 * mebibyte + 1) == 17 * mebibyte + 4096

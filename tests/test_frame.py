@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from mmcache.errors import ArgumentError
-from mmcache.extraction import contexts as module
-from mmcache.extraction.contexts import Contexts
+from mmcache.extraction import tokenization as module
 from mmcache.extraction.special_tokens import (
     BosWarning,
     frame_of,
@@ -16,6 +15,7 @@ from mmcache.extraction.special_tokens import (
     warn_of_framed,
     warn_of_missing,
 )
+from mmcache.extraction.tokenization import Contexts
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")

@@ -33,12 +33,12 @@ def serve():
 
     from mmcache import cli  # noqa: PLC0415
     from mmcache.cli import extract  # noqa: PLC0415
-    from mmcache.extraction import tokenise  # noqa: PLC0415
+    from mmcache.extraction import tokenization  # noqa: PLC0415
     from mmcache.storage import object_store  # noqa: PLC0415
     from mmcache.system import atomic  # noqa: PLC0415
 
     _ = transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    tokenise._TOKENS_A_COMMIT = 300  # so that tokenising, too, is killed between two commits
+    tokenization._TOKENS_A_COMMIT = 300  # so that tokenising, too, is killed between two commits
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:

@@ -151,11 +151,11 @@ import mmcache
 import mmcache.system.files
 import mmcache.extraction.missing_shards
 from mmcache.write.token_columns import Column, publish_columns
-from mmcache.extraction.fill import Fill
+from mmcache.extraction.runner import Fill
 from mmcache.format.manifest import Manifest, array_json, read_manifest
 from mmcache.system.launcher import Rank
 from mmcache.extraction.estimate import survey_plan
-from mmcache.extraction.token_batches import Batches
+from mmcache.extraction.runner import Batches
 
 path, shards = Path(sys.argv[1]), int(sys.argv[2])
 manifest = Manifest(

@@ -11,8 +11,8 @@ from torch import nn
 
 import mmcache
 from mmcache.errors import ArgumentError, CorpusError, MmcacheError, UnsupportedModelError
-from mmcache.extraction.fill import forward
 from mmcache.extraction.job import Extraction
+from mmcache.extraction.runner import forward
 from mmcache.models.capture import probe
 from mmcache.models.inference import context_length, running, text_config, vocabulary
 

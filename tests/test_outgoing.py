@@ -29,10 +29,10 @@ from mmcache.errors import (
     StoreExistsError,
     WriteError,
 )
-from mmcache.extraction import bucket_folder, fill, outgoing, scheduling, staging_claims, uploads
-from mmcache.extraction.bucket_folder import BucketFolder
+from mmcache.extraction import bucket_output, bucket_plan, runner, scheduling, staging_claims
+from mmcache.extraction.bucket_output import staging_folder
+from mmcache.extraction.bucket_plan import BucketFolder
 from mmcache.extraction.job import Extraction
-from mmcache.extraction.outgoing import staging_folder
 from mmcache.extraction.staging_claims import STAGING, Claims, claimed
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
@@ -58,8 +58,8 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (object_store, "PATIENCE", 0.4), (uploads, "_LOOK_AT_UPLOADS", 0.01),
-        (outgoing, "_AGAIN", 0.01), (bucket_folder, "_LIST_AGAIN", 0.05), (bucket_folder, "_SHARE", 0),
+        (runner, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (object_store, "PATIENCE", 0.4), (bucket_output, "_LOOK_AT_UPLOADS", 0.01),
+        (bucket_output, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.05), (bucket_plan, "_SHARE", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield
@@ -323,11 +323,11 @@ def test_a_full_disk_names_the_numbers_and_only_the_bound_has_to_fit(there, url,
     block = sum(size for name, size in shards(local / "token").items() if name.split(".")[-2] == "0")
     total = sum(shards(local / "token").values())
     for free, asked, needed in ((block * 2 - 1, None, block * 2), (total - 1, total, total)):
-        monkeypatch.setattr(outgoing, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(bucket_output, "free_bytes", lambda _, free=free: free)
         with pytest.raises(DiskFullError, match=rf"take {needed} bytes there, and {free} are free") as full:
             extract(url, staging_bytes=asked)
         assert full.value.filename == str(staging_folder(url, None))
-    monkeypatch.setattr(outgoing, "free_bytes", lambda _: 2 * block)
+    monkeypatch.setattr(bucket_output, "free_bytes", lambda _: 2 * block)
     monkeypatch.setattr("mmcache.extraction.missing_shards.free_bytes", lambda _: 2 * block)
     extract(f"{url}-2", max_tokens=400)
     extract(f"{url}-2")
@@ -552,7 +552,7 @@ def test_a_server_that_is_gone_holds_up_nobody_who_leaves(tmp_path, monkeypatch)
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     (tmp_path / "c.0.0.0").write_bytes(b"data")
-    sending = uploads.Uploads(Bucket("s3://nowhere/acts"), tmp_path, Claims(tmp_path))
+    sending = bucket_output.Uploads(Bucket("s3://nowhere/acts"), tmp_path, Claims(tmp_path))
     sending.send("c.0.0.0")
     time.sleep(0.2)
     sending.stop()
@@ -569,8 +569,8 @@ def test_the_batch_size_and_threads_of_the_bucket_are_heeded(url, tmp_path):
     )
     assert job._batch_size == 5
     assert not (tmp_path / "new").exists()
-    assert outgoing.planned_in_bucket(url, None).source["numerics"]["threads"] == 1
-    assert outgoing.planned_in_bucket(str(tmp_path), None) is None
+    assert bucket_output.planned_in_bucket(url, None).source["numerics"]["threads"] == 1
+    assert bucket_output.planned_in_bucket(str(tmp_path), None) is None
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from mmcache.errors import (
     ReadOnlyError,
     StoreExistsError,
 )
-from mmcache.extraction import missing_shards, tokenise
+from mmcache.extraction import missing_shards, tokenization
 from mmcache.system import atomic
 from mmcache.system.locks import FolderLock
 
@@ -161,7 +161,7 @@ def test_sites_come_in_any_order(complete, tmp_path):
 
 
 def test_identity_is_compared_while_the_plan_is_not_finished_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 100)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 100)
 
     def texts():
         yield from TEXTS[:12]
@@ -322,7 +322,7 @@ class Writes:
 
 @pytest.mark.parametrize("most", [500, None])
 def test_growth_that_is_interrupted_anywhere_goes_on(tmp_path, monkeypatch, request, most):
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 150)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 150)
     extract(tmp_path / "once", max_tokens=most, shard_tokens=128)
     extract(tmp_path / "before", max_tokens=300, shard_tokens=128)
     writes, number = Writes(monkeypatch), 0
@@ -341,7 +341,7 @@ def test_growth_that_is_interrupted_anywhere_goes_on(tmp_path, monkeypatch, requ
 
 
 def test_growth_that_was_interrupted_may_be_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 100)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 100)
     before = extract(tmp_path / "store")
     tokens = before.tokens.clone()
 
@@ -565,7 +565,7 @@ def test_what_killed_jobs_left_half_written_is_removed(begun):
 
 
 def test_a_corpus_that_breaks_off_is_gone_on_with(complete, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 50)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 50)
 
     def texts():
         yield from TEXTS[:10]

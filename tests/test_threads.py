@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mmcache
-from mmcache.extraction import threads
-from mmcache.extraction.threads import plan_threads
+from mmcache.extraction import provenance
+from mmcache.extraction.provenance import plan_threads
 from mmcache.system.launcher import Rank
 
 pytest.importorskip("transformers")
@@ -38,13 +38,13 @@ def test_torchruns_one_thread_is_not_what_the_user_asked_for(tmp_path, monkeypat
     plan_threads(tmp_path, Rank())
     assert torch.get_num_threads() == 1
     plan_threads(tmp_path, WORKER)
-    assert torch.get_num_threads() == threads._usual_threads()
+    assert torch.get_num_threads() == provenance._usual_threads()
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_another_number_is_what_the_user_asked_for(tmp_path, monkeypatch):
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(threads, "_usual_threads", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(provenance, "_usual_threads", lambda: pytest.fail("asked"))
     plan_threads(tmp_path, WORKER)
     assert torch.get_num_threads() == 2

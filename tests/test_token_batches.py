@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import without_sync
 
-from mmcache.extraction.token_batches import Batches
+from mmcache.extraction.runner import Batches
 from mmcache.format.manifest import Manifest
 from mmcache.write.token_columns import Column, publish_columns
 

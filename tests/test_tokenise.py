@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from mmcache.errors import CorpusError, PlanMismatchError
-from mmcache.extraction import tokenise
-from mmcache.extraction.contexts import Contexts, CorpusDigest
-from mmcache.extraction.tokenise import Tokenised, check_corpus
+from mmcache.extraction import tokenization
+from mmcache.extraction.tokenization import Contexts, CorpusDigest, Tokenised, check_corpus
 from mmcache.format import manifest
 from mmcache.format.manifest import Manifest
 from mmcache.format.token_flags import BOS, FIRST, SPECIAL
@@ -57,7 +56,7 @@ class Plan:
     def tokenise(self, documents=DOCUMENTS, max_tokens=None, commit=None):
         contexts = Contexts(small.byte_tokenizer(), self.length, 257, pack=self.pack)
         commit = commit or self.commit
-        state = tokenise.tokenise(self.path, self.manifest, contexts, documents, max_tokens, commit)
+        state = tokenization.tokenise(self.path, self.manifest, contexts, documents, max_tokens, commit)
         commit(state)
         return state
 
@@ -70,7 +69,7 @@ class Plan:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Commit every 150 tokens, and begin a shard every 256 rows: what takes a billion tokens happens in hundreds."""
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 150)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 150)
     monkeypatch.setattr(manifest, "_RESERVED_SHARD_ROWS", 256)
     # Slow, and nothing that a process which goes on could see.
     monkeypatch.setattr(os, "fsync", lambda _: None)
@@ -288,7 +287,7 @@ def test_documents_are_let_go(tmp_path):
 
 @pytest.mark.usefixtures("small_pieces")
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "_TOKENS_A_COMMIT", 5000)
+    monkeypatch.setattr(tokenization, "_TOKENS_A_COMMIT", 5000)
 
     def documents(number):
         for each in range(number):

@@ -13,7 +13,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 import mmcache
 from mmcache.errors import CorpusError, CorruptError, UnsupportedModelError
 from mmcache.extraction import corpus, tokenizer_calls
-from mmcache.extraction.contexts import Contexts
+from mmcache.extraction.tokenization import Contexts
 from mmcache.extraction.tokenizer_calls import ids_of_texts
 from mmcache.models.tokenizer import growth, panics_as_errors
 from mmcache.view.words import Words

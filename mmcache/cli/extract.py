@@ -20,11 +20,11 @@ from mmcache.cli.tables import draw_rows
 from mmcache.cli.terminal import draw_overview, draw_survey
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
+from mmcache.extraction.bucket_output import planned_in_bucket, staging_folder
 from mmcache.extraction.corpus import check_sources, read_texts
 from mmcache.extraction.job import Extraction
-from mmcache.extraction.outgoing import planned_in_bucket, staging_folder
+from mmcache.extraction.provenance import plan_threads
 from mmcache.extraction.special_tokens import BOS_CHOICES
-from mmcache.extraction.threads import plan_threads
 from mmcache.models.capture import probe
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.models.sites import describe, resolve

@@ -13,8 +13,8 @@ import numpy as np
 
 from mmcache.cluster.worker import Worker
 from mmcache.errors import ArgumentError, ClusterError, MmcacheError
-from mmcache.extraction.fill import NonFiniteWarning
 from mmcache.extraction.job import Progress
+from mmcache.extraction.runner import NonFiniteWarning
 from mmcache.extraction.scheduling import Turns
 from mmcache.format.manifest import is_store, read_manifest
 from mmcache.system.atomic import remove_drafts

@@ -17,10 +17,10 @@ import torch
 
 from mmcache.errors import ClusterError, MmcacheError, WriteError
 from mmcache.extraction.estimate import survey_plan
-from mmcache.extraction.fill import NonFiniteWarning
 from mmcache.extraction.job import Extraction
+from mmcache.extraction.provenance import plan_threads
+from mmcache.extraction.runner import NonFiniteWarning
 from mmcache.extraction.special_tokens import BosWarning
-from mmcache.extraction.threads import plan_threads
 from mmcache.format.manifest import is_store, read_manifest
 from mmcache.models.loading import is_spread
 from mmcache.system.launcher import Rank

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mmcache.extraction.fill import forward
+from mmcache.extraction.runner import forward
 from mmcache.extraction.special_tokens import warn_of_missing
-from mmcache.extraction.tokenise import Tokenised
+from mmcache.extraction.tokenization import Tokenised
 from mmcache.format.manifest import NEW_STORES, Manifest
 from mmcache.format.shard import shard_rows
 from mmcache.system.files import free_bytes
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.extraction.contexts import Contexts
     from mmcache.extraction.corpus import Document
-    from mmcache.extraction.fill import Fill
+    from mmcache.extraction.runner import Fill
     from mmcache.extraction.settings import Settings
+    from mmcache.extraction.tokenization import Contexts
     from mmcache.models.capture import Captured
 
 __all__ = ["Survey", "quickest_batch", "survey_contexts", "survey_plan"]

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from mmcache.errors import CorruptError, PlanMismatchError, UnsupportedModelError
-from mmcache.extraction.fill import forward
+from mmcache.extraction.runner import forward
 from mmcache.models.capture import capture, site_width
 from mmcache.models.inference import context_length, vocabulary
 from mmcache.system.arguments import outside

@@ -19,7 +19,7 @@ from mmcache.extraction.fingerprint import with_sites
 from mmcache.extraction.missing_shards import check_room, shards_from
 from mmcache.extraction.plan_comparison import changes, grows, is_recorded, known_plan, with_recorded
 from mmcache.extraction.staging_claims import claimed
-from mmcache.extraction.tokenise import Tokenised, check_corpus, tokenise
+from mmcache.extraction.tokenization import Tokenised, check_corpus, tokenise
 from mmcache.format.manifest import NEW_STORES, Manifest, array_json, is_store, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.shard import ids_digest, shard_rows

@@ -10,7 +10,7 @@ from mmcache.errors import ReadOnlyError
 from mmcache.extraction.fingerprint import ProvenanceWarning, check_fingerprint
 from mmcache.extraction.missing_shards import missing_of
 from mmcache.extraction.provenance import compare, recorded
-from mmcache.extraction.tokenise import Tokenised
+from mmcache.extraction.tokenization import Tokenised
 from mmcache.format.manifest import read_manifest
 from mmcache.format.names import check_no_links
 from mmcache.format.signed_json import ROOT

@@ -9,7 +9,9 @@ Between the two is the fingerprint (`fingerprint.py`), which is compared with a 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
 import sys
 import warnings
 from datetime import UTC, datetime
@@ -19,21 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmcache.errors import PlanMismatchError
+from mmcache.format.manifest import is_store, read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
+    from mmcache.format.manifest import Manifest
     from mmcache.models.sites import ResolvedSite
+    from mmcache.system.launcher import Rank
 
-__all__ = [
-    "compare",
-    "model_record",
-    "numerics",
-    "recorded",
-    "site_modules",
-]
+__all__ = ["compare", "model_record", "numerics", "plan_threads", "recorded", "site_modules"]
 
 
 def site_modules(sites: tuple[ResolvedSite, ...]) -> dict[str, list[str]]:
@@ -157,3 +156,32 @@ def recorded(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}…{text[-16:]}"
+
+
+_LIMIT = "OMP_NUM_THREADS"
+
+
+def plan_threads(path: Path, rank: Rank, planned: Manifest | None = None) -> None:
+    """Compute with as many threads as the plan at `path` says, or, where there is none, as one process would take.
+
+    `planned` is a plan that is somewhere else.
+
+    torchrun gives each of its processes one thread where the user has not said another number: then a job would not be
+    the same, to the last bit, as that of one process.
+    """
+    if planned is None and is_store(path):
+        planned = read_manifest(path)
+    if planned is not None:
+        threads = planned.source.get("numerics", {}).get("threads")
+        if isinstance(threads, int) and threads > 0:
+            torch.set_num_threads(threads)
+    elif rank.launcher is not None and os.environ.get(_LIMIT) == "1":
+        torch.set_num_threads(_usual_threads())
+
+
+def _usual_threads() -> int:
+    """Ask a process for which nobody has set a number; torch reads it once, when it starts."""
+    free = {name: value for name, value in os.environ.items() if name != _LIMIT}
+    code = "import torch; print(torch.get_num_threads())"
+    told = subprocess.run([sys.executable, "-c", code], env=free, capture_output=True, text=True, check=True)  # noqa: S603 -- our own
+    return int(told.stdout)

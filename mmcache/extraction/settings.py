@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcache.extraction.contexts import Contexts
 from mmcache.extraction.special_tokens import BOS_CHOICES
+from mmcache.extraction.tokenization import Contexts
 from mmcache.format.dtypes import BY_NAME
 from mmcache.format.manifest import check_user_metadata
 from mmcache.format.shard import MOST_ROWS

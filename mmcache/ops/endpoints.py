@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.extraction.bucket_listing import manifest_of, read_if_there
+from mmcache.extraction.bucket_plan import manifest_of, read_if_there
 from mmcache.format.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.shard import HEADER_BYTES, Layout, parse_header

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Plan, Row, Skip, compare, seconds
-from mmcache.extraction.fill import forward
 from mmcache.extraction.job import Extraction
-from mmcache.extraction.token_batches import Batches
+from mmcache.extraction.runner import Batches, forward
 from mmcache.models.capture import capture
 from mmcache.models.loading import load_tokenizer
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from benchmarks.limits import raw_write
 
-from mmcache.extraction.fill import forward
 from mmcache.extraction.job import Extraction
+from mmcache.extraction.runner import forward
 from mmcache.format.names import RESERVED
 from mmcache.models.capture import capture
 from mmcache.models.loading import load_model, load_tokenizer

@@ -45,7 +45,7 @@ MEASURED_HERE: Final[Mapping[str, Figure]] = MappingProxyType(
         "verify quick": Figure(130e-6, "s", f'{_HERE}: verify(level="quick"), 20,000 shards: 73 to 132 us each'),
         "verify full": Figure(14e9, "bytes/s", "crc32c, one core"),
         "weights": Figure(14e9, "bytes/s", "crc32c, one core: 14 to 17"),
-        "tokenise": Figure(0.68e6, "tokens/s", f"{_HERE}: mmcache.extraction.tokenise, a BPE of 16,000: 0.54 to 0.82 M/s"),
+        "tokenise": Figure(0.68e6, "tokens/s", f"{_HERE}: mmcache.extraction.tokenization, a BPE of 16,000: 0.54 to 0.82 M/s"),
         "corpus": Figure(0.36e9, "bytes/s", f"{_HERE}: JSON lines read and hashed, as each worker does"),
         "met": Figure(266, "bytes", f"{_HERE}: what a reader remembers of each shard it opened (ShardFolder)"),
         "bytes a token": Figure(4.0, "bytes", "of English text, about; 3.8 of Python sources as tokenised above"),

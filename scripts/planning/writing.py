@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "Outcome", "outcome", "seconds_a_look"]
 
-# Of `mmcache.extraction.fill`: a worker looks again after a second, or fifty times as long as the last look took.
+# Of `mmcache.extraction.runner`: a worker looks again after a second, or fifty times as long as the last look took.
 _LOOK_AGAIN, _LOOK_SHARE = 1.0, 50
 # Slots of a ring, which are full when the last batch has run.
 _SLOTS = 4
