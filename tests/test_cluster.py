@@ -18,9 +18,10 @@ import torch
 from click.testing import CliRunner
 
 import mmcache
+from mmcache import cluster
 from mmcache.cli import main
 from mmcache.cli.signals import Stopped, stoppable
-from mmcache.cluster import pool, ray_session
+from mmcache.cluster import pool
 from mmcache.cluster import worker as cluster_worker
 from mmcache.cluster.pool import Resources, deal
 from mmcache.cluster.worker import Job, Planned, Worker
@@ -253,7 +254,7 @@ def test_a_head_that_is_not_there_is_said_within_seconds(model, alone, address, 
         monkeypatch.setenv("RAY_ADDRESS", where)
         with pytest.raises(ConnectionError, match=where):
             mmcache.cluster.extract(str(model), str(model), TEXTS, alone, **OPTIONS)
-    assert time.monotonic() - began < 2 * ray_session._REACHED_WITHIN
+    assert time.monotonic() - began < 2 * cluster._REACHED_WITHIN
     assert small.identities(alone) == before
 
 
