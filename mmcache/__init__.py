@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from mmcache.read.store import Store
     from mmcache.read.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
     from mmcache.training.dataset import ActivationDataset
-    from mmcache.training.split import Split
-    from mmcache.training.training_batch import Batch
+    from mmcache.training.fetcher import Batch
+    from mmcache.training.token_filter import Split
     from mmcache.write.cache import FullActivationCache
     from mmcache.write.writer import Writer, append, create
 
@@ -126,10 +126,10 @@ _PLACES = {
     "Repaired": "ops.repair",
     "repair": "ops.repair",
     "SiteView": "read.site_view",
-    "Split": "training.split",
+    "Split": "training.token_filter",
     "Store": "read.store",
     "open": "read.store",
-    "Batch": "training.training_batch",
+    "Batch": "training.fetcher",
     "Transferred": "ops.transfer",
     "pull": "ops.transfer",
     "push": "ops.transfer",

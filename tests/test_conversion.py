@@ -6,8 +6,8 @@ from feeds import LAYERS, make_store
 from support import DTYPES, same, without_sync
 
 import mmcache
-from mmcache.training import conversion as module
-from mmcache.training.conversion import Conversion
+from mmcache.training import fetcher as module
+from mmcache.training.fetcher import Conversion
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from support import DTYPES, FORKS, forked, python, same, threads_named, wait_for
 import mmcache
 from mmcache.read.site_view import SiteView
 from mmcache.training import fetcher
-from mmcache.training.batch_feed import BatchFeed
-from mmcache.training.feed_plan import Position
+from mmcache.training.prefetch import BatchFeed
+from mmcache.training.schedule import Position
 
 SHUFFLES = ("global", "block", None)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmcache.training.dlpack import tensor_over
+from mmcache.training.fetcher import tensor_over
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

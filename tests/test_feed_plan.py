@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmcache
-from mmcache.training.feed_plan import FeedPlan, Position
-from mmcache.training.order import Blocks
+from mmcache.training.schedule import Blocks, FeedPlan, Position
 
 PLAN = FeedPlan(7, 1000, 99, "block", Blocks(16, 8), 2, 10, drop_last=False)
 

@@ -6,7 +6,7 @@ import torch
 from support import without_sync
 
 import mmcache
-from mmcache.training.kept import Kept
+from mmcache.training.token_filter import Kept
 from mmcache.write import writer as module
 
 LENGTHS = (40, 1, 300, 7, 512, 90)
@@ -67,7 +67,7 @@ def test_first_tokens_are_dropped_by_default(tmp_path, version):
 def test_first_tokens_of_version_1_are_those_of_the_sequences(tmp_path, monkeypatch, piece):
     flags = (torch.arange(TOTAL) % 3 == 0) * 4
     store = make(tmp_path / "acts", 1, flags=flags)
-    monkeypatch.setattr("mmcache.training.kept._PIECE", piece)
+    monkeypatch.setattr("mmcache.training.token_filter._PIECE", piece)
     assert left(store, "first") == others().tolist()
     # The bit is the user's own there.
     assert store.flags.tolist() == flags.tolist()

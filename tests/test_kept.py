@@ -14,9 +14,8 @@ from support import without_sync
 
 import mmcache
 from mmcache.storage.shard_folder import ShardFolder
-from mmcache.training import kept as module
-from mmcache.training.kept import Kept
-from mmcache.training.split import Split, members
+from mmcache.training import token_filter as module
+from mmcache.training.token_filter import Kept, Split, members
 
 
 @pytest.fixture(scope="module")

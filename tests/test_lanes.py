@@ -5,8 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.training.lanes import Lanes
-from mmcache.training.shares import Shares
+from mmcache.training.schedule import Lanes, Shares
 
 
 @given(st.integers(1, 300), st.integers(1, 9))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmcache
-from mmcache.training.order import BlockOrder, Blocks, block_geometry, order_of
+from mmcache.training.schedule import BlockOrder, Blocks, block_geometry, order_of
 
 LANES = st.integers(1, 6)
 BLOCKS = st.builds(Blocks, st.sampled_from([1, 2, 8, 64, 1024]), st.integers(1, 40))

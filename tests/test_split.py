@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import mmcache
 from mmcache.read.store import Sequences
-from mmcache.training.split import Split, as_split, members
+from mmcache.training.token_filter import Split, as_split, members
 
 
 def store_of(spans, shard_tokens=64):

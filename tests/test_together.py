@@ -11,7 +11,7 @@ from support import same, shards, without_sync
 import mmcache
 from mmcache.read.local_rows import ShardMaps, SiteRows, Way
 from mmcache.system.syscalls import LINUX
-from mmcache.training.together import Gather, gather_together
+from mmcache.training.fetcher import Gather, gather_together
 
 LENGTHS = [900, 7, 2000, 1193]
 LAYER_SETS = (None, [2], [1, 0])

@@ -21,7 +21,7 @@ from support import FORKS, damage, flip, without_sync
 from trainer import LAYERS, SCRIPT, WIDTH, command, files, load_script, log, make_store, run
 
 import mmcache
-from mmcache.training.split import Split, members
+from mmcache.training.token_filter import Split, members
 
 KINDS = ("jumprelu", "topk")
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from trainer import SCRIPT, command, files, load_script, log, make_store, run
 
 import mmcache
 from mmcache.system.syscalls import LINUX
-from mmcache.training.split import Split, members
+from mmcache.training.token_filter import Split, members
 
 PART = Path(__file__).with_name("train_rank.py")
 # Two epochs.

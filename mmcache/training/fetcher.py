@@ -1,36 +1,129 @@
-"""Fetches the tokens of some batches: every site, in the order of the epoch, converted, on the device."""
+"""One batch of a training feed: the rows of its tokens, gathered, converted, and on the device.
+
+A tensor over memory that is there, made without letting go of the interpreter's lock. Every operator of torch lets go
+of it, a mere `view` too, and to get it back beside a busy thread takes 5 ms and more: measured, a third of what a batch
+of the feed took there. What comes in by DLPack has its shape already. numpy hands its arrays over like that, but has no
+bfloat16: so the dtype is said in the record itself.
+
+Source: the DLPack specification, https://dmlc.github.io/dlpack/latest/c_api.html: `DLManagedTensor` begins with a
+`DLTensor` of a pointer, a device (two int32), the number of dimensions (int32), and the dtype, whose first byte is its
+code: 2 for float, 4 for bfloat.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
 
+from mmcache.errors import ArgumentError
+from mmcache.read.local_rows import SiteRows, take_pieces
 from mmcache.read.store import reopened
 from mmcache.system.arguments import outside
 from mmcache.system.devices import is_cpu
 from mmcache.system.threads import pieces
-from mmcache.training.dlpack import tensor_over
-from mmcache.training.together import Gather, gather_together
-from mmcache.training.training_batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from mmcache.read.local_rows import Piece, Taker
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
     from mmcache.system.memory import Buffers
-    from mmcache.training.conversion import Conversion
-    from mmcache.training.feed_plan import State
-    from mmcache.training.kept import Kept
-    from mmcache.training.order import Order
-    from mmcache.training.read_ahead import BringAll, ReadAhead
+    from mmcache.training.prefetch import BringAll, ReadAhead
+    from mmcache.training.schedule import Order, State
+    from mmcache.training.token_filter import Kept
 
-__all__ = ["Fetched", "Fetcher", "Source", "Span"]
+__all__ = ["Batch", "Conversion", "Fetched", "Fetcher", "Gather", "Source", "Span", "gather_together", "tensor_over"]
+
+
+class Gather(NamedTuple):
+    """A `view.gather(positions, layers=layers, out=out)`, of positions int64 `[k]` from 0 on into host memory."""
+
+    view: SiteView
+    positions: np.ndarray
+    layers: Sequence[int] | None
+    out: torch.Tensor
+
+
+def gather_together(wanted: Sequence[Gather]) -> None:
+    """Gather them all, equal to one after the other; blocks until all rows are there.
+
+    Errors as `SiteView.gather`; what any `out` holds then is undefined.
+    """
+    fast: list[tuple[Taker, Piece]] = []
+    for view, positions, layers, out in wanted:
+        reader, slots = view.rows_of(layers)
+        if isinstance(reader, SiteRows):
+            fast += [(reader, piece) for piece in reader.pieces(positions, slots, out)]
+        else:
+            reader.take(positions, slots, out)
+    take_pieces(fast)
+
+
+_CODE_AT = ctypes.sizeof(ctypes.c_void_p) + 12
+_FLOAT, _BFLOAT = 2, 4
+
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype = ctypes.c_void_p
+_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+
+
+def tensor_over(memory: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Make a tensor of `memory`, uint8 of exactly its size: it, and every view of it, keeps that very array.
+
+    `dtype` is a floating one.
+    """
+    if not len(memory):
+        return torch.empty(shape, dtype=dtype)  # which numpy refuses to make from memory
+    # By way of a memoryview, or numpy would keep what the memory is a part of, in place of the array itself.
+    capsule = np.frombuffer(memory.data, f"i{dtype.itemsize}").reshape(shape).__dlpack__()
+    record = _pointer(capsule, b"dltensor")
+    ctypes.c_uint8.from_address(record + _CODE_AT).value = _BFLOAT if dtype == torch.bfloat16 else _FLOAT
+    return torch.utils.dlpack.from_dlpack(capsule)
+
+
+class Batch(dict[str, torch.Tensor]):
+    """A dict of the sites: `batch[site]` is `[k, n_layers, d_model]`, and row i of each is of the same token.
+
+    It is the caller's own memory. It pickles, and DataLoader's `pin_memory=True` gives one whose sites are pinned.
+
+    Attributes:
+        positions: `[k]` int64 on the CPU: where in the store each token is.
+        tokens: `[k]` int32 on the CPU: which token it is; -1 where that is not known.
+        state: what `state_dict()` of the dataset was when it had yielded this batch and nothing after it.
+    """
+
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    state: State
+
+    @classmethod
+    def of(
+        cls, activations: Mapping[str, torch.Tensor], positions: torch.Tensor, tokens: torch.Tensor, state: State
+    ) -> Self:
+        """Put a batch together; it holds on to what it is given."""
+        batch = cls(activations)
+        batch.positions, batch.tokens, batch.state = positions, tokens, state
+        return batch
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Give the same batch with its sites on another device; `positions` and `tokens` stay on the CPU.
+
+        `non_blocking` is as in `torch.Tensor.to`: worth it where the batch is pinned.
+        """
+        moved = {site: rows.to(device, non_blocking=non_blocking) for site, rows in self.items()}
+        return type(self).of(moved, self.positions, self.tokens, self.state)
+
+    def __repr__(self) -> str:
+        sites = (f"{site!r}: {list(rows.shape)} {rows.dtype} on {rows.device}" for site, rows in self.items())
+        return f"Batch({', '.join(sites)})"
+
 
 # A batch: which places of the order, as (start, stop), none empty, and the state behind it.
 Span: TypeAlias = "tuple[list[tuple[int, int]], State]"
@@ -235,3 +328,86 @@ class Fetcher:
                 done.record(stream)
                 found.append((out, done))
         return found
+
+
+# Of the wide numbers in which a piece is computed: in the caches, and few enough calls for a batch, since after each
+# the interpreter's lock has to be had back.
+_PIECE_BYTES = 8 << 20
+
+
+class Conversion:
+    """What is done to the rows of one site: nothing, a cast, or `(x - shift) * scale` and a cast.
+
+    Normalising is computed in float32, from float64 in float64. Immutable; it pickles.
+
+    Args:
+        view: the site.
+        layers: the layers wanted, in their order; None for all.
+        dtype: of the result; None for the storage dtype.
+        normalize: as `SiteStatistics.normalizer`; None leaves the values as they are.
+
+    Raises:
+        ArgumentError: the statistics of a layer cannot normalise it.
+    """
+
+    def __init__(
+        self,
+        view: SiteView,
+        layers: Sequence[int] | None,
+        dtype: torch.dtype | None,
+        normalize: Literal["scalar", "per_dim"] | None,
+    ) -> None:
+        self.stored = view.dtype
+        self.dtype = view.dtype if dtype is None else dtype
+        self.wide = torch.float64 if view.dtype == torch.float64 else torch.float32
+        self._shift: torch.Tensor | None = None
+        self._scale: torch.Tensor | None = None
+        if normalize is not None:
+            chosen = list(view.layers if layers is None else layers)
+            slots = [view.layers.index(layer) for layer in chosen]
+            shift, scale = (part[slots].to(self.wide) for part in view.statistics.normalizer(normalize))
+            good = (shift.isfinite() & scale.isfinite()).all(dim=1)
+            if not good.all():
+                layer = chosen[int(good.logical_not().nonzero()[0])]
+                raise ArgumentError(
+                    f"normalize={normalize!r}: the statistics of {view.name}, layer {layer}, give no finite factor "
+                    f"(no rows were counted, or all are zeros); leave the layer out with layers="
+                )
+            self._shift, self._scale = shift if normalize == "per_dim" else None, scale
+
+    @property
+    def staged(self) -> bool:
+        """Whether the stored rows need a place of their own; otherwise they go where the result will be."""
+        return self.stored != self.dtype
+
+    def apply(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill `out` `[k, n_layers, d_model]` from the stored `rows`, which are `out` itself unless `staged`."""
+        if self._scale is None:
+            if self.staged:
+                out.copy_(rows)
+            return
+        step = max(1, _PIECE_BYTES // max(1, self.wide.itemsize * self._scale.numel()))
+        room = None if self.dtype == self.wide else torch.empty((min(step, len(out)), *out.shape[1:]), dtype=self.wide)
+        for start in range(0, len(out), step):
+            piece, into = rows[start : start + step], out[start : start + step]
+            wide = into if room is None else room[: len(into)]
+            if self.staged or room is not None:
+                wide.copy_(piece)
+            self._normalise(wide, self._shift, self._scale)
+            if room is not None:
+                into.copy_(wide)
+
+    def on_device(self, rows: torch.Tensor) -> torch.Tensor:
+        """Give what `apply` gives, of rows on a device and there, in new memory or in the rows' own."""
+        if self._scale is None:
+            return rows.to(self.dtype)
+        wide = rows.to(self.wide)
+        shift = None if self._shift is None else self._shift.to(rows.device, non_blocking=True)
+        self._normalise(wide, shift, self._scale.to(rows.device, non_blocking=True))
+        return wide.to(self.dtype)
+
+    @staticmethod
+    def _normalise(wide: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> None:
+        if shift is not None:
+            wide.sub_(shift)
+        wide.mul_(scale)

@@ -1,0 +1,449 @@
+"""Which token comes at which step of an epoch, on which rank, and the state by which it goes on. Arithmetic only.
+
+How the order of a block shuffle is dealt to several machines, so that each of them reads blocks of its own. The line of
+blocks is cut into equal lanes, and an epoch takes one token of each in turn. So every step has equally many tokens of
+each lane, whoever takes them, and how far an epoch has come stays one number.
+
+The order of an epoch: which kept token comes at which place. A function of its place, so that nothing is kept.
+`"global"` is a permutation of all tokens. `"block"` is for disks that hate random reads: blocks of consecutive tokens
+come in random order, and each few of them are a pool, within which every token has a random place. Reading a pool is
+reading its blocks, in long pieces, once an epoch; while it lasts it is in memory. For several machines the blocks are
+dealt out (`lanes`), and each has pools of its own. None is the order of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from mmcache.errors import ArgumentError
+from mmcache.training.permutation import Permutation, mixed
+
+__all__ = [
+    "BlockOrder",
+    "Blocks",
+    "FeedPlan",
+    "Lanes",
+    "Order",
+    "Position",
+    "Shares",
+    "State",
+    "block_geometry",
+    "order_of",
+]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """`tokens` places in a line, cut into `count` lanes whose lengths differ by one at most. Arithmetic only."""
+
+    tokens: int
+    count: int
+
+    def begin(self, lane: int) -> int:
+        """Give the place where a lane begins; that behind the last one is the end of the line."""
+        each, more = divmod(self.tokens, self.count)
+        return lane * each + min(lane, more)
+
+    def lane(self, place: int) -> int:
+        """Say in which lane a place is."""
+        each, more = divmod(self.tokens, self.count)
+        longer = more * (each + 1)
+        return place // (each + 1) if place < longer else more + (place - longer) // each
+
+    def _passed(self, lane: int, turn: int) -> int:
+        """Count the tokens of a lane that come before a turn of the epoch."""
+        return (turn - lane + self.count - 1) // self.count
+
+    def pieces(self, begin: int, end: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """Say which places of the line a share of a step has, as (start, stop), each in one lane, none empty.
+
+        The turns of a step, from `begin` to before `end`, are dealt lane by lane, and the share is those from `start`
+        to before `stop` of them. So ranks of which as many are on every machine keep to the lane of theirs.
+        """
+        found, at = [], begin
+        for lane in range(self.count):
+            first, last = self._passed(lane, begin), self._passed(lane, end)
+            low, high = max(start, at), min(stop, at + last - first)
+            if low < high:
+                place = self.begin(lane) + first - at
+                found.append((place + low, place + high))
+            at += last - first
+        return found
+
+
+# A piece that is read from disk in one go: about where disks reach their full rate.
+_PIECE_BYTES = 8 << 20
+# With fewer blocks in it, a pool would mix too few places of the text.
+_LEAST_BLOCKS = 8
+# Keys apart from each other.
+_TOKENS, _BLOCKS, _POOL = 1, 2, 3
+
+
+class Blocks(NamedTuple):
+    """The geometry of a block shuffle: tokens a block, a power of two, and blocks a pool."""
+
+    tokens: int
+    pool: int
+
+
+def block_geometry(piece_bytes: int, token_bytes: int, buffer_bytes: int) -> Blocks:
+    """Choose blocks and pools, from what is asked and nothing of the machine, since the order depends on them.
+
+    Args:
+        piece_bytes: what one more token adds to a contiguous piece on disk, in the widest site.
+        token_bytes: what one token takes in memory while its pool lasts, all sites and layers together.
+        buffer_bytes: what a pool may take.
+
+    Raises:
+        ArgumentError: not even one token fits.
+    """
+    tokens = buffer_bytes // token_bytes
+    if tokens < 1:
+        raise ArgumentError(f"buffer_bytes is {buffer_bytes}: expected at least the {token_bytes} bytes of one token")
+    block = 1 << max(0, min(_PIECE_BYTES // piece_bytes, tokens // _LEAST_BLOCKS).bit_length() - 1)
+    return Blocks(block, tokens // block)
+
+
+class Order(Protocol):
+    """The order of one epoch."""
+
+    @property
+    def quality(self) -> float:
+        """How far apart two neighbours in the text end up on average, 1.0 being that of a uniform shuffle."""
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Give the kept indices that come at the places from `start` to before `stop`: `[stop - start]` int64."""
+
+
+class _TextOrder:
+    """As in the text."""
+
+    def __init__(self, tokens: int) -> None:
+        # Neighbours stay 1 apart; in a uniform shuffle they are (tokens + 1) / 3 apart on average.
+        self.quality = min(1.0, 3 / (tokens + 1))
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(start, stop, dtype=np.int64)
+
+
+class _GlobalOrder:
+    """Any token anywhere."""
+
+    quality = 1.0
+
+    def __init__(self, tokens: int, seed: int, epoch: int) -> None:
+        self._permutation = Permutation(tokens, mixed(seed, epoch, _TOKENS))
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        return self._permutation.forward(np.arange(start, stop))
+
+
+class BlockOrder:
+    """Blocks in random order, and a pool's tokens in random order. All of it is arithmetic: nothing is stored.
+
+    Places are those of the line that is cut into lanes. The last block may be short: the places behind it are moved up
+    by what it lacks. No pool is of two lanes; a block may be, and is in a pool of each then.
+    """
+
+    def __init__(self, tokens: int, blocks: Blocks, seed: int, epoch: int, lanes: int = 1) -> None:
+        self._tokens, self._blocks = tokens, blocks
+        self._seed, self._epoch = seed, epoch
+        self._count = -(-tokens // blocks.tokens)
+        self._order = Permutation(self._count, mixed(seed, epoch, _BLOCKS))
+        self._lacking = self._count * blocks.tokens - tokens
+        # Where the short block stands, and where it ends; without one, nothing is moved.
+        self._short = int(self._order.inverse(np.array([self._count - 1]))[0])
+        self._end = (self._short + 1) * blocks.tokens - self._lacking
+        self.lanes = Lanes(tokens, lanes)
+        # Pools are numbered through lane by lane, by as many as the lane with the most blocks may have.
+        self._in_lane = max(self._pools_of(lane) for lane in range(lanes))
+
+    @property
+    def pool_tokens(self) -> int:
+        """How many tokens a pool has."""
+        return min(self._blocks.tokens * self._blocks.pool, self._tokens)
+
+    def _begin(self, turn: int) -> int:
+        """Give the place where the block begins that has this turn; behind the last turn, the end of the epoch."""
+        return turn * self._blocks.tokens - (self._lacking if turn > self._short else 0)
+
+    def _turn(self, place: int) -> int:
+        """Say which turn the block of a place has."""
+        return (place + (self._lacking if place >= self._end else 0)) // self._blocks.tokens
+
+    def _turns_of(self, lane: int) -> tuple[int, int]:
+        """Give the turns of a lane's blocks: from which to before which."""
+        return self._turn(self.lanes.begin(lane)), self._turn(self.lanes.begin(lane + 1) - 1) + 1
+
+    def _pools_of(self, lane: int) -> int:
+        first, last = self._turns_of(lane)
+        return -(-(last - first) // self._blocks.pool)
+
+    def _turns(self, pool: int) -> tuple[int, int]:
+        """Give the turns of a pool's blocks: from which to before which."""
+        lane, number = divmod(pool, self._in_lane)
+        first, last = self._turns_of(lane)
+        first += number * self._blocks.pool
+        return first, min(first + self._blocks.pool, last)
+
+    def _edges(self, pool: int) -> tuple[int, int]:
+        """Give the places of a pool: from which to before which."""
+        lane = pool // self._in_lane
+        first, last = self._turns(pool)
+        return max(self._begin(first), self.lanes.begin(lane)), min(self._begin(last), self.lanes.begin(lane + 1))
+
+    def pool(self, place: int) -> int:
+        """Say which pool a place is in."""
+        lane = self.lanes.lane(place)
+        return lane * self._in_lane + (self._turn(place) - self._turns_of(lane)[0]) // self._blocks.pool
+
+    def next_pool(self, pool: int) -> int | None:
+        """Give the pool that follows in the same lane, if there is one."""
+        lane, number = divmod(pool, self._in_lane)
+        return pool + 1 if number + 1 < self._pools_of(lane) else None
+
+    @property
+    def quality(self) -> float:
+        """The sum of lanes * (pool / tokens)² over all pools: within one, neighbours are a third of it apart.
+
+        That is in its lane, and as many times further in the epoch as there are lanes. Those that the border of a block
+        parts are as far from each other as in a uniform shuffle.
+        """
+        squares, usual = 0, self._blocks.tokens * self._blocks.pool
+        for lane in range(self.lanes.count):
+            first, count = lane * self._in_lane, self._pools_of(lane)
+            special = {first, first + count - 1}
+            if self.lanes.begin(lane) < self._end <= self.lanes.begin(lane + 1):
+                special.add(self.pool(self._end - 1))
+            sizes = [stop - start for start, stop in map(self._edges, special)]
+            squares += sum(size * size for size in sizes) + (count - len(special)) * usual * usual
+        parted = (self._count - 1) / max(1, self._tokens - 1)
+        return parted + (1 - parted) * squares * self.lanes.count / (self._tokens * self._tokens)
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Give the kept indices that come at the places from `start` to before `stop`: `[stop - start]` int64."""
+        parts = []
+        while start < stop:
+            pool = self.pool(start)
+            begin, end = self._edges(pool)
+            within = Permutation(end - begin, mixed(self._seed, self._epoch, _POOL, pool))
+            until = min(stop, end)
+            places = begin + within.forward(np.arange(start - begin, until - begin))
+            places[places >= self._end] += self._lacking
+            turns, inside = np.divmod(places, self._blocks.tokens)
+            parts.append(self._order.forward(turns) * self._blocks.tokens + inside)
+            start = until
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def blocks(self, pool: int) -> list[tuple[int, int]]:
+        """List the blocks of a pool, as kept indices (start, stop), in the order of the text."""
+        numbers = self._order.forward(np.arange(*self._turns(pool)))
+        starts = np.sort(numbers) * self._blocks.tokens
+        return [(start, min(start + self._blocks.tokens, self._tokens)) for start in starts.tolist()]
+
+
+def order_of(shuffle: str | None, tokens: int, blocks: Blocks | None, seed: int, epoch: int, lanes: int = 1) -> Order:
+    """Give the order of an epoch of `tokens` tokens, at least one; `blocks` and `lanes` are those of `"block"`."""
+    if blocks is not None:
+        return BlockOrder(tokens, blocks, seed, epoch, lanes)
+    return _TextOrder(tokens) if shuffle is None else _GlobalOrder(tokens, seed, epoch)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How `tokens` turns of an epoch, each of which is a token's, are laid out over the ranks. Arithmetic only.
+
+    A full step is one batch for each rank, side by side. What is left for the end, fewer tokens than a full step has,
+    is shared evenly, so that no two ranks differ by more than one token. Where it would not be one token for each, the
+    last full step is shared together with it, over two steps. Only where there are not as many tokens at all is a
+    rank's last batch empty. With `drop_last` there are full steps only.
+    """
+
+    tokens: int
+    world_size: int
+    batch_size: int
+    drop_last: bool
+
+    @cached_property
+    def _edges(self) -> tuple[int, list[int]]:
+        """Count the plain full steps, and say where each step behind them ends."""
+        step = self.world_size * self.batch_size
+        full, rest = divmod(self.tokens, step)
+        if self.drop_last or not rest:
+            return full, []
+        if rest < self.world_size and full and self.batch_size > 1:
+            first = (full - 1) * step
+            return full - 1, [first + (step + rest + 1) // 2, self.tokens]
+        return full, [self.tokens]
+
+    def __len__(self) -> int:
+        full, ends = self._edges
+        return full + len(ends)
+
+    def seen(self, step: int) -> int:
+        """Count the tokens that all ranks together have seen after `step` steps; more steps than there are see all."""
+        full, ends = self._edges
+        if step <= full:
+            return step * self.world_size * self.batch_size
+        return ([full * self.world_size * self.batch_size, *ends])[min(step - full, len(ends))]
+
+    def share(self, step: int, rank: int) -> tuple[int, int]:
+        """Say which turns a rank takes at a step, of those that are dealt then: from `start` to before `stop`."""
+        begin = self.seen(step)
+        each, more = divmod(self.seen(step + 1) - begin, self.world_size)
+        start = begin + rank * each + min(rank, more)
+        return start, start + each + (rank < more)
+
+
+State: TypeAlias = "dict[str, int | str | None]"
+
+_VERSION = 1
+# Of more machines, some share a lane: each step looks at all of them.
+_MOST_LANES = 1 << 16
+
+
+class Position(NamedTuple):
+    """Where a feed stands: `step` batches into a layout of the tokens of `epoch` from turn `start` on.
+
+    The epoch goes on in as many lanes as it began with, however many machines there are by now.
+    """
+
+    epoch: int
+    start: int
+    step: int
+    lanes: int
+
+
+@dataclass(frozen=True)
+class FeedPlan:
+    """All that decides which token comes when.
+
+    Attributes:
+        seed: of the shuffle.
+        tokens: how many take part; at least one.
+        kept: the digest of which they are.
+        shuffle: `"global"`, `"block"` or None.
+        blocks: the geometry of `"block"`, else None.
+        world_size, batch_size, drop_last: as `Shares`.
+        nodes: how many machines the ranks are on.
+    """
+
+    seed: int
+    tokens: int
+    kept: int
+    shuffle: str | None
+    blocks: Blocks | None
+    world_size: int
+    batch_size: int
+    drop_last: bool
+    nodes: int = 1
+
+    def begin(self, epoch: int) -> Position:
+        """Give the start of an epoch."""
+        return Position(epoch, 0, 0, min(self.nodes, self._most_lanes))
+
+    @property
+    def _most_lanes(self) -> int:
+        return min(self.tokens, _MOST_LANES) if self.blocks else 1
+
+    def shares(self, start: int = 0) -> Shares:
+        """Lay out the turns of an epoch from `start` on; the shares count from there."""
+        return Shares(self.tokens - start, self.world_size, self.batch_size, self.drop_last)
+
+    def places(self, position: Position, shares: Shares, rank: int) -> list[tuple[int, int]]:
+        """Say which places of the order a rank takes at a step, as (start, stop), none empty; `shares` as laid out."""
+        of_step = shares.seen(position.step), shares.seen(position.step + 1)
+        turns = (position.start + turn for turn in (*of_step, *shares.share(position.step, rank)))
+        return Lanes(self.tokens, position.lanes).pieces(*turns)
+
+    def order(self, position: Position) -> Order:
+        """Give the order of the epoch that a position is in."""
+        return order_of(self.shuffle, self.tokens, self.blocks, self.seed, position.epoch, position.lanes)
+
+    @property
+    def _order_fields(self) -> State:
+        """What another order would differ in."""
+        block, pool = self.blocks or (0, 0)
+        return {
+            "seed": self.seed,
+            "tokens": self.tokens,
+            "kept": self.kept,
+            "shuffle": self.shuffle,
+            "block_tokens": block,
+            "pool_blocks": pool,
+        }
+
+    @property
+    def _layout_fields(self) -> State:
+        """What another layout of the same order would differ in."""
+        return {"world_size": self.world_size, "batch_size": self.batch_size, "drop_last": self.drop_last}
+
+    def state(self, position: Position, workers: int = 1) -> State:
+        """Write a position down. `workers`: it is one of so many workers', each of which has its own."""
+        return {
+            "version": _VERSION,
+            **position._asdict(),
+            "workers": workers,
+            **self._order_fields,
+            **self._layout_fields,
+        }
+
+    def position(self, state: Mapping[str, object], workers: int = 1) -> Position:
+        """Read a position, in this process, which is one of `workers`; one of another layout is laid out anew.
+
+        Then `start` is how many tokens all ranks had seen together, and what is left follows, each token once.
+
+        Raises:
+            ArgumentError: it is no state, of another order, or of one of several workers where that is not enough.
+        """
+        wanted = self.state(self.begin(0))
+        if isinstance(state, Mapping):
+            # Older ones know of one lane only.
+            state = {"lanes": 1, **state}
+        missing = [name for name in wanted if name not in state] if isinstance(state, Mapping) else list(wanted)
+        if missing:
+            raise ArgumentError(f"the state lacks {', '.join(missing)}: expected what state_dict() or batch.state gave")
+        found: dict[str, object] = {name: state[name] for name in wanted}
+        if found["version"] != _VERSION:
+            raise ArgumentError(f"the state has version {found['version']!r}: this mmcache reads version {_VERSION}")
+        differ = [
+            f"{name} is {found[name]!r}, here {value!r}"
+            for name, value in self._order_fields.items()
+            if found[name] != value
+        ]
+        if differ:
+            raise ArgumentError(
+                f"the state is of another order: {'; '.join(differ)}. Make the dataset as it was when the state was "
+                f"taken: the same store, drop, split, shuffle, seed and, for blocks, sites, layers and buffer_bytes"
+            )
+        numbers = {name: _count(name, found[name]) for name in (*Position._fields, "workers", *self._layout_fields)}
+        position = Position(*(numbers[name] for name in Position._fields))
+        if position.start > self.tokens:
+            raise ArgumentError(f"the state's start is {position.start}: expected at most the {self.tokens} tokens")
+        if position.lanes > self._most_lanes:
+            raise ArgumentError(f"the state's lanes is {position.lanes}: expected at most {self._most_lanes}")
+        same = all(found[name] == value for name, value in self._layout_fields.items())
+        if numbers["workers"] not in (1, workers) or (numbers["workers"] > 1 and not same):
+            raise ArgumentError(
+                f"the state is that of one of {numbers['workers']} DataLoader workers, which says nothing of the "
+                f"others: for another number of workers, world_size, batch_size or drop_last, load the `state` of the "
+                f"last batch, in the main process"
+            )
+        if same:
+            return position
+        old = Shares(
+            self.tokens - position.start, numbers["world_size"], numbers["batch_size"], bool(numbers["drop_last"])
+        )
+        return position._replace(start=position.start + old.seen(position.step), step=0)
+
+
+def _count(name: str, value: object) -> int:
+    least = 1 if name in ("workers", "world_size", "batch_size", "lanes") else 0
+    if not isinstance(value, int) or value < least:
+        raise ArgumentError(f"the state's {name} is {value!r}: expected a whole number, at least {least}")
+    return int(value)
