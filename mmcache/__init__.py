@@ -62,10 +62,9 @@ if TYPE_CHECKING:
     from mmcache.extraction.special_tokens import BosWarning
     from mmcache.models.capture import Captured, capture
     from mmcache.ops.export import Exported, export
-    from mmcache.ops.findings import Finding, Report
     from mmcache.ops.repair import Loss, Repaired, repair
     from mmcache.ops.transfer import Transferred, pull, push
-    from mmcache.ops.verify import verify
+    from mmcache.ops.verify import Finding, Report, verify
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
     from mmcache.read.store import open_store as open  # noqa: A004 -- mmcache.open is meant to read like open
@@ -119,8 +118,8 @@ _PLACES = {
     "extract": "extraction.job",
     "NonFiniteWarning": "extraction.runner",
     "ProvenanceWarning": "extraction.fingerprint",
-    "Finding": "ops.findings",
-    "Report": "ops.findings",
+    "Finding": "ops.verify",
+    "Report": "ops.verify",
     "BosWarning": "extraction.special_tokens",
     "Loss": "ops.repair",
     "Repaired": "ops.repair",

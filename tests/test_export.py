@@ -19,7 +19,7 @@ from support import DTYPES, damage, numpy_dtype, python, random_bits, raw, shard
 import mmcache
 from mmcache.cli import main
 from mmcache.format.manifest import read_manifest
-from mmcache.ops import selection
+from mmcache.ops import export
 
 # Under its own name there is the function.
 module = importlib.import_module("mmcache.ops.export")
@@ -111,7 +111,7 @@ def test_safetensors_are_links_with_the_same_bits(tmp_path, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("piece", [1, 5000, 1 << 20])
 def test_npy_has_the_same_bits(tmp_path, layout, dtype, piece, monkeypatch):
-    monkeypatch.setattr(selection, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(export, "_PIECE_BYTES", piece)
     held = build(tmp_path / "acts", layout, dtype)
     done = mmcache.export(tmp_path / "acts", tmp_path / "out", to="npy")
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -133,7 +133,7 @@ def test_npy_has_the_same_bits(tmp_path, layout, dtype, piece, monkeypatch):
 @both_layouts
 @pytest.mark.parametrize("to", ["safetensors", "npy"])
 def test_a_part_of_it_in_the_order_asked(tmp_path, layout, to, monkeypatch):
-    monkeypatch.setattr(selection, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(export, "_PIECE_BYTES", 5000)
     held = build(tmp_path / "acts", layout)
     done = mmcache.export(tmp_path / "acts", tmp_path / "out", to=to, sites=["mlp_out"], layers=[2, 0])
     if to == "npy":

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from mmcache.ops.headers import npy_header, safetensors_header
+from mmcache.ops.export import npy_header, safetensors_header
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}
 shapes = st.lists(st.integers(0, 5), min_size=1, max_size=3)

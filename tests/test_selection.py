@@ -7,8 +7,8 @@ from support import random_bits, raw, shards, without_sync
 
 import mmcache
 from mmcache.errors import ArgumentError, DtypeError, IncompleteError, OutOfRangeError, UnknownSiteError
-from mmcache.ops import selection
-from mmcache.ops.selection import Selection, bytes_of
+from mmcache.ops import export
+from mmcache.ops.export import Selection, bytes_of
 
 TOTAL = 300
 
@@ -45,7 +45,7 @@ def test_what_makes_shards_as_they_are_not_enough(made):
 @pytest.mark.parametrize("piece", [1, 3000, 1 << 20])
 def test_pieces_are_the_rows(made, piece, monkeypatch):
     path, rows = made
-    monkeypatch.setattr(selection, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(export, "_PIECE_BYTES", piece)
     chosen = Selection(mmcache.open(path), ["b"], [2, 0], None)
     found = [(start, some.clone()) for start, some in chosen.pieces(chosen.views["b"], [2, 0], 250, 290)]
     step = max(1, piece // (2 * 24 * 4))

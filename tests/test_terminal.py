@@ -11,8 +11,8 @@ from rich.cells import cell_len
 from mmcache.cli.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
 from mmcache.extraction.estimate import Survey
 from mmcache.ops.export import Exported
-from mmcache.ops.findings import Finding, Report
 from mmcache.ops.repair import Loss, Repaired
+from mmcache.ops.verify import Finding, Report
 from mmcache.read.describe import overview
 from mmcache.text import visible
 

@@ -15,8 +15,8 @@ from small import contents, identities
 from support import damage, flip, python, raw, same, shards, threads_named, wait_for, without_sync
 
 import mmcache
-from mmcache.ops import carrier, endpoints, receiver
-from mmcache.ops.part import blocks_of
+from mmcache.ops import copy_shards, endpoints
+from mmcache.ops.transfer import blocks_of
 from mmcache.read.tokens import Sequences
 from mmcache.storage import mirror, object_store
 from mmcache.storage.object_store import Bucket
@@ -654,7 +654,7 @@ def test_killed_in_the_middle_it_goes_on(planned, remote, tmp_path):
     with pytest.raises(mmcache.StoreNotFoundError):
         mmcache.open(back)
     pulled = mmcache.pull(remote.url, back)
-    assert pulled.there >= at - receiver.Receiver.copies
+    assert pulled.there >= at - copy_shards.Receiver.copies
     assert_same(contents(back), contents(planned))
 
 
@@ -705,7 +705,7 @@ def test_import_mmcache_needs_no_object_storage():
 
 
 def test_several_are_under_way_and_few_bytes_in_memory():
-    assert 2 <= carrier.Carrier.copies <= 4
-    assert 2 <= receiver.Receiver.copies <= 16
+    assert 2 <= copy_shards.Carrier.copies <= 4
+    assert 2 <= copy_shards.Receiver.copies <= 16
     # Two windows a stream, and the piece that is on its way into one.
-    assert receiver.Receiver.copies * (2 * mirror._WINDOW + object_store._PIECE_BYTES) <= 160 * MIB
+    assert copy_shards.Receiver.copies * (2 * mirror._WINDOW + object_store._PIECE_BYTES) <= 160 * MIB

@@ -93,7 +93,7 @@ def test_errors_are_one_sentence(acts, url, tmp_path):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(acts, url):
     slow = (
-        "import time, mmcache.ops.sender as s; from mmcache.cli import main; carry = s.Sender._carry\n"
+        "import time, mmcache.ops.copy_shards as s; from mmcache.cli import main; carry = s.Sender._carry\n"
         "def slow(self, shard):\n    print('copying', flush=True); time.sleep(0.5); return carry(self, shard)\n"
         "s.Sender._carry = slow; main()"
     )

@@ -19,7 +19,7 @@ from mmcache.ops.repair import repair as repair_store
 from mmcache.ops.verify import verify as verify_store
 
 if TYPE_CHECKING:
-    from mmcache.ops.findings import Level
+    from mmcache.ops.verify import Level
 
 __all__ = ["export", "repair", "verify"]
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from mmcache.extraction.estimate import Survey
     from mmcache.ops.export import Exported
-    from mmcache.ops.findings import Finding, Report
     from mmcache.ops.repair import Repaired
+    from mmcache.ops.verify import Finding, Report
 
 __all__ = ["draw_exported", "draw_overview", "draw_repaired", "draw_report", "draw_survey"]
 

@@ -2,11 +2,14 @@
 
 Shards are safetensors files already: where a whole one is wanted, the export is a hard link to it, which takes no time
 and no room. FORMAT.md says what is in them; `index.json` says which file holds which site, layers and tokens.
+
+Sources: the safetensors README, "Format" (https://github.com/huggingface/safetensors), and numpy's NEP 1.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -17,26 +20,158 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 
-from mmcache.errors import ArgumentError, DiskFullError
+from mmcache.errors import ArgumentError, DiskFullError, IncompleteError, OutOfRangeError
+from mmcache.format.dtypes import BY_NAME, activation_dtype
 from mmcache.format.shard import parse_header
-from mmcache.ops.headers import npy_header, safetensors_header
-from mmcache.ops.selection import Selection, bytes_of
 from mmcache.read.store import Store, open_store
 from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
 from mmcache.system.atomic import publish
 from mmcache.system.atomic_folder import Outbox
 from mmcache.system.files import free_bytes, make_folder, open_file, read_page
+from mmcache.system.memory import anonymous
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    import torch
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mmcache.read.site_view import SiteView
     from mmcache.system.atomic import Draft
 
-__all__ = ["Exported", "Kind", "export"]
+__all__ = ["Exported", "Kind", "Selection", "bytes_of", "export", "npy_header", "safetensors_header"]
+
+# Rows that are under way, at a time.
+_PIECE_BYTES = 32 << 20
+
+
+def bytes_of(rows: torch.Tensor) -> np.ndarray:
+    """Look at contiguous rows on the host as `[bytes]` uint8."""
+    found: np.ndarray = rows.reshape(-1).view(torch.uint8).numpy()
+    return found
+
+
+class Selection:
+    """Some sites and layers of a store, all of whose rows are there.
+
+    Args:
+        store: an open store.
+        sites: which of them; None for all.
+        layers: which of them, by the model's own numbers, in the order wanted; None for all.
+        dtype: what rows are cast to; None for the storage dtype.
+
+    Raises:
+        UnknownSiteError, OutOfRangeError: a site or layer is not there.
+        ArgumentError: nothing is selected, or a layer twice.
+        DtypeError: no dtype that activations may have.
+        IncompleteError: shards of the selection are missing.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sites: Sequence[str] | None,
+        layers: Sequence[int] | None,
+        dtype: torch.dtype | str | None,
+    ) -> None:
+        self.store = store
+        self.manifest = store._manifest  # noqa: SLF001 -- a store and its manifest are one thing
+        self.views = {site: store[site] for site in (store.sites if sites is None else dict.fromkeys(sites))}
+        self.layers = list(store.layers if layers is None else layers)
+        unknown = [layer for layer in self.layers if layer not in store.layers]
+        if unknown:
+            raise OutOfRangeError(f"layer {unknown[0]} not in {store.where} (layers: {list(store.layers)})")
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ArgumentError(f"layers are {self.layers}: expected at least one, and each once")
+        if not self.views or not store.n_tokens:
+            raise ArgumentError(f"nothing is selected: {len(self.views)} sites, {store.n_tokens} tokens")
+        stored = BY_NAME[self.manifest.dtype or ""]
+        self.dtype = stored if dtype is None else activation_dtype(dtype)
+        # Whether shards as they are hold exactly this.
+        self.whole = self.dtype == stored and (not self.deep or self.layers == list(store.layers))
+        self._check_complete()
+
+    @property
+    def deep(self) -> bool:
+        """Whether a row of a shard is all layers of a token."""
+        return self.manifest.layout == "token"
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens: all of the store's."""
+        return self.store.n_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all selected rows, cast."""
+        return sum(view.d_model for view in self.views.values()) * len(self.layers) * self.dtype.size * self.n_tokens
+
+    def groups(self) -> list[tuple[int, list[int]]]:
+        """Give the layers that lie in one file together, with their slot."""
+        if self.deep:
+            return [(0, self.layers)]
+        return [(self.store.layers.index(layer), [layer]) for layer in self.layers]
+
+    def _check_complete(self) -> None:
+        wanted = [slot for slot, _ in self.groups()]
+        for site in self.views:
+            gone = int((~self.store.shards(site).present()[wanted]).sum())
+            if gone:
+                raise IncompleteError(
+                    f"{self.store.where}: {gone} shards of {site} that are needed are not there yet. Run the same "
+                    f"`mmcache extract` again, or select other sites or layers"
+                )
+
+    def pieces(
+        self, view: SiteView, layers: list[int], start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Read the rows from `start` to `stop` in pieces, not cast: first position and `[k, layers, d_model]`.
+
+        A piece is valid until the next. Raises as `SiteView.gather`.
+        """
+        stop = self.n_tokens if stop is None else stop
+        row = len(layers) * view.d_model
+        step = max(1, _PIECE_BYTES // (row * view.dtype.itemsize))
+        memory = torch.from_numpy(anonymous(min(step, stop - start) * row * view.dtype.itemsize)).view(view.dtype)
+        for first in range(start, stop, step):
+            count = min(step, stop - first)
+            rows = memory[: count * row].view(count, len(layers), view.d_model)
+            yield first, view.gather(range(first, first + count), layers=layers, out=rows)
+
+    def columns(self, array: str) -> Iterator[np.ndarray]:
+        """Read `tokens` or `flags` in pieces, as `[bytes]` uint8, their checksums compared."""
+        folder = self.store.array(array)
+        for start in range(0, self.n_tokens, folder.spec.shard_rows):
+            yield bytes_of(folder.read(start, min(start + folder.spec.shard_rows, self.n_tokens)))
+
+
+_PAGE = 4096
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> np.ndarray:
+    """Write the header of tensors that lie one behind the other, so that the first begins on a page: `[bytes]` uint8.
+
+    Args:
+        tensors: each one's dtype code, shape and bytes, in the order of the file.
+        metadata: the strings of `__metadata__`.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, (code, shape, size) in tensors.items():
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-(len(text) + 8) // _PAGE) * _PAGE - 8)
+    return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+
+
+def npy_header(code: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Write the header of a C-ordered npy file, such as for `"<f4"`: `[bytes]` uint8."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": code, "fortran_order": False, "shape": shape})
+    return np.frombuffer(head.getvalue(), np.uint8)
+
 
 Kind = Literal["safetensors", "npy"]
 _INDEX = "index.json"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcache.format.manifest import Manifest
-    from mmcache.ops.findings import Finding, Level, Report
+    from mmcache.ops.verify import Finding, Level, Report
 
 __all__ = ["ASIDE", "Loss", "Repaired", "repair"]
 
