@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["mmcache"]):
     from mmcache.format.manifest import Manifest, read_manifest
     from mmcache.format.shard import Layout, ShardSpec, parse_header
     from mmcache.read.describe import overview
-    from mmcache.view.words import Words
+    from mmcache.view.tokens import Words
 
 __all__ = ["TARGETS", "seeds"]
 

@@ -85,8 +85,8 @@ def browser() -> Iterator[Browser]:
 
 def page(path: Path, started: Browser, picture: Path) -> None:
     """Serve the page about a store, and take its picture."""
-    from mmcache.view.page import Page  # noqa: PLC0415 -- the terminal needs none
     from mmcache.view.panels import Source  # noqa: PLC0415 -- as above
+    from mmcache.view.server import Page  # noqa: PLC0415 -- the terminal needs none
 
     served = Page(Source(path))
     thread = threading.Thread(target=served.run)

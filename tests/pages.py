@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 import mmcache
 from mmcache.models.loading import load_model, load_tokenizer
-from mmcache.view.page import Page
+from mmcache.view.server import Page
 
 SCRIPT = "<script>window.__hacked=1</script>"
 IMAGE = "<img src=x onerror=window.__hacked=1>"

@@ -19,8 +19,7 @@ import plotly.io
 from mmcache import view as views
 from mmcache.errors import ArgumentError
 from mmcache.view import Unembedding, View
-from mmcache.view.figures import _CHARTS
-from mmcache.view.style import DARK, LIGHT, label, log_range, logs, token_label
+from mmcache.view.figures import _CHARTS, DARK, LIGHT, label, log_range, logs, token_label
 
 EVIL = [
     "<script>alert(1)</script>",

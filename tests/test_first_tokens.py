@@ -184,13 +184,13 @@ def test_what_is_read_of_them_is_bounded_and_said(tmp_path, monkeypatch):
     store, _ = strange(tmp_path / "acts")
     chunk = store.shards("mlp_out").spec.chunk_rows
     # Room for one inner chunk of rows: where the first is stays exact, how many there are does not.
-    monkeypatch.setattr("mmcache.view.far._BYTES", 1)
+    monkeypatch.setattr("mmcache.view.health._BYTES", 1)
     (far,) = mmcache.view.health(store, "mlp_out")["far"]
     inside = [at for at in MIDDLE if at // chunk == MIDDLE[0] // chunk]
     assert (far["rows"], far["exact"], far["first"]) == (len(inside), False, 60)
     assert far["chunks"] == len({at // chunk for at in MIDDLE}) == 2
     assert f"at least {len(inside)} rows that count" in mmcache.view.health(store, "mlp_out")["problems"][0]
-    monkeypatch.setattr("mmcache.view.far._MOST_SHARDS", 1)
+    monkeypatch.setattr("mmcache.view.health._MOST_FAR_SHARDS", 1)
     view = mmcache.view.health(store, "mlp_out")
     assert view.sampled == "the norms of 1 of 4 blocks, evenly spread"
     assert not view["far"][0]["exact"]

@@ -20,8 +20,8 @@ from support import wait_for
 
 from mmcache.view.access import Access
 from mmcache.view.figures import plotly_js
-from mmcache.view.limits import LimitedConnection
 from mmcache.view.panels import Source
+from mmcache.view.server import LimitedConnection
 
 DATA = ["/page.json", "/overview.json", "/norms.json", "/nothing.json", "/nothing"]
 OPEN = ["/", "/page.css", "/page.js", "/access.js", "/plotly.js"]

@@ -35,10 +35,10 @@ from mmcache import view as views
 from mmcache.cli import main
 from mmcache.errors import ArgumentError, StoreNotFoundError
 from mmcache.models.loading import load_model
-from mmcache.view import page as page_module
+from mmcache.view import server as page_module
 from mmcache.view.figures import plotly_js
-from mmcache.view.page import Page, serve
 from mmcache.view.panels import PANELS, Source
+from mmcache.view.server import Page, serve
 
 DIRECTION = np.random.default_rng(0).normal(size=32)
 
@@ -443,7 +443,7 @@ def test_a_signal_ends_it_without_a_word_while_it_starts(path, tmp_path, monkeyp
     monkeypatch.setattr(page_module, "_listening", listening)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr("os._exit", end)
-    for place in ("webbrowser.open", "mmcache.view.page.Page.run"):
+    for place in ("webbrowser.open", "mmcache.view.server.Page.run"):
         monkeypatch.setattr(place, lambda _: time.sleep(20))
     monkeypatch.setattr(f"mmcache.view.{moment}", signalled)
     before = signal.getsignal(number)
@@ -498,7 +498,7 @@ def test_what_the_command_cannot_read_is_told(path, tmp_path):
 
 def test_what_is_missing_is_told(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "mmcache.view.page")
+    monkeypatch.delitem(sys.modules, "mmcache.view.server")
     done = CliRunner().invoke(main, ["view", str(path)])
     assert done.exit_code == 2
     assert "the page needs uvicorn: pip install 'mmcache[view]'" in done.output

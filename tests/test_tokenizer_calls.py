@@ -16,7 +16,7 @@ from mmcache.extraction import corpus, tokenizer_calls
 from mmcache.extraction.tokenization import Contexts
 from mmcache.extraction.tokenizer_calls import ids_of_texts
 from mmcache.models.tokenizer import growth, panics_as_errors
-from mmcache.view.words import Words
+from mmcache.view.tokens import Words
 
 # A panic says on stderr where it was.
 _DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}

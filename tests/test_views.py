@@ -22,7 +22,7 @@ from mmcache.view import (
     token,
     top,
 )
-from mmcache.view.look import Look
+from mmcache.view.base import Look
 
 LAYERS, WIDTH, LENGTHS = 3, 24, (300, 1, 800, 411, 64)
 TOTAL = sum(LENGTHS)

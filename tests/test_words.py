@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mmcache
 from mmcache.storage.tokenizer_file import TOKENIZER
-from mmcache.view.words import Words, surroundings
+from mmcache.view.tokens import Words, surroundings
 
 TEXT = "The quick brown fox — naïve, 東京 and 🦊🦊 — jumps\n\tover  two  spaces.\n"
 

@@ -25,7 +25,7 @@ from mmcache.view import (
     statistics_view,
     token,
 )
-from mmcache.view.words import surroundings
+from mmcache.view.tokens import surroundings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -44,7 +44,7 @@ def view(
     """
     with ended_at_once() as tidy:
         try:
-            from mmcache.view.page import serve  # noqa: PLC0415 -- an extra
+            from mmcache.view.server import serve  # noqa: PLC0415 -- an extra
         except ImportError as error:
             raise ArgumentError(f"the page needs {error.name}: pip install 'mmcache[view]'") from error
 

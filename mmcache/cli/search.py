@@ -18,7 +18,7 @@ from mmcache.view import top as top_tokens
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmcache.view.direction import Direction
+    from mmcache.view.dimensions import Direction
 
 __all__ = ["find", "top"]
 

@@ -11,16 +11,13 @@ Terminal, notebook, JSON and page are drawn from the same. What is sampled says 
 from mmcache.read.describe import overview
 from mmcache.text import json_ready
 from mmcache.view.base import View
-from mmcache.view.browse import sequence, token
-from mmcache.view.dimensions import dimension, dimensions
-from mmcache.view.direction import load_direction
-from mmcache.view.find import find
+from mmcache.view.dimensions import dimension, dimensions, load_direction
 from mmcache.view.health import health
 from mmcache.view.lens import Unembedding, lens
 from mmcache.view.norms import apart, norms
+from mmcache.view.search import find, top
 from mmcache.view.summary import layer_view, row_view, statistics_view
-from mmcache.view.top import top
-from mmcache.view.words import Words
+from mmcache.view.tokens import Words, sequence, token
 
 __all__ = [
     "Unembedding",

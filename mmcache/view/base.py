@@ -1,19 +1,28 @@
-"""What there is to see, as plain data: terminal, notebook, JSON and page are all drawn from the same."""
+"""What a view returns, as plain data, and how much of a store it may read for that."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mmcache.errors import ArgumentError, IncompleteError, OutOfRangeError
+from mmcache.format.shard import Layout
+from mmcache.stats.site_statistics import SiteStatistics, load_summary, merge_site
 from mmcache.text import json_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
     from plotly.graph_objects import Figure
 
-__all__ = ["Name", "View", "written"]
+    from mmcache.read.store import Store
+    from mmcache.storage.shard_folder import ShardFolder
+
+__all__ = ["BUDGET", "Look", "Name", "Sample", "View", "written"]
 
 
 class Name(str):
@@ -81,3 +90,182 @@ class View:
             return {"text/plain": repr(self)}
         bundle: dict[str, Any] = figure._repr_mimebundle_(include, exclude)
         return {"text/plain": repr(self), **bundle}
+
+
+# What a view reads at most, unless it is told otherwise.
+BUDGET = 64 << 20
+# Rows that are looked at in a row, so that most of them have their neighbours.
+_RUN = 64
+# Numbers that are widened to float64 at once.
+_WIDE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens to look at.
+
+    Attributes:
+        positions: `[n]` int64, ascending: those that count in the statistics.
+        looked: how many were looked at, the others among them.
+        total: how many there are.
+    """
+
+    positions: np.ndarray
+    looked: int
+    total: int
+
+    @property
+    def said(self) -> str | None:
+        """What was left out, for people; None if nothing was."""
+        if self.looked == self.total:
+            return None
+        return f"{self.looked:,} of {self.total:,} tokens, evenly spread in runs of {_RUN}"
+
+
+class Look:
+    """One look at one site of a store. Not for several threads.
+
+    Args:
+        store: the store; shards may be missing.
+        site: one of its sites.
+        layers: the model's numbers; None for all.
+        budget: bytes of activations that may be read.
+
+    Raises:
+        UnknownSiteError, OutOfRangeError: there is no such site or layer.
+        IncompleteError: it has no rows yet.
+        ArgumentError: a budget below 1, or layers twice.
+    """
+
+    def __init__(self, store: Store, site: str, layers: Sequence[int] | None = None, budget: int = BUDGET) -> None:
+        if budget < 1:
+            raise ArgumentError(f"budget is {budget}: expected a number of bytes")
+        self.store, self.site, self.budget = store, site, budget
+        self.view = store[site]
+        _, self.slots = self.view.rows_of(layers)
+        if not self.slots:
+            raise ArgumentError("layers is empty: name at least one, or leave it out for all of them")
+        if len(set(self.slots)) < len(self.slots):
+            raise ArgumentError(f"layers are {layers}: expected each once")
+        self.layers = [store.layers[slot] for slot in self.slots]
+        self.bytes_read = 0
+
+    @cached_property
+    def folder(self) -> ShardFolder:
+        """The site's shards."""
+        return self.store.shards(self.site)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes that are read for one token: of the layers asked for, or of all where they lie together."""
+        rows = 1 if self.store.layout == "token" else len(self.slots)
+        return self.folder.spec.row_bytes * rows
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """Blocks of which the shards of all layers asked for are there: `[n]` int64, ascending."""
+        wanted = [0] if self.store.layout == "token" else self.slots
+        return np.flatnonzero(self.folder.present()[wanted].all(axis=0))
+
+    def span(self, start: int, stop: int | None) -> tuple[int, int]:
+        """Check a range of positions: `start` to before `stop`, None for the end."""
+        total = self.store.n_tokens
+        stop = total if stop is None else stop
+        if not 0 <= start < stop <= total:
+            raise OutOfRangeError(f"positions {start} to {stop} are not in {self.site} (n_tokens={total})")
+        return start, stop
+
+    def sample(self, run: int = _RUN) -> Sample:
+        """Choose tokens that count in the statistics, as many as the budget has room for, in runs evenly spread.
+
+        Raises:
+            IncompleteError: no shard is there.
+        """
+        shard, total = self.folder.spec.shard_rows, self.store.n_tokens
+        if not len(self.blocks):
+            raise IncompleteError(f"{self.site} of {self.store.where}: no shard of the layers asked for is there yet")
+        room = max(run, self.budget // self.record_bytes)
+        runs = [range(int(block) * shard, min((int(block) + 1) * shard, total)) for block in self.blocks]
+        there = sum(map(len, runs))
+        if there > room:
+            # Runs at even distances of what is there, from the first to the last.
+            edges = np.concatenate([[0], np.cumsum([len(run) for run in runs])])
+            starts = np.linspace(0, there - run, max(1, room // run)).astype(np.int64)
+            within = np.searchsorted(edges, starts, side="right") - 1
+            first = [runs[one].start + int(at - edges[one]) for one, at in zip(within, starts, strict=True)]
+            runs = [range(at, min(at + run, runs[one].stop)) for one, at in zip(within, first, strict=True)]
+        positions = np.unique(np.concatenate([np.arange(one.start, one.stop) for one in runs]))
+        return Sample(positions[self.counted(positions)], len(positions), total)
+
+    def counted(self, positions: np.ndarray) -> np.ndarray:
+        """Tell which of some ascending positions count in the statistics: `[n]` bool."""
+        return self._pick(positions, self.store.counted)
+
+    def tokens(self, positions: np.ndarray) -> np.ndarray:
+        """Read the ids at some ascending positions: `[n]` int32."""
+        return self._pick(positions, lambda start, stop: self.store.read_tokens(start, stop).numpy())
+
+    def flags(self, positions: np.ndarray) -> np.ndarray:
+        """Read the flags at some ascending positions: `[n]` uint8."""
+        return self._pick(positions, lambda start, stop: self.store.read_flags(start, stop).numpy())
+
+    @staticmethod
+    def _pick(positions: np.ndarray, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        # Stretches that are far from each other are read apart.
+        breaks = np.flatnonzero(np.diff(positions) > 1 << 12) + 1
+        parts = []
+        for part in np.split(positions, breaks):
+            if len(part):
+                first = int(part[0])
+                parts.append(np.asarray(read(first, int(part[-1]) + 1))[part - first])
+        return np.concatenate(parts) if parts else np.asarray(read(0, 0))
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Read rows in float64: `[n, layers, d_model]`. The caller sees to it that they fit into memory."""
+        self.bytes_read += len(positions) * self.record_bytes
+        found: np.ndarray = self.view.gather(positions, layers=self.layers).double().numpy()
+        return found
+
+    def scores(self, positions: np.ndarray, direction: np.ndarray | int | None) -> np.ndarray:
+        """Give a number for each row: `[n, layers]` float64. Rows are read some at a time.
+
+        Args:
+            positions: `[n]` int64.
+            direction: a dimension; or `[d_model]`, or `[layers, d_model]`, of which the dot product is taken; None for
+                the Euclidean norm.
+        """
+        some = max(1, _WIDE // (len(self.slots) * self.view.d_model))
+        out = np.empty((len(positions), len(self.slots)))
+        for start in range(0, len(positions), some):
+            rows = self.rows(positions[start : start + some])
+            if direction is None:
+                out[start : start + some] = np.sqrt(np.einsum("nld,nld->nl", rows, rows))
+            elif isinstance(direction, int):
+                out[start : start + some] = rows[:, :, direction]
+            else:
+                # Zero times infinity: NaN says so.
+                with np.errstate(invalid="ignore"):
+                    out[start : start + some] = (rows * direction).sum(axis=-1)
+        return out
+
+    def statistics(self) -> tuple[SiteStatistics, str | None]:
+        """Give the statistics of the site: merged once, or from the shards, or from as many of them as may be read.
+
+        All layers of the site, and what was left out, for people.
+        """
+        found = load_summary(self.store.path, self.store.manifest, self.site)
+        if found is not None:
+            return found, None
+        there = self.folder.present()
+        shards, blocks = int(there.sum()), np.flatnonzero(there.any(axis=0))
+        layout = Layout(self.folder.spec, self.folder.spec.shard_rows)
+        size = layout.tensors["statistics_crc32c"][3] - layout.tensors["count"][2]
+        if shards * size <= self.budget:
+            self.bytes_read += shards * size
+            return self.view.statistics, None
+        some = max(1, self.budget // (size * max(1, shards // len(blocks))))
+        chosen = blocks[np.linspace(0, len(blocks) - 1, some).astype(int)].tolist()
+        return self._merged(chosen), f"the statistics of {len(set(chosen)):,} of {len(blocks):,} blocks, evenly spread"
+
+    def _merged(self, blocks: Collection[int]) -> SiteStatistics:
+        return merge_site(self.folder, self.store.layout, self.store.n_layers, self.store.counted, frozenset(blocks))

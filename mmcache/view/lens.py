@@ -16,9 +16,8 @@ from mmcache.models.inference import text_config
 from mmcache.models.loading import load_model
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, instance, layer_numbers, optional, public
-from mmcache.view.base import Name, View, written
-from mmcache.view.look import Look
-from mmcache.view.words import Words, a_words, surroundings
+from mmcache.view.base import Look, Name, View, written
+from mmcache.view.tokens import Words, a_words, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,9 +11,8 @@ from mmcache.format.token_flags import BOS, SPECIAL
 from mmcache.read.store import a_store
 from mmcache.stats.site_statistics import brief_statistics
 from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public
-from mmcache.view.base import View, written
-from mmcache.view.look import Look
-from mmcache.view.words import Words, a_words
+from mmcache.view.base import Look, View, written
+from mmcache.view.tokens import Words, a_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Any
 from mmcache.errors import ArgumentError, IncompleteError
 from mmcache.read.describe import overview
 from mmcache.read.store import open_store
-from mmcache.view.base import View
-from mmcache.view.browse import sequence, token
-from mmcache.view.dimensions import dimension, dimensions
-from mmcache.view.direction import load_direction
-from mmcache.view.find import find
+from mmcache.view.base import Look, View
+from mmcache.view.dimensions import dimension, dimensions, load_direction
 from mmcache.view.health import health
-from mmcache.view.look import Look
 from mmcache.view.norms import apart, norms
-from mmcache.view.top import top
-from mmcache.view.words import Words
+from mmcache.view.search import find, top
+from mmcache.view.tokens import Words, sequence, token
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
 
-    from mmcache.view.direction import Direction
+    from mmcache.view.dimensions import Direction
 
 __all__ = ["DRAWING", "PANELS", "Panel", "Parameter", "Source", "parse"]
 

@@ -9,7 +9,7 @@ import torch
 from mmcache.format.token_flags import named_flags
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, public
-from mmcache.view.look import Look
+from mmcache.view.base import Look
 
 if TYPE_CHECKING:
     from mmcache.read.store import Store
