@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 import mmcache
-from mmcache.cli.charts import draw_health, draw_norms, draw_statistics, map_width
+from mmcache.cli.render_views import draw_health, draw_norms, draw_statistics, map_width
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.view import health, norms, statistics_view
 

@@ -35,7 +35,7 @@ from clt.run import Run
 from rich.console import Console
 
 import mmcache
-from mmcache.cli.tables import draw_rows
+from mmcache.cli.render import draw_rows
 from mmcache.system.atomic import publish
 
 

@@ -9,8 +9,8 @@ from planted import DEAD, LAYERS, NAN, OUTLIER, SITE, STARTS, TOTAL, WIDTH, draw
 from rich.cells import cell_len
 
 from mmcache import view as views
-from mmcache.cli.charts import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
-from mmcache.cli.heat import Heat
+from mmcache.cli.render import Heat
+from mmcache.cli.render_views import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
 from mmcache.view import View
 
 WIDTHS = (20, 40, 60, 80, 200)

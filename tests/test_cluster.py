@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import mmcache
 from mmcache import cluster
 from mmcache.cli import main
-from mmcache.cli.signals import Stopped, stoppable
+from mmcache.cli.progress import Stopped, stoppable
 from mmcache.cluster import pool
 from mmcache.cluster import worker as cluster_worker
 from mmcache.cluster.pool import Resources, deal

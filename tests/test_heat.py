@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planted import drawn, terminal, unstyled
 from rich.color import ColorType
 
-from mmcache.cli.heat import NOTHING, Heat, coloured, strip
+from mmcache.cli.render import NOTHING, Heat, coloured, strip
 
 FINITE = st.floats(-1e6, 1e6)
 

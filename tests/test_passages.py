@@ -11,8 +11,8 @@ from planted import INFINITE, NAN, SITE, STARTS, TOTAL, drawn, numbers, terminal
 from rich.cells import cell_len
 
 from mmcache import view as views
-from mmcache.cli.passages import draw_find, draw_sequence, draw_show, draw_token, draw_top, fitted, passage
-from mmcache.cli.tables import cell
+from mmcache.cli.render import cell
+from mmcache.cli.render_views import draw_find, draw_sequence, draw_show, draw_token, draw_top, fitted, passage
 from mmcache.text import visible
 from mmcache.view import View
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from support import at_opcode
 
 from mmcache import cli
-from mmcache.cli.signals import Stopped, stoppable
+from mmcache.cli.progress import Stopped, stoppable
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planted import drawn, terminal, unstyled
 from rich.cells import cell_len
 
-from mmcache.cli.tables import cell, draw_lines, draw_pairs, draw_rows, draw_text
+from mmcache.cli.render import cell, draw_lines, draw_pairs, draw_rows, draw_text
 from mmcache.text import visible
 
 WIDTHS = (20, 40, 60, 80, 200)

@@ -8,7 +8,7 @@ from broken import extracted
 from planted import SITE, drawn, numbers, terminal, unstyled
 from rich.cells import cell_len
 
-from mmcache.cli.terminal import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
+from mmcache.cli.render import draw_exported, draw_overview, draw_repaired, draw_report, draw_survey
 from mmcache.extraction.estimate import Survey
 from mmcache.ops.export import Exported
 from mmcache.ops.repair import Loss, Repaired

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mmcache.cli.signals import Stopped
+from mmcache.cli.progress import Stopped
 from mmcache.errors import CorruptError, IncompleteError, MmcacheError, NonFiniteError, WriteError
 from mmcache.text import visible_lines
 from mmcache.urls import redacted
@@ -26,16 +26,16 @@ _COMMANDS = {
     "extract": "extract",
     "sites": "extract",
     "info": "info",
-    "show": "look",
-    "stats": "look",
-    "view": "page",
-    "top": "search",
-    "find": "search",
-    "export": "care",
-    "verify": "care",
-    "repair": "care",
-    "push": "transfer",
-    "pull": "transfer",
+    "show": "explore",
+    "stats": "explore",
+    "view": "explore",
+    "top": "explore",
+    "find": "explore",
+    "export": "ops",
+    "verify": "ops",
+    "repair": "ops",
+    "push": "ops",
+    "pull": "ops",
 }
 
 

@@ -14,10 +14,8 @@ import torch
 from rich.console import Console
 
 from mmcache.cli.options import DTYPES, JSON, TRUST, layer_numbers, names, print_json
-from mmcache.cli.progress import ProgressBar
-from mmcache.cli.signals import stoppable
-from mmcache.cli.tables import draw_rows
-from mmcache.cli.terminal import draw_overview, draw_survey
+from mmcache.cli.progress import ProgressBar, stoppable
+from mmcache.cli.render import draw_overview, draw_rows, draw_survey
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
 from mmcache.extraction.bucket_output import planned_in_bucket, staging_folder

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from mmcache.cli.options import JSON, PATH, print_json
-from mmcache.cli.terminal import draw_overview
+from mmcache.cli.render import draw_overview
 from mmcache.read.describe import overview
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmcache.cli.tables import draw_pairs, draw_rows, draw_text
+from mmcache.cli.render import draw_pairs, draw_rows, draw_text
 from mmcache.text import duration, size
 
 if TYPE_CHECKING:

@@ -1,16 +1,32 @@
-"""`mmcache show` and `mmcache stats`."""
+"""`mmcache show`, `stats`, `top`, `find` and `view`."""
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from mmcache.cli.charts import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
-from mmcache.cli.options import CONTEXT, DIRECTION, JSON, PATH, SITE, one_site, print_json
-from mmcache.cli.passages import draw_sequence, draw_show, draw_token
+from mmcache.cli.options import CONTEXT, DIRECTION, JSON, PATH, SITE, TRUST, one_site, print_json
+from mmcache.cli.progress import ended_at_once
+from mmcache.cli.render_views import (
+    draw_apart,
+    draw_dimensions,
+    draw_find,
+    draw_health,
+    draw_norms,
+    draw_sequence,
+    draw_show,
+    draw_statistics,
+    draw_token,
+    draw_top,
+    map_width,
+)
+from mmcache.errors import ArgumentError
 from mmcache.read.store import open_store
 from mmcache.view import (
     Words,
@@ -25,15 +41,16 @@ from mmcache.view import (
     statistics_view,
     token,
 )
+from mmcache.view import find as find_tokens
+from mmcache.view import top as top_tokens
 from mmcache.view.tokens import surroundings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mmcache.read.store import Store
     from mmcache.view import View
+    from mmcache.view.dimensions import Direction
 
-__all__ = ["show", "stats"]
+__all__ = ["find", "show", "stats", "top", "view"]
 
 # Stretches of a norm map in JSON; of so few tokens, each is drawn.
 _BINS = 240
@@ -158,3 +175,117 @@ def _draw(console: Console, store: Store, record: dict[str, Any]) -> None:
     draw_health(console, health(store, site))
     draw_apart(console, apart(store, site))
     draw_dimensions(console, dimensions(store, site))
+
+
+@click.command()
+@PATH
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to serve on.  [any free port]")
+@click.option("--no-browser", is_flag=True, help="Print the address only; do not open a browser.")
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    help="A .npy or .safetensors file with one vector: a direction to show.",
+)
+@click.option("--unembedding", metavar="MODEL", help="Model whose unembedding the logit lens uses.")
+@TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print the address and a token for scripts, as JSON.")
+def view(
+    path: Path,
+    port: int,
+    no_browser: bool,
+    direction: Path | None,
+    unembedding: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Open a store in a browser.
+
+    The page is served from this machine to you alone, until Ctrl-C. The printed address opens the page once; after
+    that, a new one is printed. Scripts can request the data of each panel at /PANEL.json, with the header
+    "Authorization: Bearer TOKEN"; --json prints the token.
+    """
+    with ended_at_once() as tidy:
+        try:
+            from mmcache.view.server import serve  # noqa: PLC0415 -- an extra
+        except ImportError as error:
+            raise ArgumentError(f"the page needs {error.name}: pip install 'mmcache[view]'") from error
+
+        def announce(url: str, token: str) -> None:
+            click.echo(json.dumps({"url": url, "token": token}) if as_json else url)
+
+        serve(
+            path, tidy=tidy, port=port, open_browser=not no_browser, direction=direction, unembedding=unembedding,
+            trust_remote_code=trust_remote_code, announce=announce, tell=functools.partial(click.echo, err=True),
+        )  # fmt: skip
+
+
+@click.command()
+@PATH
+@click.argument("layer", type=int)
+@click.argument("dimension", type=int, required=False)
+@DIRECTION
+@SITE
+@click.option("-k", type=int, default=10, show_default=True, help="Tokens to show, at the top and from each band.")
+@CONTEXT
+@JSON
+def top(
+    path: Path,
+    layer: int,
+    dimension: int | None,
+    direction: Path | None,
+    site: str | None,
+    k: int,
+    context: int,
+    as_json: bool,
+) -> None:
+    """Show the tokens where a dimension is largest.
+
+    Give DIMENSION of LAYER, or a --direction. Some tokens from each lower band are shown too.
+    """
+    wanted: Direction
+    if dimension is not None and direction is None:
+        wanted = dimension
+    elif direction is not None and dimension is None:
+        wanted = load_direction(direction)
+    else:
+        raise click.UsageError("DIMENSION, or --direction FILE: exactly one of them")
+    store = open_store(path, partial=True)
+    view = top_tokens(store, one_site(store, site), layer, wanted, k=k, context=context)
+    if as_json:
+        print_json(view.to_json())
+    else:
+        draw_top(Console(), view)
+
+
+@click.command()
+@PATH
+@click.argument("text", required=False)
+@click.option("--token", type=int, help="Search for a token by its id.")
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="Maximum matches to list.")
+@click.option("--start", type=click.IntRange(min=0), default=0, help="First position to search.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Number of tokens to search."
+)
+@CONTEXT
+@JSON
+def find(
+    path: Path,
+    text: str | None,
+    token: int | None,
+    limit: int,
+    start: int,
+    tokens: int,
+    context: int,
+    as_json: bool,
+) -> None:
+    """Find TEXT, or a token, in a store. Exit code 1 if there is no match."""
+    if (text is None) == (token is None):
+        raise click.UsageError("TEXT, or --token ID: exactly one of them")
+    store = open_store(path, partial=True)
+    view = find_tokens(store, text, token=token, start=start, most_tokens=tokens, most=limit, context=context)
+    if as_json:
+        print_json(view.to_json())
+    else:
+        draw_find(Console(), view)
+    if not view["count"]:
+        sys.exit(1)
