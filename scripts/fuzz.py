@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["mmcache"]):
     from mmcache.format.manifest import Manifest, read_manifest
     from mmcache.format.shard import Layout, ShardSpec, parse_header
     from mmcache.read.describe import overview
-    from mmcache.view.tokens import Words
+    from mmcache.view.tokens import Detokenizer
 
 __all__ = ["TARGETS", "seeds"]
 
@@ -57,7 +57,7 @@ class _Kept:
 
 def _tokenizer(data: bytes) -> None:
     # Nothing else of a store is asked for.
-    words = Words(cast("mmcache.Store", _Kept(data.decode(errors="replace"))))
+    words = Detokenizer(cast("mmcache.Store", _Kept(data.decode(errors="replace"))))
     words.texts(range(20))
 
 

@@ -96,7 +96,7 @@ def wait_for(what, seconds=60):
 
 
 def threads_named(*names):
-    """The threads of mmcache's that work in the background under these names (`Crew`)."""
+    """The threads of mmcache's that work in the background under these names (`ThreadPool`)."""
     return [thread for thread in threading.enumerate() if thread.name in {f"mmcache-{name}" for name in names}]
 
 

@@ -15,7 +15,7 @@ import mmcache
 from mmcache import errors
 from mmcache.cli import main
 from mmcache.storage import object_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 from mmcache.urls import address, concealed, is_url, redacted
 from mmcache.view.panels import Source
 
@@ -183,5 +183,5 @@ def test_a_store_at_such_an_address_is_shown_by_where_it_is(s3_server, made, mon
 
 
 def test_what_a_bucket_is_opened_by_says_no_secret():
-    where = Bucket(f"file:///tmp/acts?{SECRET}")
+    where = ObjectStore(f"file:///tmp/acts?{SECRET}")
     assert SECRET not in f"{vars(where)} {where.url} {pickle.dumps(where)}"

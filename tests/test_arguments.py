@@ -100,7 +100,7 @@ def functions(base):
                           dtype=None, rank=None, world_size=None, nodes=None),
         "sites.resolve": called(mmcache.sites.resolve, model=model, sites=("mlp_in",), layers=None),
         "load_direction": called(view.load_direction, file=base / "text.txt"),
-        "Words": called(view.Words, store=planned),
+        "Detokenizer": called(view.Detokenizer, store=planned),
     }  # fmt: skip
     usual = {"store": planned, "site": "mlp_in", "layer": 0, "number": 0, "position": 3, "dimension": 1, "text": "text",
              "direction": 1}  # fmt: skip

@@ -8,7 +8,7 @@ from support import file_descriptors, path_at
 
 from mmcache.errors import CorruptError, LinkError, WriteError
 from mmcache.system import no_symlinks
-from mmcache.system.atomic import Draft, publish, publish_all, remove_drafts
+from mmcache.system.atomic import AtomicFile, publish, publish_all, remove_drafts
 from mmcache.system.files import make_folder, make_folders, remove_file, set_aside
 from mmcache.system.locks import FolderLock, locked
 from mmcache.system.no_symlinks import check_links, check_path, make_empty, open_in_place, opened_folder, opened_parent
@@ -115,7 +115,7 @@ def test_a_link_that_comes_between_the_look_and_the_opening_is_not_followed(root
 WRITES = {
     "publish": lambda root: publish(root, "inner/file", b"x"),
     "publish_all": lambda root: publish_all(root, {"inner/file": b"x", "inner/deep/file": b"y"}),
-    "draft": lambda root: Draft(root, "inner/file"),
+    "draft": lambda root: AtomicFile(root, "inner/file"),
     "remove_drafts": lambda root: remove_drafts(root, "inner"),
     "remove_file": lambda root: remove_file(root, "inner/file"),
     "make_folder": lambda root: make_folder(root, "inner/new"),
@@ -177,7 +177,7 @@ def test_a_name_that_leads_elsewhere_is_no_name(root, name):
 
 
 def test_a_folder_that_becomes_a_link_while_a_file_is_written_gets_none(root):
-    draft = Draft(root, "inner/file", reserve=1 << 20)
+    draft = AtomicFile(root, "inner/file", reserve=1 << 20)
     (root / "inner").rename(root / "moved")
     (root / "inner").symlink_to("../mine/x")
     before = mine(root)
@@ -189,7 +189,7 @@ def test_a_folder_that_becomes_a_link_while_a_file_is_written_gets_none(root):
 
 
 def test_a_temporary_file_that_is_replaced_is_not_opened_a_second_time(root):
-    draft = Draft(root, "file")
+    draft = AtomicFile(root, "file")
     temporary = root / draft._temporary
     temporary.unlink()
     temporary.symlink_to("../mine/file")

@@ -13,7 +13,7 @@ from support import FORKS, forked
 
 from mmcache.errors import AccessError, CorruptError, RemoteError, StoreNotFoundError
 from mmcache.storage import object_keys, object_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 
 PART = 5 << 20
 SMALL, LARGE = b"0123456789", bytes(range(256)) * 49152  # 12 MiB: three parts
@@ -32,8 +32,8 @@ def _impatient(monkeypatch):
 def place(request, tmp_path):
     """Give a bucket of each kind."""
     if request.param == "file":
-        return Bucket(f"file://{tmp_path}/bucket/acts")
-    return Bucket(request.getfixturevalue("s3_server").url("acts"))
+        return ObjectStore(f"file://{tmp_path}/bucket/acts")
+    return ObjectStore(request.getfixturevalue("s3_server").url("acts"))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_uploads_that_were_left_are_not_listed(place):
 
 
 def test_a_tag_that_is_an_md5_is_compared_and_nothing_is_read_back(s3_proxy, s3_server, large):
-    where = Bucket(s3_server.url("acts"))
+    where = ObjectStore(s3_server.url("acts"))
     where.put("small", SMALL)
     where.upload("large", large)
     assert s3_proxy.n_requests("GET") == 0
@@ -149,7 +149,7 @@ def test_a_tag_that_is_an_md5_is_compared_and_nothing_is_read_back(s3_proxy, s3_
 
 
 def test_where_the_tag_is_no_md5_it_is_read_back(s3_proxy, s3_server, large, monkeypatch):
-    where = Bucket(s3_server.url("acts"))
+    where = ObjectStore(s3_server.url("acts"))
     real = where._obstore
     answering(monkeypatch, where, put=lambda *args, **kw: real.put(*args, **kw) | {"e_tag": None})
     where.put("small", SMALL)
@@ -191,7 +191,7 @@ def test_a_listing_comes_in_pages(monkeypatch):
     with s3.serve_s3() as server, s3.FaultProxy(server.host, server.port) as proxy:
         for name, value in server.env(proxy.endpoint).items():
             monkeypatch.setenv(name, value)
-        where, keys = Bucket(server.url("acts")), {f"a/{n:02}" for n in range(35)}
+        where, keys = ObjectStore(server.url("acts")), {f"a/{n:02}" for n in range(35)}
         for key in keys:
             server.client().put_object(Bucket=server.bucket, Key=f"acts/{key}", Body=b"")
         assert [key for some in where.names() for key, *_ in some] == sorted(keys)
@@ -234,7 +234,7 @@ WRITES = {
 def prepared(server):
     for key, data in (("small", SMALL), ("large", LARGE)):
         server.client().put_object(Bucket=server.bucket, Key=f"acts/there/{key}", Body=data)
-    return Bucket(server.url("acts"))
+    return ObjectStore(server.url("acts"))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in s3.KINDS if kind != "forbidden"])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mmcache.system import memory as buffers_module
-from mmcache.system.memory import Buffers
+from mmcache.system.memory import BufferPool
 
 
 def tensors(buffers, *sizes):
@@ -15,7 +15,7 @@ def tensors(buffers, *sizes):
 
 
 def test_parts_begin_on_pages_and_do_not_overlap():
-    parts = Buffers(2).lend([5000, 1, 4096])
+    parts = BufferPool(2).lend([5000, 1, 4096])
     addresses = [part.ctypes.data for part in parts]
     assert [part.shape for part in parts] == [(5000,), (1,), (4096,)]
     assert all(address % 4096 == 0 for address in addresses)
@@ -26,7 +26,7 @@ def test_parts_begin_on_pages_and_do_not_overlap():
 
 
 def test_memory_is_used_again_once_all_of_it_is_gone():
-    buffers = Buffers(2)
+    buffers = BufferPool(2)
     one, two = tensors(buffers, 100, 100)
     address = one.data_ptr()
     del one
@@ -49,7 +49,7 @@ def views(tensor):
 
 def test_whatever_looks_at_it_keeps_it():
     for number in range(len(list(views(torch.zeros(64, dtype=torch.uint8))))):
-        buffers = Buffers(4)
+        buffers = BufferPool(4)
         (tensor,) = tensors(buffers, 64)
         tensor.fill_(7)
         address = tensor.data_ptr()
@@ -65,7 +65,7 @@ def test_whatever_looks_at_it_keeps_it():
 
 
 def test_no_more_than_so_many_are_kept_and_none_that_is_too_small():
-    buffers = Buffers(2)
+    buffers = BufferPool(2)
     lent = [tensors(buffers, 5000) for _ in range(6)]
     addresses = {one.data_ptr() for (one,) in lent}
     assert len(addresses) == 6
@@ -87,7 +87,7 @@ def addresses_of(lent):
 
 def test_the_next_ones_get_what_the_last_ones_leave():
     buffers_module._spare.clear()
-    buffers = Buffers(4)
+    buffers = BufferPool(4)
     lent = [buffers.lend([4 << 20]) for _ in range(3)]
     addresses, out = addresses_of(lent), lent.pop()
     kept = out[0].ctypes.data
@@ -95,9 +95,9 @@ def test_the_next_ones_get_what_the_last_ones_leave():
     del buffers
     gc.collect()
     # Neither too small, nor much too large; what is still in use is nobody else's.
-    assert addresses_of([Buffers(1).lend([4097 << 10])])[0] not in addresses
-    assert addresses_of([Buffers(1).lend([1 << 20])])[0] not in addresses
-    other = Buffers(4)
+    assert addresses_of([BufferPool(1).lend([4097 << 10])])[0] not in addresses
+    assert addresses_of([BufferPool(1).lend([1 << 20])])[0] not in addresses
+    other = BufferPool(4)
     again = [other.lend([size << 20]) for size in (4, 3, 4)]
     assert addresses_of(again[:2]) == [address for address in addresses if address != kept]
     assert addresses_of(again[2:])[0] not in addresses
@@ -106,7 +106,7 @@ def test_the_next_ones_get_what_the_last_ones_leave():
 
 def test_only_so_much_is_left_for_others():
     buffers_module._spare.clear()
-    buffers = Buffers(20)
+    buffers = BufferPool(20)
     lent = [buffers.lend([40 << 20]) for _ in range(10)] + [buffers.lend([1 << 20])]
     lent.clear()
     assert len(buffers._idle) == 11
@@ -117,13 +117,13 @@ def test_only_so_much_is_left_for_others():
 
 
 def test_nothing_may_be_lent_too():
-    buffers = Buffers(2)
+    buffers = BufferPool(2)
     parts = buffers.lend([0, 0])
     assert [part.shape for part in parts] == [(0,), (0,)]
 
 
 def test_many_threads_never_share_memory():
-    buffers, wrong = Buffers(8), []
+    buffers, wrong = BufferPool(8), []
 
     def work(number):
         for turn in range(300):

@@ -31,7 +31,7 @@ from mmcache import FullActivationCache
 from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import shard_statistics
 from mmcache.storage.shard_folder import ShardFolder
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 
 
 @pytest.fixture
@@ -242,14 +242,14 @@ def test_the_tensor_may_be_reused_after_push(path):
 def test_read_straight_after_push(path, monkeypatch, read):
     # The shard is held back until the reader has begun to wait for it.
     waiting = threading.Event()
-    publish = Draft.publish
+    publish = AtomicFile.publish
 
     def held_back(draft, *args, **options):
         if draft.path.name.startswith("c."):
             assert waiting.wait(30)
         publish(draft, *args, **options)
 
-    monkeypatch.setattr(Draft, "publish", held_back)
+    monkeypatch.setattr(AtomicFile, "publish", held_back)
     with FullActivationCache.with_capacity(1, path) as cache:
         wait = cache._writer.wait
         monkeypatch.setattr(cache._writer, "wait", lambda *where: (waiting.set(), wait(*where)))
@@ -718,7 +718,7 @@ def test_a_full_disk_is_met_before_a_byte_is_written(path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(Draft, "write", lambda *_, **__: pytest.fail("written without room"))
+    monkeypatch.setattr(AtomicFile, "write", lambda *_, **__: pytest.fail("written without room"))
     # The file is made behind the call, which has all its rows.
     cache.push(tensors[0])
     with pytest.raises(mmcache.DiskFullError, match="no room while starting the file") as caught:
@@ -822,14 +822,14 @@ def test_after_a_crash_exactly_the_flushed_layers_are_there(path):
 @FORKS
 def test_a_forked_process_leaves_a_cache_to_its_parent(path, monkeypatch):
     # Nor does it remove a temporary one, nor wait for a layer that no thread of its own would ever write.
-    started, publish = threading.Event(), Draft.publish
+    started, publish = threading.Event(), AtomicFile.publish
 
     def held_back(draft, *args, **options):
         if draft.path.name == "c.1.0.0":
             assert started.wait(30)
         publish(draft, *args, **options)
 
-    monkeypatch.setattr(Draft, "publish", held_back)
+    monkeypatch.setattr(AtomicFile, "publish", held_back)
     temporary = FullActivationCache.with_capacity(1)
     temporary.push(torch.ones(2, 2))
     temporary.flush()

@@ -15,8 +15,8 @@ from support import same, widened, without_sync
 import mmcache
 from mmcache.format.shard import HEADER_BYTES
 from mmcache.storage import disk_cache, mirror
-from mmcache.storage.disk_cache import ShardCache, identity
-from mmcache.system.atomic import Draft
+from mmcache.storage.disk_cache import DiskCache, identity
+from mmcache.system.atomic import AtomicFile
 
 KINDS = ("planned, token", "grown, layer", "cache")
 
@@ -231,7 +231,7 @@ def test_what_the_power_took_is_found_after_the_restart(far, monkeypatch):
     # As if nobody had written to them.
     for cache in {file.parent for file in files}:
         for file in files:
-            ShardCache(cache, 1 << 30)._records.note(file.name, identity(file))
+            DiskCache(cache, 1 << 30)._records.note(file.name, identity(file))
     monkeypatch.setattr(disk_cache, "_boot", lambda: "after the power came back")
     far.bring()
 
@@ -291,7 +291,7 @@ def test_an_object_is_blamed_when_what_just_came_is_damaged_and_no_longer(tmp_pa
 
 
 def test_a_disk_that_spoils_what_is_written_is_blamed_itself(tmp_path, monkeypatch):
-    far, real = Far(tmp_path, "grown, layer"), Draft.publish
+    far, real = Far(tmp_path, "grown, layer"), AtomicFile.publish
 
     def publish(draft, size, *, durable=True):
         real(draft, size, durable=durable)
@@ -299,7 +299,7 @@ def test_a_disk_that_spoils_what_is_written_is_blamed_itself(tmp_path, monkeypat
             data = draft.path.read_bytes()
             write(draft.path, data[:4500] + bytes([data[4500] ^ 1]) + data[4501:])
 
-    monkeypatch.setattr(Draft, "publish", publish)
+    monkeypatch.setattr(AtomicFile, "publish", publish)
     with far.open(check=True) as found, pytest.raises(mmcache.CorruptError, match=r"memory fails.*cache_dir") as told:
         _ = found.tokens
     assert str(far.cache) in str(told.value)

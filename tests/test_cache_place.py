@@ -9,7 +9,7 @@ from support import python, without_sync
 
 import mmcache
 from mmcache.errors import ArgumentError, WriteError
-from mmcache.extraction.bucket_output import Outgoing
+from mmcache.extraction.bucket_output import BucketOutput
 from mmcache.storage import cache_folder as cache_place
 from mmcache.storage.cache_folder import cache_folder, private_folder
 
@@ -141,5 +141,5 @@ def test_a_store_for_a_bucket_is_not_staged_in_a_planted_one(tmp_path, monkeypat
     os.chown(planted / "staging", STRANGER, STRANGER)
     monkeypatch.setenv("MMCACHE_CACHE", str(planted))
     with pytest.raises(ArgumentError, match=r"staging.*another user"):
-        Outgoing(f"file://{tmp_path}/bucket", None, None).plan((), pytest.fail, pytest.fail, pytest.fail)
+        BucketOutput(f"file://{tmp_path}/bucket", None, None).plan((), pytest.fail, pytest.fail, pytest.fail)
     assert list((planted / "staging").iterdir()) == []

@@ -22,7 +22,7 @@ PATH = "layers.*.mlp:out"
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
-class Block(nn.Module):
+class BlockWriter(nn.Module):
     def __init__(self):
         super().__init__()
         self.mlp = nn.Linear(8, 8)
@@ -37,7 +37,7 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(16, 8)
-        self.layers = nn.ModuleList([Block() for _ in range(LAYERS)])
+        self.layers = nn.ModuleList([BlockWriter() for _ in range(LAYERS)])
         self.head = nn.Linear(8, 16)
         self.calls = []
         self.fail_before = None

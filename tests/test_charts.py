@@ -9,7 +9,7 @@ from planted import DEAD, LAYERS, NAN, OUTLIER, SITE, STARTS, TOTAL, WIDTH, draw
 from rich.cells import cell_len
 
 from mmcache import view as views
-from mmcache.cli.render import Heat
+from mmcache.cli.render import ColourScale
 from mmcache.cli.render_views import draw_apart, draw_dimensions, draw_health, draw_norms, draw_statistics, map_width
 from mmcache.view import View
 
@@ -111,7 +111,7 @@ def test_a_norm_map_has_a_line_a_layer_with_its_shades_and_its_ends(store, rows,
     view = views.norms(store, SITE, bins=min(map_width(terminal(width)), 2))
     found = told(draw_norms, view, width)
     norm = np.linalg.norm(rows, axis=-1)
-    heat = Heat.of(view["mean"], log=True)
+    heat = ColourScale.of(view["mean"], log=True)
     each = map_width(terminal(width)) // 2
     for layer in range(LAYERS):
         here = norm[layer][planted.counted()[layer]]
@@ -128,7 +128,7 @@ def test_a_norm_map_has_a_line_a_layer_with_its_shades_and_its_ends(store, rows,
 def test_a_norm_map_in_colours_has_the_shades_of_its_numbers(store):
     view = views.norms(store, SITE, bins=2)
     found = told(draw_norms, view, 60, colours=True)
-    heat = Heat.of(view["mean"], log=True)
+    heat = ColourScale.of(view["mean"], log=True)
     for layer, line in enumerate(line for line in found.splitlines() if re.match(r" +\d \x1b", line)):
         shades = re.findall(r"48;2;(\d+);(\d+);(\d+)m( +)", line)
         wanted = [heat.style(value).bgcolor.get_truecolor() for value in view["mean"][layer]]
@@ -158,7 +158,7 @@ def test_the_ends_of_a_line_are_two_numbers_however_long_they_are(store):
 def test_single_tokens_have_a_line_each_with_their_norms_and_what_they_are(store, rows, width):
     view = views.norms(store, SITE, start=295, stop=305)
     found = told(draw_norms, view, width)
-    heat = Heat.of(view["mean"], log=True)
+    heat = ColourScale.of(view["mean"], log=True)
     wide, tall = width >= 60, np.linalg.norm(rows, axis=-1)
     marks = {300: "first", 301: "first"} if wide else {300: "^", 301: "^"}
     for at, position in enumerate(range(295, 305)):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import damage, flip, same, shards
 
 import mmcache
-from mmcache.read.local_rows import CheckedRows, ShardMaps
+from mmcache.read.local_rows import CheckedRows, PortableRows
 
 
 @pytest.fixture(scope="module", params=["token", "layer"])
@@ -34,7 +34,7 @@ def test_it_is_equal_to_the_simple_reader(made, positions, slots):
     wanted = np.array(positions, np.int64)
     found, right = (torch.empty(len(positions), len(slots), 1024) for _ in range(2))
     CheckedRows(folder, store.layout).take(wanted, slots, found)
-    ShardMaps(folder, store.layout, 3, 8).take(wanted, slots, right)
+    PortableRows(folder, store.layout, 3, 8).take(wanted, slots, right)
     assert same(found, right)
 
 

@@ -27,7 +27,7 @@ from mmcache.cluster.pool import Resources, deal
 from mmcache.cluster.worker import Job, Planned, Worker
 from mmcache.format.manifest import read_manifest
 from mmcache.models.loading import load_model, load_tokenizer
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")
@@ -353,7 +353,7 @@ def test_a_machine_for_which_the_folder_is_read_only_is_named(model, half, monke
     def refuse(_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(Draft, "_create", refuse)
+    monkeypatch.setattr(AtomicFile, "_create", refuse)
     with pytest.raises(mmcache.WriteError, match=f"Read-only.*machine {socket.gethostname()}.*{path}/mlp_in"):
         worker(model, path).make(planned, np.arange(3))
     with pytest.raises(mmcache.WriteError, match=f"Read-only.*machine {socket.gethostname()}.*{path}/new"):

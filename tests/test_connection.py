@@ -9,7 +9,7 @@ import s3
 
 from mmcache.errors import AccessError, ArgumentError, BucketNotFoundError, StoreNotFoundError
 from mmcache.storage import object_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 from mmcache.urls import is_url
 
 SMALL = b"0123456789"
@@ -46,7 +46,7 @@ def test_who_is_refused_is_told_at_once(monkeypatch, large):
     with s3.serve_s3(auth=True) as server:
         for name, value in (server.env() | {"AWS_SECRET_ACCESS_KEY": "wrong"}).items():
             monkeypatch.setenv(name, value)
-        where, began = Bucket(server.url("acts")), time.monotonic()
+        where, began = ObjectStore(server.url("acts")), time.monotonic()
         for name, work in ASKED.items():
             with pytest.raises(AccessError, match=r"refuses.*acts/(there|new)"):
                 work(where, large)
@@ -56,7 +56,7 @@ def test_who_is_refused_is_told_at_once(monkeypatch, large):
 @pytest.mark.usefixtures("s3_server")
 def test_no_such_bucket_is_told_at_once(large, monkeypatch):
     monkeypatch.setattr(object_store, "PATIENCE", 60.0)
-    where, began = Bucket("s3://nowhere/acts"), time.monotonic()
+    where, began = ObjectStore("s3://nowhere/acts"), time.monotonic()
     for name in ("read", "stream", "head", "whole", "names", "put", "create", "upload"):
         with pytest.raises(BucketNotFoundError, match=r"no such bucket.*s3://nowhere/acts"):
             ASKED[name](where, large)
@@ -72,7 +72,7 @@ def test_no_credentials_are_told_at_once(s3_server, monkeypatch):
         monkeypatch.delenv(name)
     began = time.monotonic()
     with pytest.raises(AccessError, match=r"no AWS credentials.*AWS_PROFILE.*s3://activations/acts"):
-        Bucket(s3_server.url("acts"))
+        ObjectStore(s3_server.url("acts"))
     assert time.monotonic() - began < 20
 
 
@@ -82,7 +82,7 @@ def test_a_profile_of_boto3s_is_heeded(s3_server, tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("[mine]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
     monkeypatch.setenv("AWS_PROFILE", "mine")
-    Bucket(s3_server.url("acts")).put("small", SMALL)
+    ObjectStore(s3_server.url("acts")).put("small", SMALL)
     assert s3_server.objects() == {"acts/small": SMALL}
 
 
@@ -91,7 +91,7 @@ def test_what_is_no_address_says_so(url, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
     with pytest.raises(ArgumentError, match=r"expected an address|Unable to recognise"):
-        Bucket(url)
+        ObjectStore(url)
 
 
 def test_addresses_are_told_from_paths():
@@ -102,4 +102,4 @@ def test_addresses_are_told_from_paths():
 def test_without_obstore_the_way_to_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ArgumentError, match=r"pip install 'mmcache\[remote\]'"):
-        Bucket("s3://bucket/acts")
+        ObjectStore("s3://bucket/acts")

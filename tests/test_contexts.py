@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmcache.errors import ArgumentError, CorpusError
-from mmcache.extraction.tokenization import Contexts, CorpusDigest, Place
+from mmcache.extraction.tokenization import Contexts, CorpusDigest, CorpusPosition
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")
@@ -59,7 +59,13 @@ def test_a_document_is_cut_into_windows_each_with_the_frame():
         [CLS, a + 23, a + 24, SEP],
     ]
     assert [context.document for context in contexts] == [0, 0, 0, 0, 1]
-    assert [context.after for context in contexts] == [Place(0, 2), Place(0, 4), Place(0, 6), Place(1), Place(2)]
+    assert [context.after for context in contexts] == [
+        CorpusPosition(0, 2),
+        CorpusPosition(0, 4),
+        CorpusPosition(0, 6),
+        CorpusPosition(1),
+        CorpusPosition(2),
+    ]
     assert all(context.tokens.dtype == np.int32 for context in contexts)
 
 
@@ -89,12 +95,12 @@ def test_packed_documents_follow_each_other():
     a = 97
     assert tokens(contexts) == [[BOS, a, a + 1, a + 2], [BOS, a + 3, a + 4, BOS], [BOS, a + 5, BOS]]
     assert [context.document for context in contexts] == [0, 1, 2]
-    assert [context.after for context in contexts] == [Place(1), Place(2), Place(3)]
+    assert [context.after for context in contexts] == [CorpusPosition(1), CorpusPosition(2), CorpusPosition(3)]
     # As plans made before have it: what separates documents comes behind the frame where a context begins with it.
     contexts = cut(["abc", "de", "f"], 4, pack=True, doubled=True)
     assert tokens(contexts) == [[BOS, a, a + 1, a + 2], [BOS, BOS, a + 3, a + 4], [BOS, BOS, a + 5, BOS]]
     assert [context.document for context in contexts] == [0, 0, 1]
-    assert [context.after for context in contexts] == [Place(0, 3), Place(1, 2), Place(3)]
+    assert [context.after for context in contexts] == [CorpusPosition(0, 3), CorpusPosition(1, 2), CorpusPosition(3)]
 
 
 def test_special_tokens_are_between_packed_documents_as_the_tokenizer_has_them():

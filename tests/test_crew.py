@@ -9,11 +9,11 @@ from concurrent.futures import CancelledError
 import pytest
 from support import python, threads_named, wait_for
 
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 
 def test_jobs_are_done_and_their_errors_kept():
-    crew = Crew(2, "does")
+    crew = ThreadPool(2, "does")
     assert not threads_named("does")
     results = [crew.submit(divmod, number, 3) for number in range(20)]
     assert [one.result() for one in results] == [divmod(number, 3) for number in range(20)]
@@ -27,7 +27,7 @@ def test_jobs_are_done_and_their_errors_kept():
 
 
 def test_one_thread_keeps_the_order():
-    crew, order = Crew(1, "orders"), []
+    crew, order = ThreadPool(1, "orders"), []
     for number in range(50):
         last = crew.submit(order.append, number)
     last.result()
@@ -36,7 +36,7 @@ def test_one_thread_keeps_the_order():
 
 @pytest.mark.parametrize("how", ["close", "drop"])
 def test_what_has_not_begun_is_cancelled(how):
-    crew, go, begun = Crew(1, f"cancels-{how}"), threading.Event(), threading.Event()
+    crew, go, begun = ThreadPool(1, f"cancels-{how}"), threading.Event(), threading.Event()
 
     def work():
         begun.set()
@@ -63,7 +63,7 @@ def test_an_idle_thread_holds_on_to_nothing():
     class Thing:
         pass
 
-    crew = Crew(1, "holds")
+    crew = ThreadPool(1, "holds")
     thing = Thing()
     found = crew.submit(lambda one: one, thing).result()
     assert found is thing
@@ -76,7 +76,7 @@ def test_an_idle_thread_holds_on_to_nothing():
 
 def test_jobs_that_come_while_it_is_closed_do_not_hang():
     for _ in range(200):
-        crew = Crew(2, "races")
+        crew = ThreadPool(2, "races")
         crew.submit(int).result()
         closing = threading.Thread(target=crew.close)
         closing.start()
@@ -91,8 +91,8 @@ def test_jobs_that_come_while_it_is_closed_do_not_hang():
 def test_the_interpreter_ends_without_doing_what_is_left(how):
     code = """
 import os, sys, threading, time
-from mmcache.system.threads import Crew
-crew, begun = Crew(2, "ends"), threading.Event()
+from mmcache.system.threads import ThreadPool
+crew, begun = ThreadPool(2, "ends"), threading.Event()
 def work(number):
     begun.set()
     time.sleep(0.3)

@@ -17,7 +17,7 @@ from support import DTYPES, FORKS, forked, python, same, threads_named, wait_for
 import mmcache
 from mmcache.read.site_view import SiteView
 from mmcache.training import fetcher
-from mmcache.training.prefetch import BatchFeed
+from mmcache.training.prefetch import BatchIterator
 from mmcache.training.schedule import Position
 
 SHUFFLES = ("global", "block", None)
@@ -624,7 +624,7 @@ def test_what_it_says_of_itself(store):
     assert 0.01 < dataset(store, shuffle="block").shuffle_quality < 0.5
     # Every piece is as long as one pool: a uniform shuffle.
     assert dataset(store, shuffle="block", buffer_bytes=1 << 30).shuffle_quality > 0.99
-    assert isinstance(iter(data), BatchFeed)
+    assert isinstance(iter(data), BatchIterator)
     assert data._position == Position(0, 0, 0, 1)
 
 

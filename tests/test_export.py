@@ -259,7 +259,7 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path, monkeypatc
     )  # fmt: skip
     expected = mmcache.open(path)["mlp_in"].get_layer(2)
     (path / "mlp_in" / "c.0.0.0").unlink()
-    monkeypatch.setattr(module, "Outbox", None)
+    monkeypatch.setattr(module, "AtomicFolder", None)
     with pytest.raises(mmcache.IncompleteError, match=r"1 shards of mlp_in .* `mmcache extract` again"):
         mmcache.export(path, tmp_path / "out", to="npy")
     monkeypatch.undo()

@@ -651,7 +651,7 @@ def stop_after(tokens):
 
 
 # Where files and threads are made: what is interrupted between two steps there is what could be left behind.
-WATCHED = {"Draft", "ShardWriter", "Block", "Pipeline"}
+WATCHED = {"AtomicFile", "ShardWriter", "BlockWriter", "Pipeline"}
 
 
 def _interrupt():

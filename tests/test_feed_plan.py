@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmcache
-from mmcache.training.schedule import Blocks, FeedPlan, Position
+from mmcache.training.schedule import Blocks, EpochSchedule, Position
 
-PLAN = FeedPlan(7, 1000, 99, "block", Blocks(16, 8), 2, 10, drop_last=False)
+PLAN = EpochSchedule(7, 1000, 99, "block", Blocks(16, 8), 2, 10, drop_last=False)
 
 
 def test_a_state_is_a_few_numbers_and_words():
@@ -47,12 +47,12 @@ def test_a_state_is_a_few_numbers_and_words():
 )
 def test_whatever_the_ranks_are_between_resumes_each_token_comes_once(tokens, first, others, blocks):
     shuffle = "block" if blocks else None
-    plan, seen = FeedPlan(0, tokens, 0, shuffle, blocks, *first), []
+    plan, seen = EpochSchedule(0, tokens, 0, shuffle, blocks, *first), []
     position = plan.begin(5)
     assert position == (5, 0, 0, min(first[3], tokens) if blocks else 1)
     for ranks, size, drop_last, nodes, steps in [*others, (1, 7, False, 1, 1000)]:
         state = plan.state(position)
-        plan = FeedPlan(0, tokens, 0, shuffle, blocks, ranks, size, drop_last, nodes)
+        plan = EpochSchedule(0, tokens, 0, shuffle, blocks, ranks, size, drop_last, nodes)
         # The epoch goes on in the lanes that it began with, the next has those of the machines that there are now.
         lanes, position = position.lanes, plan.position(state)
         assert (position.epoch, position.lanes) == (5, lanes)
@@ -134,7 +134,7 @@ def test_a_workers_state_is_only_for_that_worker():
 
 
 def test_lanes_are_never_so_many_that_a_step_takes_long():
-    plan = FeedPlan(0, 10**12, 0, "block", Blocks(16, 8), 10**6, 10, drop_last=False, nodes=10**6)
+    plan = EpochSchedule(0, 10**12, 0, "block", Blocks(16, 8), 10**6, 10, drop_last=False, nodes=10**6)
     assert plan.begin(0).lanes == 1 << 16
     with pytest.raises(mmcache.ArgumentError, match="lanes is 65537: expected at most 65536"):
         plan.position(plan.state(plan.begin(0)) | {"lanes": 65537})

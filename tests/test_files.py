@@ -18,7 +18,7 @@ from mmcache.errors import (
     WriteError,
 )
 from mmcache.system import files
-from mmcache.system.atomic import Draft, publish, remove_drafts
+from mmcache.system.atomic import AtomicFile, publish, remove_drafts
 from mmcache.system.files import map_file, read_file
 from mmcache.system.memory import anonymous
 
@@ -49,7 +49,7 @@ def names(folder):
 
 def test_a_draft_is_seen_under_its_own_name_only_when_it_is_published(tmp_path):
     path, data = tmp_path / "c.0.0.0", some_bytes(10_000)
-    draft = Draft(tmp_path, path.name, reserve=1 << 20)
+    draft = AtomicFile(tmp_path, path.name, reserve=1 << 20)
     (temporary,) = names(tmp_path)
     assert temporary.startswith(".c.0.0.0.")
     assert temporary.endswith(".tmp")
@@ -74,7 +74,7 @@ def test_a_sealed_file_keeps_to_the_umask(tmp_path, umask):
 
 
 def test_what_was_reserved_and_not_written_is_zeros(tmp_path):
-    draft = Draft(tmp_path, "file", reserve=3 * PAGE)
+    draft = AtomicFile(tmp_path, "file", reserve=3 * PAGE)
     draft.write(some_bytes(PAGE), PAGE)
     draft.publish(3 * PAGE)
     data = (tmp_path / "file").read_bytes()
@@ -84,7 +84,7 @@ def test_what_was_reserved_and_not_written_is_zeros(tmp_path):
 def test_a_discarded_draft_leaves_nothing_and_touches_nothing(tmp_path):
     path = tmp_path / "c.0"
     publish(tmp_path, path.name, b"before")
-    draft = Draft(tmp_path, path.name, reserve=1 << 20)
+    draft = AtomicFile(tmp_path, path.name, reserve=1 << 20)
     draft.write(some_bytes(2 * PAGE), 0, direct=True)
     draft.discard()
     draft.discard()
@@ -130,7 +130,7 @@ PIECES = st.lists(
 def test_direct_writes_leave_the_same_bytes_as_buffered_ones(tmp_path_factory, pieces, start, shift):
     folder = tmp_path_factory.mktemp("direct")
     for direct in (True, False):
-        draft = Draft(folder, f"direct={direct}", reserve=PAGE)
+        draft = AtomicFile(folder, f"direct={direct}", reserve=PAGE)
         at = start * 512
         for number, size in enumerate(pieces):
             draft.write(some_bytes(size, number, shift), at, direct=direct and number != 1)
@@ -160,7 +160,7 @@ class Writes:
 
 
 def direct_draft(path):
-    draft = Draft(path.parent, path.name, reserve=16 * PAGE)
+    draft = AtomicFile(path.parent, path.name, reserve=16 * PAGE)
     draft.write(some_bytes(PAGE), 15 * PAGE, direct=True)
     if draft._direct_fd < 0:
         draft.discard()
@@ -189,7 +189,7 @@ def test_whole_pages_go_past_the_page_cache_and_the_rest_through_it(tmp_path, mo
 @pytest.mark.parametrize("direct", [False, True])
 def test_short_writes_are_gone_on_with(most, direct, tmp_path, monkeypatch):
     data = some_bytes(3 * PAGE + 17 if most > 1 else 99)
-    draft = Draft(tmp_path, "file")
+    draft = AtomicFile(tmp_path, "file")
     writes = Writes(monkeypatch, most)
     draft.write(data, 0, direct=direct)
     draft.publish(len(data))
@@ -198,7 +198,7 @@ def test_short_writes_are_gone_on_with(most, direct, tmp_path, monkeypatch):
 
 
 def test_a_system_that_takes_no_bytes_is_an_error_and_no_endless_loop(tmp_path, monkeypatch):
-    draft = Draft(tmp_path, "file")
+    draft = AtomicFile(tmp_path, "file")
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(WriteError, match="took no bytes") as raised:
         draft.write(some_bytes(10), 0)
@@ -243,7 +243,7 @@ def test_a_file_system_without_direct_writes_or_preallocation_is_done_without(tm
     monkeypatch.setattr(os, "open", without_direct)
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EOPNOTSUPP), raising=False)
     data = some_bytes(2 * PAGE)
-    draft = Draft(tmp_path, "file", reserve=2 * PAGE)
+    draft = AtomicFile(tmp_path, "file", reserve=2 * PAGE)
     draft.write(data, 0, direct=True)
     draft.publish(len(data))
     assert (tmp_path / "file").read_bytes() == data.tobytes()
@@ -255,7 +255,7 @@ def test_a_file_system_without_direct_writes_or_preallocation_is_done_without(tm
 )
 def test_a_full_disk_is_told_with_numbers_and_leaves_nothing(call, code, tmp_path, monkeypatch):
     def write():
-        draft = Draft(tmp_path, "c.0", reserve=1 << 20)
+        draft = AtomicFile(tmp_path, "c.0", reserve=1 << 20)
         try:
             draft.write(some_bytes(10), 0)
             draft.publish(1 << 20)
@@ -280,8 +280,8 @@ def test_a_real_limit_of_the_system_is_met_before_anything_is_computed(tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(DiskFullError, match=f"starting the file: {2 << 20} bytes needed"):
-            Draft(tmp_path, "c.0", reserve=2 << 20)
-        draft = Draft(tmp_path, "c.0")
+            AtomicFile(tmp_path, "c.0", reserve=2 << 20)
+        draft = AtomicFile(tmp_path, "c.0")
         with pytest.raises(DiskFullError, match="writing at offset"):
             draft.write(some_bytes(PAGE), 1 << 20)
         draft.discard()
@@ -341,11 +341,11 @@ def test_an_interruption_leaves_no_draft(call, tmp_path, monkeypatch):
 
 def test_a_draft_in_no_folder_is_an_error(tmp_path):
     with pytest.raises(WriteError, match="starting the file"):
-        Draft(tmp_path, "nowhere/file")
+        AtomicFile(tmp_path, "nowhere/file")
 
 
 def test_drafts_of_the_dead_are_removed_and_those_of_the_living_left_alone(tmp_path):
-    live = Draft(tmp_path, "c.0.0.0")
+    live = AtomicFile(tmp_path, "c.0.0.0")
     (live_name,) = names(tmp_path)
     (tmp_path / ".c.0.1.0.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / ".c.0.2.0.0123abcd.tmp").write_bytes(b"whole, sealed, and not renamed")
@@ -377,7 +377,7 @@ def test_drafts_are_removed_where_an_exclusive_lock_wants_a_writable_file(tmp_pa
         return real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    live = Draft(tmp_path, "c.1")
+    live = AtomicFile(tmp_path, "c.1")
     (tmp_path / ".c.0.0123abcd.tmp").write_bytes(b"half")
     remove_drafts(tmp_path)
     live.publish(0)

@@ -9,7 +9,7 @@ import mmcache
 from mmcache.errors import LockedError, PlanMismatchError
 from mmcache.extraction import runner, scheduling
 from mmcache.format.signed_json import ROOT
-from mmcache.system.atomic import Draft, publish
+from mmcache.system.atomic import AtomicFile, publish
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small")
@@ -89,7 +89,7 @@ def test_blocks_that_others_make_meanwhile_are_not_made_again(complete, begun, l
 
 
 def test_what_a_live_worker_holds_is_waited_for_and_made_when_he_dies(complete, begun, layout):
-    draft = Draft(begun, "mlp_in/c.0.3.0")
+    draft = AtomicFile(begun, "mlp_in/c.0.3.0")
     phases = []
 
     def progress(at):
@@ -111,7 +111,7 @@ def test_a_store_does_not_grow_while_others_fill_it(tmp_path, layout):
     extract(path, layout=layout, max_tokens=400)
     shards(path)[-1].unlink()
     # As somebody's who is making it at this moment.
-    draft = Draft(path, "mlp_out/c.0.5.0")
+    draft = AtomicFile(path, "mlp_out/c.0.5.0")
     before = small.identities(path / "mlp_out")
     with pytest.raises(LockedError, match="other processes are making shards of this store"):
         extract(path, layout=layout)

@@ -6,7 +6,7 @@ import torch
 from support import without_sync
 
 import mmcache
-from mmcache.training.token_filter import Kept
+from mmcache.training.token_filter import KeptTokens
 from mmcache.write import writer as module
 
 LENGTHS = (40, 1, 300, 7, 512, 90)
@@ -50,7 +50,11 @@ def others():
 
 
 def left(store, drop):
-    return Kept.from_store(store, drop, None).positions(np.arange(len(Kept.from_store(store, drop, None)))).tolist()
+    return (
+        KeptTokens.from_store(store, drop, None)
+        .positions(np.arange(len(KeptTokens.from_store(store, drop, None))))
+        .tolist()
+    )
 
 
 @pytest.mark.parametrize("version", [1, 2])

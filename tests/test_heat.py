@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planted import drawn, terminal, unstyled
 from rich.color import ColorType
 
-from mmcache.cli.render import NOTHING, Heat, coloured, strip
+from mmcache.cli.render import NOTHING, ColourScale, coloured, strip
 
 FINITE = st.floats(-1e6, 1e6)
 
@@ -24,7 +24,7 @@ def luminance(colour):
 
 @given(st.lists(FINITE, min_size=1), st.booleans(), st.booleans())
 def test_the_larger_the_number_the_further_up_the_scale(values, log, signed):
-    heat = Heat.of(values, log=log and not signed, signed=signed)
+    heat = ColourScale.of(values, log=log and not signed, signed=signed)
     parts = [heat.part(value) for value in sorted(values)]
     assert all(0 <= part <= 1 for part in parts)
     assert parts == sorted(parts)
@@ -35,7 +35,7 @@ def test_the_larger_the_number_the_further_up_the_scale(values, log, signed):
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_letters_can_be_read_on_every_shade(signed):
-    heat = Heat(-1 if signed else 0, 1, signed=signed)
+    heat = ColourScale(-1 if signed else 0, 1, signed=signed)
     for value in np.linspace(heat.low, heat.high, 500):
         style = heat.style(value)
         assert style.bgcolor.type is ColorType.TRUECOLOR
@@ -44,23 +44,23 @@ def test_letters_can_be_read_on_every_shade(signed):
 
 
 def test_shades_rise_from_dark_to_light_and_signed_ones_are_lightest_at_zero():
-    rising = [luminance(Heat(0, 1).style(value).bgcolor) for value in np.linspace(0, 1, 100)]
+    rising = [luminance(ColourScale(0, 1).style(value).bgcolor) for value in np.linspace(0, 1, 100)]
     assert rising == sorted(rising)
-    signed = [luminance(Heat(-1, 1, signed=True).style(value).bgcolor) for value in np.linspace(-1, 1, 101)]
+    signed = [luminance(ColourScale(-1, 1, signed=True).style(value).bgcolor) for value in np.linspace(-1, 1, 101)]
     assert max(signed) == signed[50]
     assert signed[:51] == sorted(signed[:51])
     assert signed[50:] == sorted(signed[50:], reverse=True)
 
 
 def test_characters_rise_and_signed_ones_are_empty_at_zero():
-    assert "".join(Heat(0, 1).character(value) for value in (0, 0.3, 0.5, 0.7, 1)) == " ░▒▓█"
-    assert "".join(Heat(-1, 1, signed=True).character(value) for value in (-1, -0.5, 0, 0.5, 1)) == "█▒ ▒█"
-    assert "".join(Heat(1, 10_000, log=True).character(value) for value in (1, 10, 100, 1000, 10_000)) == " ░▒▓█"
+    assert "".join(ColourScale(0, 1).character(value) for value in (0, 0.3, 0.5, 0.7, 1)) == " ░▒▓█"
+    assert "".join(ColourScale(-1, 1, signed=True).character(value) for value in (-1, -0.5, 0, 0.5, 1)) == "█▒ ▒█"
+    assert "".join(ColourScale(1, 10_000, log=True).character(value) for value in (1, 10, 100, 1000, 10_000)) == " ░▒▓█"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_has_no_shade(value):
-    for heat in (Heat(0, 1), Heat(1, 2, log=True), Heat(-1, 1, signed=True)):
+    for heat in (ColourScale(0, 1), ColourScale(1, 2, log=True), ColourScale(-1, 1, signed=True)):
         assert heat.part(value) is None
         assert heat.character(value) == "!"
         assert heat.style(value).bgcolor.name == "red"
@@ -68,7 +68,7 @@ def test_what_is_not_finite_has_no_shade(value):
 
 @given(st.lists(st.floats() | FINITE), st.booleans(), st.booleans())
 def test_a_scale_is_of_the_numbers_that_are_finite_and_of_logarithms_above_zero(values, log, signed):
-    heat = Heat.of(values, log=log, signed=signed)
+    heat = ColourScale.of(values, log=log, signed=signed)
     fit = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     if not fit:
         assert heat.part(0.5) is not None
@@ -79,22 +79,22 @@ def test_a_scale_is_of_the_numbers_that_are_finite_and_of_logarithms_above_zero(
 
 
 def test_numbers_that_are_all_alike_are_in_the_middle():
-    for heat in (Heat.of([3, 3]), Heat.of([3, 3], log=True), Heat.of([0, 0], signed=True)):
+    for heat in (ColourScale.of([3, 3]), ColourScale.of([3, 3], log=True), ColourScale.of([0, 0], signed=True)):
         assert heat.part(3) == 0.5
         heat.legend(colours=True)
 
 
 def test_a_cell_says_nothing_where_there_is_nothing():
     for colours in (False, True):
-        assert Heat(0, 1).cell(math.nan, 3, colours=colours).plain == NOTHING * 3
-    assert Heat(0, 1).cell(1, 3, colours=False).plain == "███"
-    shade = Heat(0, 1).cell(1, 3, colours=True)
-    assert (shade.plain, shade.style) == ("   ", Heat(0, 1).style(1))
+        assert ColourScale(0, 1).cell(math.nan, 3, colours=colours).plain == NOTHING * 3
+    assert ColourScale(0, 1).cell(1, 3, colours=False).plain == "███"
+    shade = ColourScale(0, 1).cell(1, 3, colours=True)
+    assert (shade.plain, shade.style) == ("   ", ColourScale(0, 1).style(1))
 
 
 @pytest.mark.parametrize("log", [False, True])
 def test_a_legend_has_both_ends_as_numbers_and_the_shades_between(log):
-    said = Heat(0.5, 2048, log=log).legend(colours=False).plain
+    said = ColourScale(0.5, 2048, log=log).legend(colours=False).plain
     assert said.startswith("0.5   ")
     assert said.split()[-2 if log else -1] == "2048"
     assert said.endswith("(log)") == log
@@ -109,7 +109,7 @@ def test_colours_are_for_terminals_that_have_them():
     assert not coloured(terminal(80))
     assert not coloured(terminal(80, colours=True, no_color=True))
     console = terminal(80, colours=True)
-    console.print(Heat(0, 1).cell(0.5, 4, colours=coloured(console)))
+    console.print(ColourScale(0, 1).cell(0.5, 4, colours=coloured(console)))
     assert "\x1b[" in drawn(console)
     assert unstyled(drawn(console)) == "    \n"
 

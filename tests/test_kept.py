@@ -15,7 +15,7 @@ from support import without_sync
 import mmcache
 from mmcache.storage.shard_folder import ShardFolder
 from mmcache.training import token_filter as module
-from mmcache.training.token_filter import Kept, Split, members
+from mmcache.training.token_filter import KeptTokens, Split, members
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_runs_say_where_each_token_is(keep, random):
     if not keep.any():
         keep[0] = True
     edges = np.flatnonzero(np.diff(keep, prepend=False, append=False))
-    kept, expected = Kept(edges[::2], edges[1::2]), np.flatnonzero(keep)
+    kept, expected = KeptTokens(edges[::2], edges[1::2]), np.flatnonzero(keep)
     assert len(kept) == len(expected)
     assert everything(kept) == expected.tolist()
     picked = np.array([random.randrange(len(expected)) for _ in range(700)])
@@ -72,16 +72,16 @@ def test_runs_say_where_each_token_is(keep, random):
 )
 def test_flags_that_are_dropped(store, drop, bits):
     expected = np.flatnonzero((store.flags.numpy() & bits) == 0)
-    assert everything(Kept.from_store(store, drop, None)) == expected.tolist()
+    assert everything(KeptTokens.from_store(store, drop, None)) == expected.tolist()
 
 
 def test_masks_of_ones_own(store):
     mask = torch.rand(store.n_tokens, generator=torch.Generator().manual_seed(0)) < 0.3
     expected = np.flatnonzero(~mask.numpy())
-    assert everything(Kept.from_store(store, mask, None)) == expected.tolist()
-    assert everything(Kept.from_store(store, mask.numpy(), None)) == expected.tolist()
+    assert everything(KeptTokens.from_store(store, mask, None)) == expected.tolist()
+    assert everything(KeptTokens.from_store(store, mask.numpy(), None)) == expected.tolist()
     both = np.flatnonzero(~mask.numpy() & ((store.flags.numpy() & 2) == 0))
-    assert everything(Kept.from_store(store, ("special", mask), None)) == both.tolist()
+    assert everything(KeptTokens.from_store(store, ("special", mask), None)) == both.tolist()
 
 
 @pytest.mark.parametrize("by", ["sequence", "document", "shard"])
@@ -99,23 +99,23 @@ def test_a_split_is_of_whole_sequences(store, by, drop):
             spans = [span for span, inside in zip(store.sequences, among, strict=True) if inside]
             expected = [at for span in spans for at in range(span.start, span.stop) if not (drop and flags[at] & 3)]
             if expected:
-                assert everything(Kept.from_store(store, drop, split)) == expected
+                assert everything(KeptTokens.from_store(store, drop, split)) == expected
             found += expected
         assert sorted(found) == np.flatnonzero((flags & (3 if drop else 0)) == 0).tolist()
 
 
 def test_pieces_join_where_they_meet(store, monkeypatch):
     expected = {
-        (drop, part): everything(Kept.from_store(store, drop, part))
+        (drop, part): everything(KeptTokens.from_store(store, drop, part))
         for drop in ((), ("bos", "special"), 8)
         for part in (None, "train")
     }
-    runs = len(Kept.from_store(store, (), "train")._ends)
+    runs = len(KeptTokens.from_store(store, (), "train")._ends)
     for piece in (7, 64, 1000):
         monkeypatch.setattr(module, "_PIECE", piece)
         for (drop, part), wanted in expected.items():
-            assert everything(Kept.from_store(store, drop, part)) == wanted
-        assert len(Kept.from_store(store, (), "train")._ends) == runs
+            assert everything(KeptTokens.from_store(store, drop, part)) == wanted
+        assert len(KeptTokens.from_store(store, (), "train")._ends) == runs
 
 
 def test_flags_are_read_in_pieces(store, monkeypatch):
@@ -128,22 +128,22 @@ def test_flags_are_read_in_pieces(store, monkeypatch):
 
     monkeypatch.setattr(ShardFolder, "read", record)
     monkeypatch.setattr(module, "_PIECE", 100)
-    Kept.from_store(store, "bos", None)
+    KeptTokens.from_store(store, "bos", None)
     assert max(sizes) == 100
     assert sum(sizes) == store.n_tokens
 
 
 def test_a_run_takes_24_bytes_at_most():
     starts = np.arange(0, 100_000, 10)
-    kept = Kept(starts, starts + 9)
+    kept = KeptTokens(starts, starts + 9)
     assert kept._padded.nbytes + kept._offsets.nbytes <= 24 * len(starts)
 
 
 def test_the_digest_tells_them_apart(store):
     parts = (None, Split("train", 0.5), Split("train", 0.5, seed=1))
-    digests = {Kept.from_store(store, drop, part).digest for drop in ((), "bos", 8) for part in parts}
+    digests = {KeptTokens.from_store(store, drop, part).digest for drop in ((), "bos", 8) for part in parts}
     assert len(digests) == 9
-    assert Kept.from_store(store, "bos", None).digest in digests
+    assert KeptTokens.from_store(store, "bos", None).digest in digests
 
 
 def test_a_cache_has_no_flags_and_says_so_once(tmp_path):
@@ -154,11 +154,11 @@ def test_a_cache_has_no_flags_and_says_so_once(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for drop in (("bos", "special"), 8, ()):
-            assert everything(Kept.from_store(store, drop, None)) == list(range(20))
+            assert everything(KeptTokens.from_store(store, drop, None)) == list(range(20))
     assert [str(one.message)[:27] for one in caught] == ["a store without flags, such"]
     assert caught[0].category is UserWarning
     mask = np.arange(20) % 2 == 0
-    assert everything(Kept.from_store(store, mask, None)) == list(range(1, 20, 2))
+    assert everything(KeptTokens.from_store(store, mask, None)) == list(range(1, 20, 2))
 
 
 @pytest.mark.parametrize(
@@ -176,21 +176,21 @@ def test_a_cache_has_no_flags_and_says_so_once(tmp_path):
 )
 def test_what_cannot_be_dropped(store, drop, error, said):
     with pytest.raises(error, match=said):
-        Kept.from_store(store, drop, None)
+        KeptTokens.from_store(store, drop, None)
 
 
 def test_nothing_left_says_the_numbers(store):
     with pytest.raises(
         mmcache.ArgumentError, match=r"no token of .* is left \(n_tokens=1429, drop=\(an array of 1429\)"
     ):
-        Kept.from_store(store, (np.ones(1429, bool),), None)
+        KeptTokens.from_store(store, (np.ones(1429, bool),), None)
 
 
 def test_an_empty_store_has_none(tmp_path):
     with mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1, dtype=torch.float32):
         pass
     with pytest.raises(mmcache.ArgumentError, match="n_tokens=0"):
-        Kept.from_store(mmcache.open(tmp_path / "acts"), (), None)
+        KeptTokens.from_store(mmcache.open(tmp_path / "acts"), (), None)
 
 
 def test_a_billion_tokens_take_no_gigabytes():
@@ -208,7 +208,7 @@ def test_a_billion_tokens_take_no_gigabytes():
             return torch.from_numpy((np.arange(start, stop) % 1000 == 0).astype(np.uint8))
 
     store = SimpleNamespace(where="acts", n_tokens=n_tokens, has_tokens=True, array=Folder, flag_bits={"bos": 1})
-    kept = Kept.from_store(store, "bos", None)
+    kept = KeptTokens.from_store(store, "bos", None)
     assert len(kept) == n_tokens // 1000 * 999
     assert largest == 1 << 20
     assert kept._padded.nbytes + kept._offsets.nbytes <= 24 * 20_000

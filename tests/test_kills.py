@@ -49,7 +49,7 @@ def serve():
         if not pid:
             become(asked, extract, atomic, tell)
             if asked["hang"]:
-                hang(object_store.Bucket, *asked["hang"])
+                hang(object_store.ObjectStore, *asked["hang"])
             cli.main()
         os.close(tell)
         os.read(ready, 1)
@@ -69,7 +69,7 @@ def become(asked, extraction, draft, tell):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # what comes before or after the job is Python's business, not the job's
-    stoppable, publish, left = extraction.stoppable, draft.Draft.publish, asked["writes"]
+    stoppable, publish, left = extraction.stoppable, draft.AtomicFile.publish, asked["writes"]
 
     @contextlib.contextmanager
     def telling(out):
@@ -86,7 +86,7 @@ def become(asked, extraction, draft, tell):
         if left == 0 and asked["after"]:
             os.kill(os.getpid(), asked["how"])
 
-    extraction.stoppable, draft.Draft.publish = telling, counted
+    extraction.stoppable, draft.AtomicFile.publish = telling, counted
 
 
 def hang(kind, what, number):

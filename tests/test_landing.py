@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.storage import mirror
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.memory import PAGE
 
 
 @pytest.mark.parametrize("window", [PAGE, 3 * PAGE, 4 << 20])
 def test_the_file_has_what_came(tmp_path_factory, monkeypatch, window):
     monkeypatch.setattr(mirror, "_WINDOW", window)
-    folder, target = tmp_path_factory.mktemp("landing"), mirror.Landing(2)
+    folder, target = tmp_path_factory.mktemp("landing"), mirror.StreamWriter(2)
 
     @given(st.lists(st.integers(0, 5 * PAGE), max_size=6), st.sampled_from([0, 1, 17, PAGE, PAGE + 5, 3 * PAGE - 1]))
     def check(lengths, offset):
         pieces = [np.random.default_rng(n).integers(0, 256, length, np.uint8) for n, length in enumerate(lengths)]
-        draft, seen = Draft(folder, "file"), []
+        draft, seen = AtomicFile(folder, "file"), []
         draft.write(np.full(offset, 7, np.uint8), 0)
         target.land((piece.data for piece in pieces), draft, offset, lambda data: seen.append(bytes(data)))
         whole = b"".join(piece.tobytes() for piece in pieces)
@@ -51,7 +51,7 @@ class Slow:
 @pytest.mark.parametrize("windows", [1, 2])
 def test_what_breaks_off_is_told_once_nothing_is_written_any_more_and_its_memory_used_again(monkeypatch, windows):
     monkeypatch.setattr(mirror, "_WINDOW", PAGE)
-    target, draft = mirror.Landing(1), Slow()
+    target, draft = mirror.StreamWriter(1), Slow()
 
     def broken():
         yield memoryview(bytes(windows * PAGE))
@@ -68,7 +68,7 @@ def test_what_breaks_off_is_told_once_nothing_is_written_any_more_and_its_memory
 
 def test_a_signal_while_a_write_is_waited_for_leaves_none_behind(monkeypatch):
     monkeypatch.setattr(mirror, "_WINDOW", PAGE)
-    target, draft = mirror.Landing(1), Slow()
+    target, draft = mirror.StreamWriter(1), Slow()
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -5,12 +5,12 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.training.schedule import Lanes, Shares
+from mmcache.training.schedule import MachineOrder, RankShares
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
 def test_lanes_differ_by_one_at_most_and_every_place_is_in_its_own(tokens, count):
-    lanes = Lanes(tokens, min(count, tokens))
+    lanes = MachineOrder(tokens, min(count, tokens))
     edges = [lanes.begin(lane) for lane in range(lanes.count + 1)]
     assert (edges[0], edges[-1]) == (0, tokens)
     lengths = [stop - start for start, stop in itertools.pairwise(edges)]
@@ -35,8 +35,8 @@ def dealt(lanes, shares, start=0):
 
 @given(st.integers(1, 300), st.integers(1, 6), st.integers(1, 6), st.integers(1, 15), st.data())
 def test_a_step_has_the_next_turns_of_all_lanes_whoever_takes_them(tokens, count, ranks, size, data):
-    lanes, start = Lanes(tokens, min(count, tokens)), data.draw(st.integers(0, tokens))
-    shares = Shares(tokens - start, ranks, size, drop_last=False)
+    lanes, start = MachineOrder(tokens, min(count, tokens)), data.draw(st.integers(0, tokens))
+    shares = RankShares(tokens - start, ranks, size, drop_last=False)
     # One token of each lane in turn.
     line = [lanes.begin(turn % lanes.count) + turn // lanes.count for turn in range(tokens)]
     seen = start
@@ -51,7 +51,7 @@ def test_a_step_has_the_next_turns_of_all_lanes_whoever_takes_them(tokens, count
 def test_ranks_of_a_machine_keep_to_its_lane(nodes, each, size, steps, more):
     ranks = nodes * each
     tokens = ranks * size * steps + more % (ranks * size)
-    lanes, shares = Lanes(tokens, nodes), Shares(tokens, ranks, size, drop_last=True)
+    lanes, shares = MachineOrder(tokens, nodes), RankShares(tokens, ranks, size, drop_last=True)
     for step in dealt(lanes, shares):
         for rank, places in enumerate(step):
             assert {lanes.lane(place) for place in places} == {rank // each}
@@ -59,5 +59,5 @@ def test_ranks_of_a_machine_keep_to_its_lane(nodes, each, size, steps, more):
 
 
 def test_one_lane_is_dealt_side_by_side():
-    assert Lanes(100, 1).pieces(10, 30, 14, 20) == [(14, 20)]
-    assert Lanes(100, 1).pieces(10, 30, 14, 14) == []
+    assert MachineOrder(100, 1).pieces(10, 30, 14, 20) == [(14, 20)]
+    assert MachineOrder(100, 1).pieces(10, 30, 14, 14) == []

@@ -151,7 +151,7 @@ import mmcache
 import mmcache.system.files
 import mmcache.extraction.missing_shards
 from mmcache.write.token_columns import Column, publish_columns
-from mmcache.extraction.runner import Fill
+from mmcache.extraction.runner import ShardFiller
 from mmcache.format.manifest import Manifest, array_json, read_manifest
 from mmcache.system.launcher import Rank
 from mmcache.extraction.estimate import survey_plan
@@ -200,7 +200,7 @@ def measured(name, work):
 
 def planned(manifest):
     batches = Batches(path, manifest, 8)
-    fill = Fill(path, manifest, batches, None, None, strict=False, rank=Rank())
+    fill = ShardFiller(path, manifest, batches, None, None, strict=False, rank=Rank())
     return survey_plan(path, manifest, fill, 8)
 
 

@@ -12,7 +12,7 @@ from support import tree
 import mmcache
 from mmcache.errors import ArgumentError, CorruptError
 from mmcache.storage import object_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 
 
 class Syncs:
@@ -41,7 +41,7 @@ def root(tmp_path):
 @pytest.mark.parametrize("size", [10, 12 << 20], ids=["small", "large"])
 @pytest.mark.parametrize("replace", [False, True])
 def test_bytes_are_durable_before_their_name_and_the_name_at_once_behind_it(root, tmp_path, monkeypatch, size, replace):
-    where, data = Bucket(f"file://{root}"), os.urandom(size)
+    where, data = ObjectStore(f"file://{root}"), os.urandom(size)
     (tmp_path / "file").write_bytes(data)
     syncs = Syncs(monkeypatch, root)
     assert where.upload("a/b/key", tmp_path / "file", replace=replace)
@@ -79,7 +79,7 @@ def test_a_push_makes_all_of_it_durable_and_the_root_last(root, tmp_path, monkey
 
 
 def test_a_disk_that_fails_is_told_at_once_and_nothing_has_its_name(root, monkeypatch):
-    where = Bucket(f"file://{root}")
+    where = ObjectStore(f"file://{root}")
     where.put("before", b"before")
 
     def fsync(_):
@@ -96,7 +96,7 @@ def test_a_disk_that_fails_is_told_at_once_and_nothing_has_its_name(root, monkey
 def test_objects_keep_to_the_umask(root, umask):
     before = os.umask(umask)
     try:
-        Bucket(f"file://{root}").put("a/key", b"data")
+        ObjectStore(f"file://{root}").put("a/key", b"data")
     finally:
         os.umask(before)
     assert stat.S_IMODE((root / "a" / "key").stat().st_mode) == 0o666 & ~umask
@@ -113,7 +113,7 @@ def test_nothing_is_written_or_removed_through_a_link(root, tmp_path, linked):
     (root / linked).parent.mkdir(parents=True)
     (root / linked).symlink_to(mine)
     (tmp_path / "file").write_bytes(bytes(12 << 20))
-    where = Bucket(f"file://{root}")
+    where = ObjectStore(f"file://{root}")
     for change in (
         lambda: where.put("sub/deep/key", b"other"),
         lambda: where.put("sub/deep/key", b"other", replace=False),
@@ -127,7 +127,7 @@ def test_nothing_is_written_or_removed_through_a_link(root, tmp_path, linked):
     # The bucket itself may be one.
     (tmp_path / "link").symlink_to(tmp_path / "plain")
     (tmp_path / "plain").mkdir()
-    assert Bucket(f"file://{tmp_path}/link").put("a/key", b"data")
+    assert ObjectStore(f"file://{tmp_path}/link").put("a/key", b"data")
     assert (tmp_path / "plain" / "a" / "key").read_bytes() == b"data"
 
 
@@ -135,7 +135,7 @@ def test_a_key_that_is_a_link_is_replaced_and_what_it_leads_to_stays(root, tmp_p
     (tmp_path / "mine").write_bytes(b"mine")
     root.mkdir()
     (root / "key").symlink_to(tmp_path / "mine")
-    where = Bucket(f"file://{root}")
+    where = ObjectStore(f"file://{root}")
     assert not where.put("key", b"other", replace=False)
     assert where.put("key", b"other")
     assert ((tmp_path / "mine").read_bytes(), (root / "key").is_symlink()) == (b"mine", False)
@@ -150,4 +150,4 @@ def test_a_store_is_pushed_and_pulled_by_an_address_with_spaces(tmp_path, monkey
     mmcache.pull(url, tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tmp_path / "acts")
     with pytest.raises(ArgumentError, match="three slashes"):
-        Bucket("file://acts/here")
+        ObjectStore("file://acts/here")

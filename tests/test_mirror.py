@@ -22,7 +22,7 @@ from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.storage import mirror as mirror_module
 from mmcache.storage import object_store
 from mmcache.storage.mirror import CHECKSUM_BYTES, Mirror, ShardObjects
-from mmcache.storage.shard_check import Arriving
+from mmcache.storage.shard_check import StreamCheck
 from mmcache.storage.shard_folder import FileBytes, ObjectBytes, ShardFolder
 
 KEY = "c.0.0.0"
@@ -163,7 +163,7 @@ def test_no_store_no_bucket_and_a_damaged_root_say_so(url, made, s3_server, tmp_
 
 def test_a_root_that_changes_while_it_is_listed_is_listed_anew(url, made, s3_server, tmp_path, monkeypatch):
     root = replace(read_manifest(made), metadata={"now": "another"}).to_json()
-    real = object_store.Bucket.read_tagged
+    real = object_store.ObjectStore.read_tagged
     times = []
 
     def read_tagged(self, key, limit):
@@ -173,7 +173,7 @@ def test_a_root_that_changes_while_it_is_listed_is_listed_anew(url, made, s3_ser
             remote.replace(s3_server, "acts/zarr.json", root)
         return real(self, key, limit)
 
-    monkeypatch.setattr(object_store.Bucket, "read_tagged", read_tagged)
+    monkeypatch.setattr(object_store.ObjectStore, "read_tagged", read_tagged)
     mirror = Mirror(url, tmp_path / "cache")
     assert len(times) == 2
     assert "a/c.0.9.0" in stubs(mirror)
@@ -360,7 +360,7 @@ def test_extents_and_pieces_are_the_objects_bytes(url, made, tmp_path):
 
 def arrive(layout, data, size, piece, order):
     """Have a shard come in parts, each by the piece; give what is said to be wrong."""
-    arriving = Arriving(layout, data[0][:HEADER_BYTES], size)
+    arriving = StreamCheck(layout, data[0][:HEADER_BYTES], size)
     spans = [(part.at, stop) for part, stop in arriving.parts]
     assert [start for start, _ in spans] + [layout.size] == [0, *(stop for _, stop in spans)]
     coming = list(arriving.parts)

@@ -13,7 +13,7 @@ import mmcache
 from mmcache.cli import main
 from mmcache.errors import ArgumentError
 from mmcache.storage import object_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 
 NAMED = r"keys that no store has: .*remove these objects"
 
@@ -113,7 +113,7 @@ def test_what_is_somebodys_or_stands_for_a_folder_is_no_matter(made, s3_server, 
 
 
 def test_a_listing_by_hand_comes_in_pages_and_says_the_same(s3_server, monkeypatch):
-    where = Bucket(s3_server.url("acts"))
+    where = ObjectStore(s3_server.url("acts"))
     keys = {f"a/{number:04}" for number in range(1203)}
     for key in keys:
         where.put(key, key.encode())
@@ -129,14 +129,14 @@ def test_a_listing_by_hand_comes_in_pages_and_says_the_same(s3_server, monkeypat
     # Without boto3, the way out is told.
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(ArgumentError, match=r"a key that the client refuses.*remove the object, or pip install"):
-        list(Bucket(s3_server.url("acts")).names())
+        list(ObjectStore(s3_server.url("acts")).names())
 
 
 @pytest.mark.parametrize("kind", ["forbidden", "error_500"])
 def test_a_server_that_refuses_or_is_down_is_told_there_too(kind, s3_server, s3_proxy, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(object_store, "PATIENCE", 0.5)
-    where = Bucket(s3_server.url("acts"))
+    where = ObjectStore(s3_server.url("acts"))
     remote.replace(s3_server, "acts/..", b"")
     assert list(where.names()) == []
     s3_proxy.plan(kind, count=10**6)
@@ -177,7 +177,7 @@ def test_reading_a_folder_that_is_not_there_does_not_make_it(tmp_path):
         mmcache.open,
         mmcache.verify,
         lambda url: mmcache.pull(url, tmp_path / "pulled"),
-        lambda url: list(Bucket(url).names()) or Bucket(url).size("zarr.json"),
+        lambda url: list(ObjectStore(url).names()) or ObjectStore(url).size("zarr.json"),
     ):
         with pytest.raises(mmcache.StoreNotFoundError):
             read(f"file://{tmp_path}/nothing")

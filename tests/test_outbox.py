@@ -8,7 +8,7 @@ import pytest
 from support import Recorder, tree
 
 from mmcache.errors import DiskFullError, StoreExistsError, WriteError
-from mmcache.system.atomic_folder import Outbox
+from mmcache.system.atomic_folder import AtomicFolder
 
 
 def write(box, name, data):
@@ -18,7 +18,7 @@ def write(box, name, data):
 
 def test_it_appears_under_its_name_when_published_and_is_durable_before(tmp_path, monkeypatch):
     seen = Recorder(monkeypatch, tmp_path)
-    with Outbox(tmp_path / "new" / "out") as box:
+    with AtomicFolder(tmp_path / "new" / "out") as box:
         (box.path / "inner").mkdir()
         write(box, "inner/a", b"abc")
         write(box, "b", b"")
@@ -42,7 +42,7 @@ def test_it_appears_under_its_name_when_published_and_is_durable_before(tmp_path
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_it_is_gone_when_anything_fails(tmp_path, error):
     def fail():
-        with Outbox(tmp_path / "out") as box:
+        with AtomicFolder(tmp_path / "out") as box:
             write(box, "a", b"abc")
             raise error
 
@@ -56,13 +56,13 @@ def test_a_path_that_is_taken_is_refused(tmp_path, what):
     out = tmp_path / "out"
     {"file": out.touch, "folder": out.mkdir, "link to nothing": lambda: out.symlink_to("nowhere")}[what]()
     with pytest.raises(StoreExistsError, match="something there already"):
-        Outbox(out).__enter__()
+        AtomicFolder(out).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_path_that_is_taken_meanwhile_is_refused(tmp_path):
     def publish():
-        with Outbox(tmp_path / "out") as box:
+        with AtomicFolder(tmp_path / "out") as box:
             write(box, "a", b"abc")
             (tmp_path / "out").mkdir()
             box.publish()
@@ -77,9 +77,9 @@ def test_the_next_one_removes_what_the_dead_left_and_nothing_else(tmp_path):
     (dead / "inner").mkdir(parents=True)
     (dead / "inner" / "a").write_bytes(b"abc")
     (tmp_path / ".outer.0123456789abcdef.tmp").mkdir()
-    with Outbox(tmp_path / "out") as live:
+    with AtomicFolder(tmp_path / "out") as live:
         assert not dead.exists()
-        with Outbox(tmp_path / "out") as second:
+        with AtomicFolder(tmp_path / "out") as second:
             assert live.path.exists()
             second.publish()
         write(live, "a", b"abc")
@@ -92,7 +92,7 @@ def test_links_and_copies(tmp_path, monkeypatch):
     source = tmp_path / "source"
     data = np.random.default_rng(0).bytes((1 << 20) + 3)
     source.write_bytes(data)
-    with Outbox(tmp_path / "out") as box:
+    with AtomicFolder(tmp_path / "out") as box:
         assert box.link(source, "a")
         assert box.link(source, "b")
         assert (box.files, box.linked_bytes) == (2, 2 * len(data))
@@ -119,7 +119,7 @@ def failing(number):
 def test_refusals_of_the_system_are_told(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.write_bytes(b"abc")
-    with Outbox(tmp_path / "out") as box:
+    with AtomicFolder(tmp_path / "out") as box:
         monkeypatch.setattr(os, "link", failing(errno.EIO))
         with pytest.raises(WriteError, match="linking"):
             box.link(source, "a")

@@ -37,7 +37,7 @@ from mmcache.extraction.staging_claims import STAGING, Claims, claimed
 from mmcache.format.manifest import read_manifest
 from mmcache.format.signed_json import ROOT
 from mmcache.storage import object_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 from mmcache.system.atomic import publish
 from mmcache.system.files import list_names
 from mmcache.system.launcher import Rank
@@ -124,7 +124,9 @@ def interrupted(path, batches, **changes):
 
 def no_uploads(monkeypatch):
     """Let nothing be sent but the plan, as when the network is slow."""
-    monkeypatch.setattr(Bucket, "upload", lambda _, __, ___, alive: time.sleep(0.05) or alive() or no_upload(alive))
+    monkeypatch.setattr(
+        ObjectStore, "upload", lambda _, __, ___, alive: time.sleep(0.05) or alive() or no_upload(alive)
+    )
 
 
 def no_upload(alive):
@@ -203,14 +205,14 @@ def test_killed_while_it_grows_it_grows_again(there, url, tmp_path, monkeypatch)
     # Before anything is sent; behind the shards that were dropped; and before the root.
     for name in ("delete", "put"):
         with monkeypatch.context() as patch:
-            patch.setattr(Bucket, name, dies)
+            patch.setattr(ObjectStore, name, dies)
             with pytest.raises(Stopping.Error):
                 extract(url)
         assert (there / ROOT).read_bytes() == root
     assert 0 < len(shards(there)) < len(sent)
-    put = Bucket.put
+    put = ObjectStore.put
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "put", lambda of, key, *a, **k: dies() if key == ROOT else put(of, key, *a, **k))
+        patch.setattr(ObjectStore, "put", lambda of, key, *a, **k: dies() if key == ROOT else put(of, key, *a, **k))
         with pytest.raises(Stopping.Error):
             extract(url)
     assert (there / ROOT).read_bytes() == root
@@ -286,8 +288,8 @@ def test_a_folder_of_something_else_is_refused(there, url, tmp_path):
 def test_what_waits_is_bounded(there, url, local, layout, monkeypatch):
     block = sum(size for name, size in shards(local / layout).items() if name.split(".")[-2] == "0")
     staging, most, ended = staging_folder(url, None), [], threading.Event()
-    upload = Bucket.upload
-    monkeypatch.setattr(Bucket, "upload", lambda *of, **how: time.sleep(0.01) or upload(*of, **how))
+    upload = ObjectStore.upload
+    monkeypatch.setattr(ObjectStore, "upload", lambda *of, **how: time.sleep(0.01) or upload(*of, **how))
 
     def watch():
         while not ended.is_set():
@@ -335,7 +337,7 @@ def test_a_full_disk_names_the_numbers_and_only_the_bound_has_to_fit(there, url,
 
 
 def test_a_failure_is_told_and_nothing_is_lost(there, url, local, monkeypatch):
-    upload, calls, ends, four = Bucket.upload, itertools.count(1), itertools.count(1), threading.Event()
+    upload, calls, ends, four = ObjectStore.upload, itertools.count(1), itertools.count(1), threading.Event()
 
     def fails(of, key, *rest):
         # By several threads: what comes behind the first four fails once those have ended.
@@ -348,7 +350,7 @@ def test_a_failure_is_told_and_nothing_is_lost(there, url, local, monkeypatch):
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "upload", fails)
+        patch.setattr(ObjectStore, "upload", fails)
         with pytest.raises(RemoteError, match=rf"mlp_.*no whole answer.*not sent is in .*{STAGING[1:]}.*goes on"):
             extract(url)
     assert len(shards(there)) == 4
@@ -362,7 +364,7 @@ def test_what_fails_on_this_machine_is_no_fault_of_the_network(url, monkeypatch)
     def fails(*_):
         raise OSError(5, "Input/output error", "somewhere")
 
-    monkeypatch.setattr(Bucket, "upload", fails)
+    monkeypatch.setattr(ObjectStore, "upload", fails)
     with pytest.raises(WriteError, match=r"Input/output error\. What was made and not sent is in"):
         extract(url)
 
@@ -401,7 +403,7 @@ def test_what_a_neighbour_left_when_it_died_is_sent_or_made_again(there, url, lo
     extract(url, progress=lambda at: progress(at) or made.append(at.run_tokens))
     assert placed
     small.assert_same_store(there, local / "token")
-    monkeypatch.setattr(Bucket, "upload", lambda *_: pytest.fail("nothing is left to be sent"))
+    monkeypatch.setattr(ObjectStore, "upload", lambda *_: pytest.fail("nothing is left to be sent"))
     extract(url)
 
 
@@ -434,7 +436,7 @@ def test_a_plan_that_was_not_sent_goes_on(there, url, local, monkeypatch):
         raise Stopping.Error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bucket, "put", dies)
+        patch.setattr(ObjectStore, "put", dies)
         with pytest.raises(Stopping.Error):
             extract(url)
     assert read_manifest(staging_folder(url, None)).n_tokens
@@ -444,14 +446,14 @@ def test_a_plan_that_was_not_sent_goes_on(there, url, local, monkeypatch):
 
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS[:-1]])
 def test_of_two_machines_that_plan_at_once_one_is_heeded(there, url, local, texts, monkeypatch):
-    put = Bucket.put
+    put = ObjectStore.put
 
     def late(of, key, data, *alive, replace=True):
         if key == ROOT and not (there / ROOT).exists():
             shutil.copy2(local / "token" / ROOT, there / ROOT)
         return put(of, key, data, *alive, replace=replace)
 
-    monkeypatch.setattr(Bucket, "put", late)
+    monkeypatch.setattr(ObjectStore, "put", late)
     # Texts that can be read once only.
     if texts is TEXTS:
         extract(url, texts=iter(texts))
@@ -491,7 +493,7 @@ def test_a_plan_that_another_machine_changes_ends_the_job(there, url, local):
 
 def test_stubs_follow_the_bucket(there, url, local):
     shutil.copytree(local / "token", there)
-    folder = BucketFolder(Bucket(url), staging_folder(url, None))
+    folder = BucketFolder(ObjectStore(url), staging_folder(url, None))
     folder.mark(("mlp_in", "mlp_out"))
     assert folder.fetch(("mlp_in", "mlp_out")) == []
     manifest = read_manifest(folder.folder)
@@ -552,7 +554,7 @@ def test_a_server_that_is_gone_holds_up_nobody_who_leaves(tmp_path, monkeypatch)
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     (tmp_path / "c.0.0.0").write_bytes(b"data")
-    sending = bucket_output.Uploads(Bucket("s3://nowhere/acts"), tmp_path, Claims(tmp_path))
+    sending = bucket_output.UploadQueue(ObjectStore("s3://nowhere/acts"), tmp_path, Claims(tmp_path))
     sending.send("c.0.0.0")
     time.sleep(0.2)
     sending.stop()

@@ -300,7 +300,7 @@ class Writes:
 
     def __init__(self, monkeypatch):
         self.done, self.crash_at = 0, None
-        publish = atomic.Draft.publish
+        publish = atomic.AtomicFile.publish
 
         def counted(draft, size, **options):
             publish(draft, size, **options)
@@ -308,7 +308,7 @@ class Writes:
             if self.done == self.crash_at:
                 raise Crash
 
-        monkeypatch.setattr(atomic.Draft, "publish", counted)
+        monkeypatch.setattr(atomic.AtomicFile, "publish", counted)
 
     def crash(self, number, call):
         """Run until file number `number`; tell whether it came that far."""
@@ -558,7 +558,7 @@ def test_what_killed_jobs_left_half_written_is_removed(begun):
     for folder in folders:
         (folder / ".zarr.json.0123abcd.tmp").write_bytes(b"{")
     # A live one holds a lock on what it is writing: here on what is there already.
-    live = atomic.Draft(begun, f"mlp_in/{min(path.name for path in (begun / 'mlp_in').glob('c.*'))}")
+    live = atomic.AtomicFile(begun, f"mlp_in/{min(path.name for path in (begun / 'mlp_in').glob('c.*'))}")
     extract(begun)
     assert [path.name for path in begun.rglob("*.tmp")] == [live._temporary]
     live.discard()

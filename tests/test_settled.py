@@ -12,7 +12,7 @@ from support import python, wait_for
 
 from mmcache.errors import ArgumentError, WriteError
 from mmcache.storage import disk_cache
-from mmcache.storage.disk_cache import ShardCache, identity
+from mmcache.storage.disk_cache import DiskCache, identity
 from mmcache.system.locks import locked
 
 PAGE = 4096
@@ -29,19 +29,19 @@ def names(cache):
 
 
 def test_a_file_may_take_all_of_the_cache_and_no_more(tmp_path):
-    cache = ShardCache(tmp_path, FILE)
+    cache = DiskCache(tmp_path, FILE)
     add(cache, "a")
     add(cache, "b", FILE - 1)
     assert names(cache) == ["b"]
     with pytest.raises(ArgumentError, match=f"a file of {FILE + 1} bytes .* at least cache_bytes={FILE + PAGE}"):
         add(cache, "c", FILE + 1)
     assert names(cache) == ["b"]
-    add(ShardCache(tmp_path, FILE + PAGE), "c", FILE + 1)
+    add(DiskCache(tmp_path, FILE + PAGE), "c", FILE + 1)
     assert names(cache) == ["c"]
 
 
 def test_a_file_is_there_before_it_is_durable(tmp_path, monkeypatch):
-    go, synced, real, cache = threading.Event(), [], os.fsync, ShardCache(tmp_path, 4 * FILE)
+    go, synced, real, cache = threading.Event(), [], os.fsync, DiskCache(tmp_path, 4 * FILE)
     monkeypatch.setattr(os, "fsync", lambda fd: (go.wait(20), real(fd), synced.append(fd)))
     file = add(cache, "a")
     before = identity(file)
@@ -56,14 +56,14 @@ def test_where_the_system_does_not_say_when_it_started_files_are_durable_first(t
     synced, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
     monkeypatch.setattr(disk_cache, "_boot", lambda: "")
-    assert add(ShardCache(tmp_path, 4 * FILE), "a").stat().st_ino in synced
+    assert add(DiskCache(tmp_path, 4 * FILE), "a").stat().st_ino in synced
 
 
 def test_what_does_not_get_to_the_disk_goes(tmp_path, monkeypatch):
     def fsync(_):
         raise OSError(5, "Input/output error")
 
-    cache = ShardCache(tmp_path / "cache", 4 * FILE)
+    cache = DiskCache(tmp_path / "cache", 4 * FILE)
     monkeypatch.setattr(os, "fsync", fsync)
     file = add(cache, "a")
     wait_for(lambda: not file.exists())

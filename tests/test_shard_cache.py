@@ -16,7 +16,7 @@ from support import FORKS, exit_code, start_fork, widened, without_sync
 
 from mmcache.errors import ArgumentError, CorruptError, DiskFullError
 from mmcache.storage import disk_cache
-from mmcache.storage.disk_cache import ShardCache
+from mmcache.storage.disk_cache import DiskCache
 
 PAGE = 4096
 
@@ -56,12 +56,12 @@ def names(cache):
 
 
 def test_a_file_is_made_once_and_found_again(folder):
-    cache = ShardCache(folder, 10 * PAGE)
+    cache = DiskCache(folder, 10 * PAGE)
     assert find(cache, "a") is None
     path = add(cache, "a", 5000)
     assert path.read_bytes() == content("a", 5000).tobytes()
     assert find(cache, "a") == path
-    assert find(ShardCache(folder, PAGE), "a") == path, "another one knows it, too"
+    assert find(DiskCache(folder, PAGE), "a") == path, "another one knows it, too"
     cache.add("a", lambda: pytest.fail("it is there already"), check)
     assert cache.drop("a")
     assert not cache.drop("a")
@@ -70,7 +70,7 @@ def test_a_file_is_made_once_and_found_again(folder):
 
 
 def test_the_least_used_go_first(folder):
-    cache = ShardCache(folder, 3 * PAGE)
+    cache = DiskCache(folder, 3 * PAGE)
     for name in "abc":
         add(cache, name)
     find(cache, "a")
@@ -84,7 +84,7 @@ def test_the_least_used_go_first(folder):
 
 
 def test_what_is_larger_than_the_cache_is_refused_and_nothing_goes_for_it(folder):
-    cache = ShardCache(folder, 4 * PAGE)
+    cache = DiskCache(folder, 4 * PAGE)
     add(cache, "a")
     with pytest.raises(ArgumentError, match=r"a file of 20000 bytes .* 16384: give at least cache_bytes=20480"):
         add(cache, "b", 20000)
@@ -96,7 +96,7 @@ def test_what_is_larger_than_the_cache_is_refused_and_nothing_goes_for_it(folder
 
 @pytest.mark.parametrize("error", [OSError(5, "broken"), KeyboardInterrupt(), ValueError("no")])
 def test_a_file_that_could_not_be_filled_leaves_nothing(folder, error):
-    cache = ShardCache(folder, 4 * PAGE)
+    cache = DiskCache(folder, 4 * PAGE)
 
     def broken(draft):
         draft.write(content("a", 100), 0)
@@ -116,8 +116,8 @@ def test_who_holds_files_is_told_before_their_room_is_given_away(folder):
         def forget(self):
             told.append((names(cache), cache.used()))
 
-    cache, holder, gone = ShardCache(folder, 2 * PAGE), Holder(), Holder()
-    other = ShardCache(folder.with_name("other"), PAGE * 2)
+    cache, holder, gone = DiskCache(folder, 2 * PAGE), Holder(), Holder()
+    other = DiskCache(folder.with_name("other"), PAGE * 2)
     cache.hold(holder)
     cache.hold(gone)
     del gone
@@ -137,13 +137,13 @@ def test_who_holds_files_is_told_before_their_room_is_given_away(folder):
 
 @FORKS
 def test_what_a_killed_process_left_is_removed_by_the_next(folder):
-    cache = ShardCache(folder, 5 * PAGE)
+    cache = DiskCache(folder, 5 * PAGE)
 
     def killed(draft):
         draft.write(content("a", 100), 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = start_fork(lambda: ShardCache(folder, 5 * PAGE).add("a", lambda: (4 * PAGE, killed), check))
+    child = start_fork(lambda: DiskCache(folder, 5 * PAGE).add("a", lambda: (4 * PAGE, killed), check))
     assert exit_code(child) == -signal.SIGKILL
     assert cache.used() == 4 * PAGE, "its draft takes room"
     add(cache, "b", 4 * PAGE)
@@ -153,7 +153,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(folder):
 
 
 def test_who_needs_room_waits_for_what_is_under_way(folder):
-    cache, order = ShardCache(folder, 4 * PAGE), []
+    cache, order = DiskCache(folder, 4 * PAGE), []
 
     def slow(name, seconds, begun):
         def work(draft):
@@ -176,7 +176,7 @@ def test_who_needs_room_waits_for_what_is_under_way(folder):
 
 def _use_much(folder, seed, count):
     """Use more files than there is room for, in a folder that others use too; every one is right."""
-    dice, cache = np.random.default_rng(seed), ShardCache(folder, 12 * PAGE)
+    dice, cache = np.random.default_rng(seed), DiskCache(folder, 12 * PAGE)
     for _ in range(count):
         number = int(dice.integers(40))
         size = PAGE * (number % 4) + 1 + number
@@ -201,7 +201,7 @@ def test_processes_and_threads_share_a_folder_and_stay_within_its_bound(folder, 
 
 
 def test_of_many_who_want_a_file_one_makes_it(folder):
-    cache, made = ShardCache(folder, 40 * PAGE), itertools.count()
+    cache, made = DiskCache(folder, 40 * PAGE), itertools.count()
 
     def make(draft):
         next(made)
@@ -220,7 +220,7 @@ def test_a_disk_with_less_room_than_the_cache_may_take_says_so(tmp_path):
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
     try:
-        cache = ShardCache(place / "shards", 100 * PAGE)
+        cache = DiskCache(place / "shards", 100 * PAGE)
         add(cache, "a", 4 * PAGE)
         with pytest.raises(DiskFullError, match="81920 bytes needed"):
             add(cache, "b", 20 * PAGE)

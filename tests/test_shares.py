@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.training.schedule import Shares
+from mmcache.training.schedule import RankShares
 
 
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(1, 20), st.booleans())
 def test_every_token_once_and_evenly(tokens, ranks, size, drop_last):
-    shares = Shares(tokens, ranks, size, drop_last)
+    shares = RankShares(tokens, ranks, size, drop_last)
     whole = tokens // (ranks * size)
     seen = []
     for step in range(len(shares)):
@@ -46,7 +46,7 @@ def test_every_token_once_and_evenly(tokens, ranks, size, drop_last):
     ],
 )
 def test_three_ranks_of_four(tokens, sizes):
-    shares = Shares(tokens, 3, 4, drop_last=False)
+    shares = RankShares(tokens, 3, 4, drop_last=False)
     found = [
         [stop - start for start, stop in (shares.share(step, rank) for rank in range(3))] for step in range(len(shares))
     ]

@@ -13,7 +13,7 @@ from support import FORKS, forked, maps_below, same, shards, without_sync
 
 import mmcache
 from mmcache.read import local_rows, site_map
-from mmcache.read.local_rows import ShardMaps, SiteRows
+from mmcache.read.local_rows import MappedRows, PortableRows
 from mmcache.system.syscalls import AIO, LINUX
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")
@@ -50,7 +50,7 @@ def view(made):
 def ways(view):
     """The fast reader of a site, and the simple one."""
     given_to = (view._folder, view._layout, LAYERS, 16)
-    return SiteRows(*given_to), ShardMaps(*given_to)
+    return MappedRows(*given_to), PortableRows(*given_to)
 
 
 def drop(path):
@@ -213,7 +213,7 @@ def test_shards_beyond_the_limit_of_maps(made, view):
 
 
 def test_descriptors_are_bounded(made, view):
-    fast = SiteRows(view._folder, view._layout, LAYERS, 1)
+    fast = MappedRows(view._folder, view._layout, LAYERS, 1)
     fast._worth_caching = lambda *_: False
     for positions in PICKS:
         drop(made[0])

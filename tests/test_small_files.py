@@ -8,7 +8,7 @@ import pytest
 from support import tree
 
 from mmcache.errors import WriteError
-from mmcache.system.atomic import Draft, publish_all
+from mmcache.system.atomic import AtomicFile, publish_all
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_what_is_there_is_replaced_and_nothing_is_nothing(tmp_path, synced):
 
 
 def test_a_failure_leaves_no_draft_and_what_came_before(tmp_path, monkeypatch):
-    publish, done = Draft.publish, []
+    publish, done = AtomicFile.publish, []
 
     def failing(draft, size, **options):
         done.append(draft)
@@ -53,7 +53,7 @@ def test_a_failure_leaves_no_draft_and_what_came_before(tmp_path, monkeypatch):
             raise WriteError(errno.EIO, "it failed", str(draft.path))
         publish(draft, size, **options)
 
-    monkeypatch.setattr(Draft, "publish", failing)
+    monkeypatch.setattr(AtomicFile, "publish", failing)
     with pytest.raises(WriteError, match="it failed"):
         publish_all(tmp_path, dict.fromkeys("abc", b"1"))
     assert tree(tmp_path) == {"a": b"1"}

@@ -19,7 +19,7 @@ from mmcache.format.dtypes import activation_dtype
 from mmcache.format.shard import ShardSpec, encode
 from mmcache.stats.moments import WHOLE_ROWS, Moments
 from mmcache.system import atomic as draft_module
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.files import O_DIRECT
 from mmcache.system.syscalls import LINUX
 from mmcache.write import staging
@@ -126,13 +126,13 @@ def test_shards_larger_than_a_slot(tmp_path, direct, width, rows):
 
 def test_pieces_of_a_shard_begin_on_pages(tmp_path, monkeypatch):
     # Otherwise all but the first would go through the page cache, however large they are.
-    offsets, write = [], Draft.write
+    offsets, write = [], AtomicFile.write
 
     def record(draft, data, offset, **options):
         offsets.append(offset)
         write(draft, data, offset, **options)
 
-    monkeypatch.setattr(Draft, "write", record)
+    monkeypatch.setattr(AtomicFile, "write", record)
     pipeline = Pipeline(1 << 20)
     stager, spec = Stager(pipeline), spec_of(torch.float32, 1000, shard=4096, chunk=512)
     shard = shard_writer(tmp_path / "c", spec)
@@ -229,11 +229,11 @@ def test_all_but_the_pages_at_the_ends_of_a_piece_go_to_the_device(tmp_path, mon
         pytest.skip("no direct writes here")
     through, direct = [], []
 
-    def write_all(fd, view, offset, write=Draft._write_all):
+    def write_all(fd, view, offset, write=AtomicFile._write_all):
         (direct if fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT else through).append(len(view))
         write(fd, view, offset)
 
-    monkeypatch.setattr(Draft, "_write_all", staticmethod(write_all))
+    monkeypatch.setattr(AtomicFile, "_write_all", staticmethod(write_all))
     spec = spec_of(torch.bfloat16, width, shard=8192, chunk=512)
     values = random_bits(4000, width, dtype=torch.bfloat16)
     stager, made = Stager(pipeline), [shard_writer(tmp_path / name, spec, direct=True) for name in "ab"]

@@ -9,7 +9,7 @@ from feeds import LAYERS, SITES, make_store
 from support import same, shards, without_sync
 
 import mmcache
-from mmcache.read.local_rows import ShardMaps, SiteRows, Way
+from mmcache.read.local_rows import MappedRows, PortableRows, Way
 from mmcache.system.syscalls import LINUX
 from mmcache.training.fetcher import Gather, gather_together
 
@@ -60,7 +60,7 @@ def test_gathers_together_are_those_one_by_one(path, reader):
         if reader == "simple":
             for site in SITES:
                 view = store[site]
-                view._reader = ShardMaps(view._folder, view._layout, LAYERS, 16)
+                view._reader = PortableRows(view._folder, view._layout, LAYERS, 16)
         some = wanted(store, seed)
         gather_together(some)
         for view, where, layers, out in some:
@@ -72,9 +72,9 @@ def test_gathers_together_are_those_one_by_one(path, reader):
 def test_each_goes_its_own_way(path, monkeypatch):
     """Warm ones, cold ones and ones that are worth keeping, in one call."""
     store = cold(mmcache.open(path))
-    some, real = wanted(store, 0), SiteRows.way
+    some, real = wanted(store, 0), MappedRows.way
     turns = iter([*Way] * 10)
-    monkeypatch.setattr(SiteRows, "way", lambda self, piece: real(self, piece) and next(turns))
+    monkeypatch.setattr(MappedRows, "way", lambda self, piece: real(self, piece) and next(turns))
     gather_together(some)
     monkeypatch.undo()
     for view, where, layers, out in some:

@@ -118,7 +118,7 @@ class Writes:
 
     def __init__(self, monkeypatch, when="after"):
         self.done, self.crash_at = 0, None
-        publish = atomic.Draft.publish
+        publish = atomic.AtomicFile.publish
 
         def counted(draft, size, **options):
             self.done += 1
@@ -128,7 +128,7 @@ class Writes:
             if self.done == self.crash_at:
                 raise Crash
 
-        monkeypatch.setattr(atomic.Draft, "publish", counted)
+        monkeypatch.setattr(atomic.AtomicFile, "publish", counted)
 
     def crash(self, number, call):
         self.done, self.crash_at = 0, number

@@ -16,7 +16,7 @@ from mmcache.extraction import corpus, tokenizer_calls
 from mmcache.extraction.tokenization import Contexts
 from mmcache.extraction.tokenizer_calls import ids_of_texts
 from mmcache.models.tokenizer import growth, panics_as_errors
-from mmcache.view.tokens import Words
+from mmcache.view.tokens import Detokenizer
 
 # A panic says on stderr where it was.
 _DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
@@ -206,12 +206,12 @@ def kept(tmp_path, **parts):
 def test_a_store_s_tokenizer_that_panics_is_named(tmp_path):
     precompiled = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     with pytest.raises(CorruptError, match=r"store: the tokenizer that it keeps cannot be read \(it panicked"):
-        Words(kept(tmp_path, normalizer=precompiled))
+        Detokenizer(kept(tmp_path, normalizer=precompiled))
 
 
 def test_a_store_s_tokenizer_that_fails_on_a_token_is_named(tmp_path):
     decoder = {"type": "Replace", "pattern": {"Regex": "(a|a)*(a|a)*(a|a)*(a|a)*[^a]"}, "content": ""}
-    words = Words(
+    words = Detokenizer(
         kept(tmp_path, decoder=decoder, model={"type": "WordLevel", "vocab": {"a" * 60: 0}, "unk_token": "?"})
     )
     with pytest.raises(CorruptError, match=r"store: the tokenizer that it keeps fails on token 0 \(it panicked: Onig"):
@@ -219,5 +219,5 @@ def test_a_store_s_tokenizer_that_fails_on_a_token_is_named(tmp_path):
 
 
 def test_a_store_s_decoder_that_blows_texts_up_is_left_out(tmp_path):
-    words = Words(kept(tmp_path, decoder={"type": "Sequence", "decoders": [_DOUBLING] * 40}))
+    words = Detokenizer(kept(tmp_path, decoder={"type": "Sequence", "decoders": [_DOUBLING] * 40}))
     assert words.texts([0, 1]) == ["a", "b"]

@@ -19,8 +19,8 @@ from mmcache.ops import copy_shards, endpoints
 from mmcache.ops.transfer import blocks_of
 from mmcache.read.tokens import Sequences
 from mmcache.storage import mirror, object_store
-from mmcache.storage.object_store import Bucket
-from mmcache.system.atomic import Draft
+from mmcache.storage.object_store import ObjectStore
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.locks import FolderLock
 
 FOLDER, S3 = "folder", "s3"
@@ -57,7 +57,7 @@ class Remote:
             self._server.client().put_object(Bucket=self._server.bucket, Key=f"{prefix}/{key}", Body=data)
 
     def delete(self, *keys):
-        Bucket(self.url).delete(keys)
+        ObjectStore(self.url).delete(keys)
 
 
 @pytest.fixture(params=[FOLDER, S3])
@@ -170,7 +170,7 @@ def test_only_what_belongs_to_the_store_is_copied(grown, remote):
 
 
 def test_the_root_comes_last_in_both_directions(planned, remote, tmp_path, monkeypatch):
-    order, put, publish = [], Bucket.put, Draft.publish
+    order, put, publish = [], ObjectStore.put, AtomicFile.publish
 
     def noted_put(self, key, *data, **how):
         order.append(key)
@@ -180,8 +180,8 @@ def test_the_root_comes_last_in_both_directions(planned, remote, tmp_path, monke
         order.append(str(self.path.relative_to(tmp_path / "back")))
         return publish(self, *size, **how)
 
-    monkeypatch.setattr(Bucket, "put", noted_put)
-    monkeypatch.setattr(Draft, "publish", noted_publish)
+    monkeypatch.setattr(ObjectStore, "put", noted_put)
+    monkeypatch.setattr(AtomicFile, "publish", noted_publish)
     for copy in (lambda: mmcache.push(planned, remote.url), lambda: mmcache.pull(remote.url, tmp_path / "back")):
         copy()
         assert sorted(order) == sorted(contents(planned))
@@ -532,7 +532,7 @@ def test_a_damaged_object_gets_no_name(planned, remote, tmp_path, change, says):
 
 def test_what_was_damaged_on_the_way_is_fetched_once_more(planned, remote, tmp_path, monkeypatch):
     mmcache.push(planned, remote.url)
-    whole, met = Bucket.whole, []
+    whole, met = ObjectStore.whole, []
 
     def noisy(self, key):
         size, coming = whole(self, key)
@@ -541,7 +541,7 @@ def test_what_was_damaged_on_the_way_is_fetched_once_more(planned, remote, tmp_p
         met.append(key)
         return size, (piece for piece in [memoryview(flip(5000)(b"".join(coming)))])
 
-    monkeypatch.setattr(Bucket, "whole", noisy)
+    monkeypatch.setattr(ObjectStore, "whole", noisy)
     pulled = mmcache.pull(remote.url, tmp_path / "back")
     assert len(met) == 10
     assert pulled.shards == 13
@@ -550,7 +550,7 @@ def test_what_was_damaged_on_the_way_is_fetched_once_more(planned, remote, tmp_p
 
 def test_what_became_shorter_on_the_way_is_fetched_once_more(planned, remote, tmp_path, monkeypatch):
     mmcache.push(planned, remote.url)
-    whole, met = Bucket.whole, []
+    whole, met = ObjectStore.whole, []
 
     def ending(key, coming):
         yield next(coming)[:5000]
@@ -563,7 +563,7 @@ def test_what_became_shorter_on_the_way_is_fetched_once_more(planned, remote, tm
         met.append(key)
         return size, ending(key, coming)
 
-    monkeypatch.setattr(Bucket, "whole", shorter)
+    monkeypatch.setattr(ObjectStore, "whole", shorter)
     told = []
     pulled = mmcache.pull(remote.url, tmp_path / "back", progress=lambda *done: told.append(done))
     assert (len(met), pulled.shards) == (10, 13)
@@ -641,7 +641,7 @@ kind._carry = die
 
 def test_killed_in_the_middle_it_goes_on(planned, remote, tmp_path):
     at = 8
-    dying = _KILLED.format(module="sender", kind="Sender") + _PUSH
+    dying = _KILLED.format(module="sender", kind="Uploader") + _PUSH
     assert python(dying, planned, remote.url, at).returncode == -signal.SIGKILL
     assert "zarr.json" not in remote.objects()
     pushed = mmcache.push(planned, remote.url)
@@ -649,12 +649,12 @@ def test_killed_in_the_middle_it_goes_on(planned, remote, tmp_path):
     assert pushed.there >= at - 3
     assert_same(remote.objects(), contents(planned))
     back = tmp_path / "back"
-    dying = _KILLED.format(module="receiver", kind="Receiver") + _PULL
+    dying = _KILLED.format(module="receiver", kind="Downloader") + _PULL
     assert python(dying, remote.url, back, at).returncode == -signal.SIGKILL
     with pytest.raises(mmcache.StoreNotFoundError):
         mmcache.open(back)
     pulled = mmcache.pull(remote.url, back)
-    assert pulled.there >= at - copy_shards.Receiver.copies
+    assert pulled.there >= at - copy_shards.Downloader.copies
     assert_same(contents(back), contents(planned))
 
 
@@ -705,7 +705,7 @@ def test_import_mmcache_needs_no_object_storage():
 
 
 def test_several_are_under_way_and_few_bytes_in_memory():
-    assert 2 <= copy_shards.Carrier.copies <= 4
-    assert 2 <= copy_shards.Receiver.copies <= 16
+    assert 2 <= copy_shards.ShardCopier.copies <= 4
+    assert 2 <= copy_shards.Downloader.copies <= 16
     # Two windows a stream, and the piece that is on its way into one.
-    assert copy_shards.Receiver.copies * (2 * mirror._WINDOW + object_store._PIECE_BYTES) <= 160 * MIB
+    assert copy_shards.Downloader.copies * (2 * mirror._WINDOW + object_store._PIECE_BYTES) <= 160 * MIB

@@ -93,9 +93,9 @@ def test_errors_are_one_sentence(acts, url, tmp_path):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(acts, url):
     slow = (
-        "import time, mmcache.ops.copy_shards as s; from mmcache.cli import main; carry = s.Sender._carry\n"
+        "import time, mmcache.ops.copy_shards as s; from mmcache.cli import main; carry = s.Uploader._carry\n"
         "def slow(self, shard):\n    print('copying', flush=True); time.sleep(0.5); return carry(self, shard)\n"
-        "s.Sender._carry = slow; main()"
+        "s.Uploader._carry = slow; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow, "push", str(acts), url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

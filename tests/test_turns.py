@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.extraction import scheduling
-from mmcache.extraction.scheduling import Turns
+from mmcache.extraction.scheduling import BlockScheduler
 from mmcache.format.manifest import Manifest
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.launcher import Rank
 
 SHARD = 2048
@@ -36,7 +36,7 @@ def make(path, manifest, block):
 def test_workers_that_begin_together_share_all_blocks(tmp_path, layout, workers):
     manifest = plan(tmp_path, 13, layout)
     make(tmp_path, manifest, 4)
-    taken = [Turns(tmp_path, manifest, Rank(number, workers)).take().tolist() for number in range(workers)]
+    taken = [BlockScheduler(tmp_path, manifest, Rank(number, workers)).take().tolist() for number in range(workers)]
     assert sorted(block for part in taken for block in part) == [0, 1, 2, 3, *range(5, 13)]
     # In stretches, and as evenly as can be: batches that lie across two parts are run twice.
     assert all(part == sorted(part) for part in taken)
@@ -48,7 +48,7 @@ def test_a_block_of_which_one_shard_is_missing_is_wanted(tmp_path):
     for block in range(3):
         make(tmp_path, manifest, block)
     (tmp_path / "b" / "c.1.2.0").unlink()
-    found = Turns(tmp_path, manifest, Rank())
+    found = BlockScheduler(tmp_path, manifest, Rank())
     assert found.take().tolist() == [2]
     assert {site: shards.tolist() for site, shards in found.missing.items()} == {
         "b": [[False] * 3, [False, False, True]]
@@ -57,8 +57,8 @@ def test_a_block_of_which_one_shard_is_missing_is_wanted(tmp_path):
 
 def test_what_somebody_is_making_is_left_to_him_until_he_dies(tmp_path):
     manifest = plan(tmp_path, 4)
-    draft = Draft(tmp_path, "b/c.0.2.0")
-    found = Turns(tmp_path, manifest, Rank())
+    draft = AtomicFile(tmp_path, "b/c.0.2.0")
+    found = BlockScheduler(tmp_path, manifest, Rank())
     assert found.take().tolist() == [0, 1, 3]
     for block in (0, 1, 3):
         make(tmp_path, manifest, block)
@@ -78,7 +78,7 @@ def test_fewer_blocks_than_workers_go_to_those_whose_part_they_are_unless_they_d
     now = [0.0]
     monkeypatch.setattr(scheduling.time, "monotonic", lambda: now[0])
     manifest = plan(tmp_path, 1)
-    workers = [Turns(tmp_path, manifest, Rank(number, 4)) for number in range(4)]
+    workers = [BlockScheduler(tmp_path, manifest, Rank(number, 4)) for number in range(4)]
     assert [worker.take().tolist() for worker in workers] == [[], [], [], [0]]
     # The next one behind the owner first, then the others, each for longer.
     now[0] = scheduling._PATIENCE
@@ -91,7 +91,7 @@ def test_a_worker_that_was_busy_has_waited_for_nothing(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(scheduling.time, "monotonic", lambda: now[0])
     manifest = plan(tmp_path, 3)
-    worker = Turns(tmp_path, manifest, Rank(0, 2))
+    worker = BlockScheduler(tmp_path, manifest, Rank(0, 2))
     assert worker.take().tolist() == [0]
     now[0] = 100.0
     make(tmp_path, manifest, 0)
@@ -106,7 +106,7 @@ def test_a_worker_that_was_busy_has_waited_for_nothing(tmp_path, monkeypatch):
 def test_a_task_of_an_array_that_has_a_store_to_itself_soon_takes_all_of_it(tmp_path, number, monkeypatch):
     monkeypatch.setattr(scheduling.time, "monotonic", lambda: pytest.fail("it waits for nobody"))
     manifest = plan(tmp_path, 300, sites=("a",))
-    worker, taken = Turns(tmp_path, manifest, Rank(number, 100)), []
+    worker, taken = BlockScheduler(tmp_path, manifest, Rank(number, 100)), []
     while worker.wanted.any():
         taken.append(worker.take().tolist())
         for block in taken[-1]:
@@ -118,7 +118,7 @@ def test_a_task_of_an_array_that_has_a_store_to_itself_soon_takes_all_of_it(tmp_
 
 def test_a_sign_of_another_worker_makes_it_one_of_many_again(tmp_path):
     manifest = plan(tmp_path, 300, sites=("a",))
-    worker = Turns(tmp_path, manifest, Rank(0, 100))
+    worker = BlockScheduler(tmp_path, manifest, Rank(0, 100))
     for _ in range(3):
         part = worker.take()
         for block in part.tolist():
@@ -134,7 +134,7 @@ def test_a_complete_site_is_no_business_of_a_job_that_adds_others(tmp_path):
     manifest = plan(tmp_path, 2)
     for block in range(2):
         (tmp_path / "a" / f"c.0.{block}.0").touch()
-    found = Turns(tmp_path, manifest, Rank())
+    found = BlockScheduler(tmp_path, manifest, Rank())
     assert list(found.missing) == ["b"]
     (tmp_path / "a" / "c.0.0.0").unlink()
     found.look()
@@ -150,7 +150,7 @@ def test_whoever_dies_or_dawdles_everything_is_made_and_little_of_it_twice(block
     )
     there, clock, made = np.zeros(blocks, bool), [0.0], []
 
-    class Seen(Turns):
+    class Seen(BlockScheduler):
         def look(self):
             self.missing, self.wanted = {"a": ~there[None]}, ~there
             self.held = np.isin(np.arange(blocks), [job[0] for name, job in jobs.items() if name != self and job])

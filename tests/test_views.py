@@ -22,7 +22,7 @@ from mmcache.view import (
     token,
     top,
 )
-from mmcache.view.base import Look
+from mmcache.view.base import Sampler
 
 LAYERS, WIDTH, LENGTHS = 3, 24, (300, 1, 800, 411, 64)
 TOTAL = sum(LENGTHS)
@@ -290,8 +290,8 @@ def test_a_search_for_a_token_counts_all_and_lists_some(store):
         lambda store: sequence(store, "resid_post", 0, 0, by="loudness"),
         lambda store: sequence(store, "resid_post", 0, 0, by="value"),
         lambda store: sequence(store, "resid_post", 0, 0, by="difference"),
-        lambda store: Look(store, "resid_post", [0, 0]),
-        lambda store: Look(store, "resid_post", budget=0),
+        lambda store: Sampler(store, "resid_post", [0, 0]),
+        lambda store: Sampler(store, "resid_post", budget=0),
     ],
 )
 def test_what_makes_no_sense_is_refused(store, ask):
@@ -328,7 +328,7 @@ def test_a_direction_of_another_width_is_refused(store):
 
 
 def test_a_sample_is_of_what_is_there_evenly_and_says_so(store):
-    look = Look(store, "resid_post", [1], budget=200 * Look(store, "resid_post", [1]).record_bytes)
+    look = Sampler(store, "resid_post", [1], budget=200 * Sampler(store, "resid_post", [1]).record_bytes)
     sample = look.sample()
     assert 64 <= sample.looked <= 200
     assert sample.total == TOTAL
@@ -351,10 +351,10 @@ def test_shards_that_are_missing_are_gaps(tmp_path):
     assert np.isnan(view["mean"][:, gone]).all()
     assert np.isfinite(view["mean"][:, ~gone]).all()
     assert health(store, "resid_post")["layers"][1]["rows"] < TOTAL - 512
-    sample = Look(store, "resid_post", [1]).sample()
+    sample = Sampler(store, "resid_post", [1]).sample()
     assert not ((sample.positions >= 512) & (sample.positions < 1024)).any()
     assert sample.said
-    assert Look(store, "resid_post", [0]).sample().said is None
+    assert Sampler(store, "resid_post", [0]).sample().said is None
     for file in shards(tmp_path / "acts" / "resid_post"):
         if file.name.startswith("c.1."):
             file.unlink()

@@ -9,7 +9,7 @@ import pytest
 from support import FORKS, forked, maps_below
 
 from mmcache.read import site_map as module
-from mmcache.read.site_map import Window
+from mmcache.read.site_map import AddressSpace
 from mmcache.system.syscalls import LINUX, Residency, populate, reserve, will_need_all
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="no windows here, or the fast paths are switched off")
@@ -26,7 +26,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def window(tmp_path, files):
-    window = Window(PLACE, len(files), OFFSET)
+    window = AddressSpace(PLACE, len(files), OFFSET)
 
     def bring(place):
         fd = os.open(tmp_path / str(place), os.O_RDONLY)
@@ -48,12 +48,12 @@ def test_each_file_has_its_place(window, files, tmp_path):
 
 def test_it_lies_so_that_huge_pages_fit():
     for offset in (0, 4096, 8192):
-        assert (Window(PLACE, 1, offset).address - offset) % (2 << 20) == 0
+        assert (AddressSpace(PLACE, 1, offset).address - offset) % (2 << 20) == 0
 
 
 def test_a_terabyte_takes_no_memory():
     before = resident_bytes()
-    window = Window(256 << 20, 4096, OFFSET)
+    window = AddressSpace(256 << 20, 4096, OFFSET)
     assert resident_bytes() - before < 16 << 20
     assert len(window.array) == 1 << 40
 
@@ -114,7 +114,7 @@ def test_page_tables_that_grew_too_large_are_let_go(window, monkeypatch):
 
 
 def test_it_is_released_with_its_last_reference(tmp_path, files):
-    window = Window(PLACE, len(files), OFFSET)
+    window = AddressSpace(PLACE, len(files), OFFSET)
     fd = os.open(tmp_path / "0", os.O_RDONLY)
     window.map(0, fd, PLACE)
     os.close(fd)

@@ -11,12 +11,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mmcache
 from mmcache.storage.tokenizer_file import TOKENIZER
-from mmcache.view.tokens import Words, surroundings
+from mmcache.view.tokens import Detokenizer, surroundings
 
 TEXT = "The quick brown fox — naïve, 東京 and 🦊🦊 — jumps\n\tover  two  spaces.\n"
 
 
-class Kept(mmcache.Store):
+class KeptTokens(mmcache.Store):
     """A store, as far as words go."""
 
     where = "acts"
@@ -54,7 +54,7 @@ def sentencepiece():
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
 def test_the_pieces_of_a_text_make_the_text(make):
     tokenizer = make()
-    words = Words(Kept(tokenizer))
+    words = Detokenizer(KeptTokens(tokenizer))
     ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
     assert len(ids) > 20
     whole = b"".join(words.bytes_of(token) for token in ids).decode()
@@ -66,7 +66,7 @@ def test_the_pieces_of_a_text_make_the_text(make):
 
 def test_a_part_of_a_letter_is_shown_as_such():
     tokenizer = byte_level()
-    words = Words(Kept(tokenizer))
+    words = Detokenizer(KeptTokens(tokenizer))
     ids = tokenizer.encode("🦊").ids
     if len(ids) == 1:
         ids = [tokenizer.token_to_id(letter) for letter in "ðŁ"]
@@ -75,7 +75,7 @@ def test_a_part_of_a_letter_is_shown_as_such():
 
 def test_special_and_unknown_tokens():
     tokenizer = byte_level()
-    words = Words(Kept(tokenizer))
+    words = Detokenizer(KeptTokens(tokenizer))
     assert words.texts([tokenizer.token_to_id("<bos>"), -1, 10**6]) == ["<bos>", "⟨-1⟩", "⟨1000000⟩"]
     assert words.known
     assert words.size == tokenizer.get_vocab_size()
@@ -83,7 +83,7 @@ def test_special_and_unknown_tokens():
 
 def test_a_store_without_a_tokenizer_shows_ids(tmp_path):
     store = grown(tmp_path / "acts")
-    words = Words(store)
+    words = Detokenizer(store)
     assert not words.known
     assert words.texts([3, 4]) == ["⟨3⟩", "⟨4⟩"]
 
@@ -92,7 +92,7 @@ def test_a_damaged_tokenizer_is_an_error(tmp_path):
     store = extracted(tmp_path / "acts")
     damage(store.path / TOKENIZER, flip(100))
     with pytest.raises(mmcache.CorruptError):
-        Words(store)
+        Detokenizer(store)
 
 
 @pytest.mark.parametrize(
@@ -101,19 +101,19 @@ def test_a_damaged_tokenizer_is_an_error(tmp_path):
 )
 def test_a_tokenizer_that_is_none_is_an_error_of_ours(text):
     with pytest.raises(mmcache.CorruptError, match="cannot be read"):
-        Words(Kept(text))
+        Detokenizer(KeptTokens(text))
 
 
 def test_a_token_that_was_made_to_take_memory_is_cut():
     tokenizer = tokenizers.Tokenizer(models.WordLevel({"x" * 10**6: 0, "y": 1}, unk_token="y"))  # noqa: S106
-    words = Words(Kept(tokenizer))
+    words = Detokenizer(KeptTokens(tokenizer))
     assert len(words.bytes_of(0)) == 1024
     assert len(words.table[0]) < 2000
 
 
 def test_what_is_around_a_token_ends_where_its_sequence_does(tmp_path):
     store = extracted(tmp_path / "acts", ["one", "two words"])
-    words, second = Words(store), store.sequences[1]
+    words, second = Detokenizer(store), store.sequences[1]
     said = surroundings(store, second.start + 1, 5, words)
     assert said["text"] == "t"
     assert said["after"] == "wo wo"
@@ -124,7 +124,7 @@ def test_what_is_around_a_token_ends_where_its_sequence_does(tmp_path):
 def test_texts_are_those_of_the_transformers_tokenizer(tmp_path):
     store = extracted(tmp_path / "acts")
     kept = tokenizers.Tokenizer.from_str(store.tokenizer_json())
-    words = Words(store)
+    words = Detokenizer(store)
     ids = np.asarray(store.tokens)[1:20].tolist()
     assert "".join(words.texts(ids)) == kept.decode(ids, skip_special_tokens=False)
     assert json.loads(store.tokenizer_json())["model"]

@@ -30,7 +30,7 @@ from support import (
 )
 
 import mmcache
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.write.token_columns import publish_columns
 
 LAYOUTS = ("layer", "token")
@@ -531,7 +531,7 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_are_not(path):
     ]
     for file in litter:
         file.write_bytes(b"half")
-    alive = Draft(path, "mlp_in/c.9.9.9")
+    alive = AtomicFile(path, "mlp_in/c.9.9.9")
     mmcache.append(path).close()
     assert [file for file in litter if file.exists()] == []
     assert len([file for file in (path / "mlp_in").iterdir() if file.suffix == ".tmp"]) == 1

@@ -29,7 +29,7 @@ from mmcache.cli.render_views import (
 from mmcache.errors import ArgumentError
 from mmcache.read.store import open_store
 from mmcache.view import (
-    Words,
+    Detokenizer,
     apart,
     dimensions,
     health,
@@ -128,7 +128,7 @@ def _rows(store: Store, site: str, layer: int, position: int | None, context: in
     view = row_view(store, site, layer, position)
     if not store.has_tokens:
         return view
-    return view | surroundings(store, view["position"], context, Words(store))
+    return view | surroundings(store, view["position"], context, Detokenizer(store))
 
 
 @click.command()

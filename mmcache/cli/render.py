@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NOTHING",
-    "Heat",
+    "ColourScale",
     "cell",
     "coloured",
     "draw_exported",
@@ -159,7 +159,7 @@ def strip(parts: Sequence[float], width: int) -> str:
 
 
 @dataclass(frozen=True)
-class Heat:
+class ColourScale:
     """A scale of shades.
 
     Attributes:

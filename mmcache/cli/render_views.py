@@ -9,7 +9,7 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from mmcache.cli.render import NOTHING, Heat, cell, coloured, draw_pairs, draw_rows, draw_text, shown
+from mmcache.cli.render import NOTHING, ColourScale, cell, coloured, draw_pairs, draw_rows, draw_text, shown
 from mmcache.text import visible
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def draw_sequence(console: Console, view: View) -> None:
     left_out = view["flags"] & sum(named.values()) != 0
     legend = f"{' or '.join(named)}, left out of the statistics"
     signed = view["by"] == "value"
-    heat = Heat.of(values, log=not signed, signed=signed)
+    heat = ColourScale.of(values, log=not signed, signed=signed)
     draw_pairs(console, "", _sequence_about(view))
     console.print(Text.assemble(f"{view['by']} ", heat.legend(colours=coloured(console))), overflow="fold")
     if coloured(console):
@@ -317,7 +317,7 @@ def map_width(console: Console) -> int:
 def draw_norms(console: Console, view: View) -> None:
     """Draw `view.norms`: a layer a line, or, of single tokens, a token a line."""
     draw_head(console, view)
-    heat = Heat.of(view["mean"], log=True)
+    heat = ColourScale.of(view["mean"], log=True)
     if view["level"] == "tokens":
         _draw_tokens(console, view, heat)
     else:
@@ -329,7 +329,7 @@ def draw_norms(console: Console, view: View) -> None:
     console.print()
 
 
-def _draw_map(console: Console, view: View, heat: Heat) -> None:
+def _draw_map(console: Console, view: View, heat: ColourScale) -> None:
     mean, room = view["mean"], map_width(console)
     colours, each = coloured(console), max(1, room // mean.shape[1])
     drawn = each * mean.shape[1]
@@ -352,7 +352,7 @@ def _ends(low: np.ndarray, high: np.ndarray) -> str:
     return f" {found[0].min():>9.3g} {found[1].max():>9.3g}"
 
 
-def _draw_tokens(console: Console, view: View, heat: Heat) -> None:
+def _draw_tokens(console: Console, view: View, heat: ColourScale) -> None:
     mean, colours = view["mean"], coloured(console)
     positions = [f"{position:,}" for position in view["edges"][:-1]]
     wide = max(map(len, positions))

@@ -15,7 +15,7 @@ from mmcache.cluster.worker import Worker
 from mmcache.errors import ArgumentError, ClusterError, MmcacheError
 from mmcache.extraction.job import Progress
 from mmcache.extraction.runner import NonFiniteWarning
-from mmcache.extraction.scheduling import Turns
+from mmcache.extraction.scheduling import BlockScheduler
 from mmcache.format.manifest import is_store, read_manifest
 from mmcache.system.atomic import remove_drafts
 from mmcache.system.files import sync_folder
@@ -175,7 +175,7 @@ class Pool:
     def fill(self, planned: Planned) -> None:
         """Have everything made that is missing; blocks until it is there, and durable."""
         path, manifest, survey = self._job.path, planned.manifest, planned.survey
-        turns = Turns(path, manifest, Rank())
+        turns = BlockScheduler(path, manifest, Rank())
         size = deal(manifest, int(turns.wanted.sum()), len(self._workers), survey.batch_size)
         self._began = moved = time.monotonic()
         share, left = survey.bytes_to_do / max(1, survey.tokens_to_do), -1
@@ -199,7 +199,7 @@ class Pool:
             # A worker that has not returned may have renamed its last shard, and not made that durable.
             sync_folder(path / site)
 
-    def _hand_out(self, planned: Planned, turns: Turns, size: int) -> None:
+    def _hand_out(self, planned: Planned, turns: BlockScheduler, size: int) -> None:
         """Give every idle worker something to do: what nobody has, or else what others have and did not begin."""
         given, fresh, now = np.zeros_like(turns.wanted), np.zeros_like(turns.wanted), time.monotonic()
         for task in self._tasks.values():

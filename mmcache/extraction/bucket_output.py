@@ -31,13 +31,13 @@ from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import load_summary, save_summary
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from mmcache.storage.connection import placed
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 from mmcache.storage.shard_check import check_shard
 from mmcache.storage.shard_folder import ShardFolder
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.files import free_bytes, remove_file
 from mmcache.system.locks import FolderLock
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 from mmcache.urls import is_url
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from mmcache.format.manifest import Manifest
     from mmcache.read.store import Store
 
-__all__ = ["Outgoing", "Uploads", "outgoing_for", "planned_in_bucket", "staging_folder"]
+__all__ = ["BucketOutput", "UploadQueue", "outgoing_for", "planned_in_bucket", "staging_folder"]
 
 # Shards that are sent at a time, each in several parts.
 _THREADS = 3
@@ -61,7 +61,7 @@ class _StoppedError(Exception):
     """Nothing more is to be sent."""
 
 
-class Uploads:
+class UploadQueue:
     """The shards that this process has in a staging folder. `send` by one thread at a time, the rest by the job's.
 
     Args:
@@ -70,9 +70,9 @@ class Uploads:
         claims: says that they are ours.
     """
 
-    def __init__(self, bucket: Bucket, folder: Path, claims: Claims) -> None:
+    def __init__(self, bucket: ObjectStore, folder: Path, claims: Claims) -> None:
         self._bucket, self._folder, self._claims = bucket, folder, claims
-        self._crew = Crew(_THREADS, "upload")
+        self._crew = ThreadPool(_THREADS, "upload")
         # What is queued or being sent, the first failure, and whether it is over.
         self._changed = threading.Condition()
         self._queued, self._stopping = 0, False
@@ -136,7 +136,7 @@ class Uploads:
     def _send(self, key: str) -> None:
         if not self._is_there(key):
             self._bucket.upload(key, self._folder / key, self._alive)
-        draft = Draft(self._folder, key)
+        draft = AtomicFile(self._folder, key)
         try:
             draft.publish(0, durable=False)
         finally:
@@ -209,25 +209,25 @@ def staging_folder(url: str, staging: str | os.PathLike[str] | None) -> Path:
 
 def outgoing_for(
     path: str | os.PathLike[str], staging: str | os.PathLike[str] | None, staging_bytes: int | None
-) -> Outgoing | None:
-    """Give what makes a store for an address; None for a folder. Raises ArgumentError as `Outgoing`."""
+) -> BucketOutput | None:
+    """Give what makes a store for an address; None for a folder. Raises ArgumentError as `BucketOutput`."""
     place = placed(path)
     if isinstance(place, str):
-        return Outgoing(place, staging, staging_bytes)
+        return BucketOutput(place, staging, staging_bytes)
     if staging is not None or staging_bytes is not None:
         raise ArgumentError(f"{path} is a folder, in which shards are made at once: staging is for a store in a bucket")
     return None
 
 
 def planned_in_bucket(path: str, staging: str | os.PathLike[str] | None) -> Manifest | None:
-    """Give the plan that there is at an address already; None for a folder. Errors as `Bucket.read`."""
-    return Outgoing(path, staging, None).planned() if is_url(path) else None
+    """Give the plan that there is at an address already; None for a folder. Errors as `ObjectStore.read`."""
+    return BucketOutput(path, staging, None).planned() if is_url(path) else None
 
 
-class Outgoing:
+class BucketOutput:
     """A store that is made for a bucket. Made, it has written nothing yet.
 
-    `plan` comes first, then what `Fill` calls, `drain`, `complete`; `stop` always. By one thread, but for `published`.
+    `plan` comes first, then what `ShardFiller` calls, `drain`, `complete`; `stop` always. By one thread, but for `published`.
 
     Args:
         url: the store's address.
@@ -236,31 +236,31 @@ class Outgoing:
             of the free room if that is less, and at least two blocks a process.
 
     Raises:
-        ArgumentError, AccessError: as `Bucket`; no bytes at all.
+        ArgumentError, AccessError: as `ObjectStore`; no bytes at all.
     """
 
     def __init__(self, url: str, staging: str | os.PathLike[str] | None, staging_bytes: int | None) -> None:
         if staging_bytes is not None and staging_bytes < 1:
             raise ArgumentError(f"staging_bytes is {staging_bytes}: expected what the shards that wait may take")
-        self._bucket = Bucket(url)
+        self._bucket = ObjectStore(url)
         self.url, self.folder = self._bucket.url, staging_folder(self._bucket.url, staging)
         self._here = BucketFolder(self._bucket, self.folder)
         self._asked, self._block, self._staging = staging_bytes, 0, staging
         self._claims: Claims | None = None
-        self._made: Uploads | None = None
+        self._made: UploadQueue | None = None
         self._planned: Manifest | None = None
 
     def planned(self) -> Manifest | None:
-        """Give the plan that there is already; writes nothing. Errors as `Bucket.read`."""
+        """Give the plan that there is already; writes nothing. Errors as `ObjectStore.read`."""
         return read_planned(self._bucket, self.folder)
 
     def sent(self) -> Manifest | None:
-        """The plan that the bucket itself has; writes nothing. Errors as `Bucket.read`."""
+        """The plan that the bucket itself has; writes nothing. Errors as `ObjectStore.read`."""
         root = read_if_there(self._bucket, ROOT)
         return None if root is None else manifest_of(self._bucket, root)
 
     @property
-    def _uploads(self) -> Uploads:
+    def _uploads(self) -> UploadQueue:
         if self._made is None:
             raise AssertionError("plan comes first")
         return self._made
@@ -295,7 +295,7 @@ class Outgoing:
             private_folder(cache_folder(), "staging")
         self._here.mark(sites)
         self._claims = self._claims or Claims(self.folder)
-        self._made = self._made or Uploads(self._bucket, self.folder, self._claims)
+        self._made = self._made or UploadQueue(self._bucket, self.folder, self._claims)
         lock = FolderLock.wait(self.folder / STAGING, waiting)
         try:
             self._fetch(sites)

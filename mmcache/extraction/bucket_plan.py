@@ -31,19 +31,19 @@ from mmcache.format.manifest import METADATA_LIMIT, Manifest, is_store, read_man
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.shard import Layout
 from mmcache.format.signed_json import ROOT, check_signed
-from mmcache.storage.bucket_metadata import Listed
+from mmcache.storage.bucket_metadata import StoreListing
 from mmcache.storage.listing import in_order, present_shards
 from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.atomic import publish, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, remove_tree
 from mmcache.system.no_symlinks import make_empty
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-    from mmcache.storage.object_store import Bucket
+    from mmcache.storage.object_store import ObjectStore
 
 __all__ = ["BucketFolder", "Listing", "is_column", "manifest_of", "read_if_there", "read_planned", "shard_numbers"]
 
@@ -51,8 +51,8 @@ _KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
 _COLUMN = re.compile(r"c\.(0|[1-9]\d{0,17})(\.0)?", re.ASCII)
 
 
-def read_if_there(bucket: Bucket, key: str) -> bytes | None:
-    """The bytes of a small object, such as the root; None where there is none. Errors as `Bucket.read`."""
+def read_if_there(bucket: ObjectStore, key: str) -> bytes | None:
+    """The bytes of a small object, such as the root; None where there is none. Errors as `ObjectStore.read`."""
     try:
         return bucket.read_whole(key, METADATA_LIMIT)
     except BucketNotFoundError:
@@ -61,17 +61,17 @@ def read_if_there(bucket: Bucket, key: str) -> bytes | None:
         return None
 
 
-def manifest_of(bucket: Bucket, root: bytes) -> Manifest:
+def manifest_of(bucket: ObjectStore, root: bytes) -> Manifest:
     """Check the bytes of a root. Errors as `read_manifest`."""
     where = bucket.where(ROOT)
     return Manifest.from_attributes(check_signed(root, where), where)
 
 
-def read_planned(bucket: Bucket, folder: Path) -> Manifest | None:
+def read_planned(bucket: ObjectStore, folder: Path) -> Manifest | None:
     """Read the plan that the bucket has, or else the one that was begun in a folder; writes nothing.
 
     Raises:
-        AccessError, RemoteError, CorruptError: as `Bucket.read`; it is damaged.
+        AccessError, RemoteError, CorruptError: as `ObjectStore.read`; it is damaged.
     """
     root = read_if_there(bucket, ROOT)
     if root is not None:
@@ -105,7 +105,7 @@ class Listing:
     strange: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, bucket: Bucket, sites: Collection[str]) -> Listing:
+    def of(cls, bucket: ObjectStore, sites: Collection[str]) -> Listing:
         """List a bucket; blocks until then.
 
         Args:
@@ -115,7 +115,7 @@ class Listing:
         Raises:
             ReadOnlyError: it is a store that `extract` does not make.
             CorruptError: its root is damaged, or a shard has another size than it should.
-            AccessError, RemoteError: as `Bucket.read`.
+            AccessError, RemoteError: as `ObjectStore.read`.
         """
         root = read_if_there(bucket, ROOT)
         while True:
@@ -133,7 +133,7 @@ class Listing:
             else:
                 return found
 
-    def _list(self, bucket: Bucket, sites: Collection[str]) -> None:
+    def _list(self, bucket: ObjectStore, sites: Collection[str]) -> None:
         sizes = self._sizes()
         arrays = {*RESERVED, *(sites if self.manifest is None else self.manifest.sites)}
         fresh = {*arrays, TOKENIZER_FOLDER} if self.manifest is None else set(sites) - arrays
@@ -168,7 +168,7 @@ class Listing:
                 sizes[site] = (full, last)
         return sizes
 
-    def refuse(self, bucket: Bucket, sites: Collection[str]) -> None:
+    def refuse(self, bucket: ObjectStore, sites: Collection[str]) -> None:
         """Refuse to make sites where something else is.
 
         Raises:
@@ -206,7 +206,7 @@ class BucketFolder:
         folder: made with the first `mark`.
     """
 
-    def __init__(self, bucket: Bucket, folder: Path) -> None:
+    def __init__(self, bucket: ObjectStore, folder: Path) -> None:
         self.bucket, self.folder = bucket, folder
         self._root: bytes | None = None
         self._manifest: Manifest | None = None
@@ -249,7 +249,7 @@ class BucketFolder:
             StoreExistsError, PlanMismatchError: the bucket holds something else there.
             ReadOnlyError: it is a store that `extract` does not make.
             CorruptError: its root is damaged, or a shard has another size than it should.
-            AccessError, RemoteError, WriteError: as `Bucket.read`; this folder cannot be written to.
+            AccessError, RemoteError, WriteError: as `ObjectStore.read`; this folder cannot be written to.
         """
         listed = self._listed(sites)
         self._root, self._manifest, self._there = listed.root, listed.manifest, listed.there
@@ -368,7 +368,7 @@ class BucketFolder:
 
         Raises:
             StoreExistsError: the bucket holds something else under a name of the plan.
-            AccessError, RemoteError: as `Bucket.read`.
+            AccessError, RemoteError: as `ObjectStore.read`.
         """
         root, old = read_file(self.folder / ROOT, METADATA_LIMIT), self._manifest
         manifest = read_manifest(self.folder)
@@ -419,7 +419,7 @@ class BucketFolder:
 
     def fetch_statistics(self) -> None:
         """Bring the merged statistics that the bucket has. Errors as `fetch`."""
-        for key in Listed(self.bucket, STATISTICS_FOLDER).metadata:
+        for key in StoreListing(self.bucket, STATISTICS_FOLDER).metadata:
             make_folder(self.folder, key.rpartition("/")[0])
             publish(self.folder, key, self.bucket.read_whole(key, METADATA_LIMIT), durable=False)
 
@@ -445,7 +445,7 @@ class BucketFolder:
 
 def _together(work: Callable[[str], None], keys: Iterable[str]) -> None:
     """Do something for each key, some at a time; blocks until all are done, and raises what failed first."""
-    crew = Crew(_THREADS, "plan")
+    crew = ThreadPool(_THREADS, "plan")
     try:
         for done in [crew.submit(work, key) for key in keys]:
             done.result()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmcache.extraction.corpus import Document
-    from mmcache.extraction.runner import Fill
+    from mmcache.extraction.runner import ShardFiller
     from mmcache.extraction.settings import Settings
     from mmcache.extraction.tokenization import Contexts
     from mmcache.models.capture import Captured
@@ -91,7 +91,7 @@ def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, 
     )
 
 
-def survey_plan(path: Path, manifest: Manifest, fill: Fill, batch_size: int) -> Survey:
+def survey_plan(path: Path, manifest: Manifest, fill: ShardFiller, batch_size: int) -> Survey:
     """Say what is left to do of a plan."""
     found = _survey(path, manifest, batch_size, (fill.bytes, fill.shards, fill.tokens))
     return replace(found, framed=Tokenised.of(manifest).framed)

@@ -18,7 +18,7 @@ from mmcache.extraction.fingerprint import probe_model
 from mmcache.extraction.plan import join_plan, open_plan
 from mmcache.extraction.plan_comparison import check_plan, is_recorded, known_plan
 from mmcache.extraction.provenance import model_record, numerics, site_modules
-from mmcache.extraction.runner import Batches, Fill, forward
+from mmcache.extraction.runner import Batches, ShardFiller, forward
 from mmcache.extraction.settings import OPTIONS, Settings
 from mmcache.extraction.special_tokens import special_ids
 from mmcache.extraction.tokenization import checked_texts
@@ -266,7 +266,7 @@ class Extraction:
             lock.release()
 
     @contextmanager
-    def filling(self, manifest: Manifest, rank: Rank, *, strict: bool) -> Iterator[Fill]:
+    def filling(self, manifest: Manifest, rank: Rank, *, strict: bool) -> Iterator[ShardFiller]:
         """Give what fills the missing shards of a plan, with the model hooked and in eval mode."""
         size = manifest.source["numerics"]["batch_size"] if self._settings.any_batch else self._batch_size
         batches = Batches(self._path, manifest, size)
@@ -274,7 +274,7 @@ class Extraction:
             evaluating(self._model),
             capture(self._model, self._asked_sites, self._asked_layers, stop=True) as captured,
         ):
-            yield Fill(
+            yield ShardFiller(
                 self._path,
                 manifest,
                 batches,

@@ -19,7 +19,7 @@ import torch
 
 from mmcache.errors import NonFiniteError, PlanMismatchError
 from mmcache.extraction.missing_shards import bytes_to_write, check_room
-from mmcache.extraction.scheduling import Turns
+from mmcache.extraction.scheduling import BlockScheduler
 from mmcache.format.manifest import read_manifest
 from mmcache.format.shard import Layout, ids_digest
 from mmcache.format.token_flags import counted
@@ -31,7 +31,7 @@ from mmcache.system.arguments import outside
 from mmcache.system.memory import PAGE
 from mmcache.write.page_cache import PageCachePolicy
 from mmcache.write.pipeline import SLOT_BYTES, Pipeline
-from mmcache.write.shard_writer import Block
+from mmcache.write.shard_writer import BlockWriter
 from mmcache.write.staging import Stager
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.extraction.bucket_output import Outgoing
+    from mmcache.extraction.bucket_output import BucketOutput
     from mmcache.format.manifest import Manifest
     from mmcache.models.capture import Captured
     from mmcache.system.launcher import Rank
 
-__all__ = ["Batches", "Fill", "NonFiniteWarning", "forward"]
+__all__ = ["Batches", "NonFiniteWarning", "ShardFiller", "forward"]
 
 # Seconds between two looks at what others make: in the beginning, and at the most.
 _LOOK_AGAIN, _LOOK_AT_LAST = 1.0, 30.0
@@ -53,7 +53,7 @@ _LOOK_AGAIN, _LOOK_AT_LAST = 1.0, 30.0
 _LEAST_SLOT, _SLOTS_A_JOB = 4 << 20, 16
 
 
-class Tell(Protocol):
+class TellProgress(Protocol):
     """Is told how far a job is."""
 
     def __call__(self, done: int, ran: int, *, waits: bool) -> None:
@@ -87,7 +87,7 @@ def _slot_bytes(total: int, row: int) -> int:
     return -(-max(min(small, SLOT_BYTES), row) // PAGE) * PAGE
 
 
-class Fill:
+class ShardFiller:
     """Makes the missing shards of a plan.
 
     Args:
@@ -111,18 +111,18 @@ class Fill:
         *,
         strict: bool,
         rank: Rank,
-        outgoing: Outgoing | None = None,
+        outgoing: BucketOutput | None = None,
     ) -> None:
         self._path, self._manifest, self._batches, self._run = path, manifest, batches, run
         self._captured, self._strict = captured, strict
         self.batch_size = batches.size
         self._shard, self._total = manifest.shard_tokens or 1, manifest.n_tokens or 0
-        self._block: Block | None = None
+        self._block: BlockWriter | None = None
         self._bad: list[str] = []
         self._warned = False
         self._rank, self._outgoing = rank, outgoing
         self._where = str(path) if outgoing is None else outgoing.url
-        self._turns = Turns(path, manifest, rank, (lambda: None) if outgoing is None else outgoing.refresh)
+        self._turns = BlockScheduler(path, manifest, rank, (lambda: None) if outgoing is None else outgoing.refresh)
         missing = self._turns.missing
         # Others have taken the room for theirs already.
         free = {site: shards & ~self._turns.held for site, shards in missing.items()}
@@ -134,7 +134,7 @@ class Fill:
         self.shards = sum(int(shards.sum()) for shards in missing.values())
         self.tokens = self._tokens_of(self._turns.wanted)
 
-    def run(self, tell: Tell, only: np.ndarray | None = None) -> None:
+    def run(self, tell: TellProgress, only: np.ndarray | None = None) -> None:
         """Fill what is missing; blocks until all of it is durable, whoever makes it.
 
         Args:
@@ -160,7 +160,7 @@ class Fill:
             if self._block is not None:
                 self._block.discard()
 
-    def _take_turns(self, tell: Tell) -> None:
+    def _take_turns(self, tell: TellProgress) -> None:
         pause = 0.0
         while self._turns.wanted.any():
             turn = self._turns.take()
@@ -177,7 +177,7 @@ class Fill:
         if self._rank.of > 1:
             tell(self.tokens, self._ran, waits=False)
 
-    def _make(self, turn: np.ndarray, tell: Tell) -> None:
+    def _make(self, turn: np.ndarray, tell: TellProgress) -> None:
         """Make some blocks, up to one that somebody else has made meanwhile."""
         self._turn = np.zeros_like(self._turns.wanted)
         self._turn[turn] = True
@@ -188,7 +188,7 @@ class Fill:
             self._tell(tell)
             self._warn()
 
-    def _tell(self, tell: Tell, *, waits: bool = False) -> None:
+    def _tell(self, tell: TellProgress, *, waits: bool = False) -> None:
         """Say how far it is. Of what others make is told what is there; those that lead look at it now and then."""
         if self._rank.of == 1:
             tell(self._done, self._ran, waits=waits)
@@ -236,7 +236,7 @@ class Fill:
                 at = end
         self._stager.settle()
 
-    def _open(self, number: int, context: int) -> Block | None:
+    def _open(self, number: int, context: int) -> BlockWriter | None:
         """Give the block that is being filled; a new one begins in the context that begins at `context`.
 
         None where somebody else has made some of it since it was looked: then the turn ends.
@@ -249,7 +249,7 @@ class Fill:
             if not self._may_make(number, rows, only):
                 self._turn[number:] = False
                 return None
-            self._block = Block(
+            self._block = BlockWriter(
                 self._path,
                 self._manifest,
                 number,
@@ -285,7 +285,7 @@ class Fill:
     def _begun(self, number: int, only: set[tuple[str, int]]) -> bool:
         return any(is_there(self._path, self._manifest, site, slot, number) for site, slot in only)
 
-    def _seal(self, block: Block) -> None:
+    def _seal(self, block: BlockWriter) -> None:
         self._check_plan()
         block.seal(self._pipeline, self._stager)
         self._block = None

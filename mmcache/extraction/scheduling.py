@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from mmcache.format.manifest import Manifest
     from mmcache.system.launcher import Rank
 
-__all__ = ["Turns"]
+__all__ = ["BlockScheduler"]
 
 _KEY = re.compile(r"c\.\d{1,18}\.(\d{1,18})\.0", re.ASCII)
 # Seconds for which a worker leaves blocks to the one whose part they are, for each rank between the two.
 _PATIENCE = 2.0
 
 
-class Turns:
+class BlockScheduler:
     """The turns of one worker at a planned store. Used by one thread.
 
     Args:

@@ -17,7 +17,7 @@ __all__ = [
     "BOS_CHOICES",
     "Bos",
     "BosWarning",
-    "Frame",
+    "SpecialTokens",
     "frame_of",
     "special_ids",
     "unframed",
@@ -34,7 +34,7 @@ class BosWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Frame:
+class SpecialTokens:
     """Special tokens around each context of a text.
 
     Attributes:
@@ -65,7 +65,7 @@ def special_ids(tokenizer: Any, bos: Bos = "auto", model_bos: int | None = None)
     return tuple(sorted(found))
 
 
-def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | None) -> Frame:
+def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | None) -> SpecialTokens:
     """What is put around each context of a text.
 
     Args:
@@ -82,7 +82,7 @@ def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | 
     before, after = _own(tokenizer)
     put = _bos(tokenizer, model_bos)
     if bos == "none":
-        return Frame(before[before != put] if put is not None else before, after)
+        return SpecialTokens(before[before != put] if put is not None else before, after)
     there = any(token in before for token in (put, model_bos) if token is not None)
     if bos == "add" and not there:
         if put is None or not 0 <= put < (vocabulary or 2**31):
@@ -94,7 +94,7 @@ def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | 
         before = np.concatenate([np.array([put], np.int32), before])
         there = True
     known = model_bos is not None and 0 <= model_bos < (vocabulary or 2**31)
-    return Frame(before, after, model_bos if known and not there else None)
+    return SpecialTokens(before, after, model_bos if known and not there else None)
 
 
 def _own(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def unframed(ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarr
     return ids[first:last]
 
 
-def warn_of_missing(frame: Frame) -> None:
+def warn_of_missing(frame: SpecialTokens) -> None:
     """Warn of a BOS that the model has and contexts do not get."""
     if frame.missing is not None:
         warnings.warn(

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from mmcache.extraction.special_tokens import Bos
     from mmcache.format.manifest import Manifest
 
-__all__ = ["Context", "Contexts", "CorpusDigest", "Place", "Tokenised", "check_corpus", "checked_texts", "tokenise"]
+__all__ = [
+    "Context",
+    "Contexts",
+    "CorpusDigest",
+    "CorpusPosition",
+    "Tokenised",
+    "check_corpus",
+    "checked_texts",
+    "tokenise",
+]
 
 # Texts are tokenised together up to this many characters: enough for the tokenizer's threads, and bounded.
 _TOGETHER_CHARACTERS = 1 << 20
@@ -39,7 +48,7 @@ _NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
-class Place:
+class CorpusPosition:
     """Where in the corpus a context begins: in document number `document`, at its token number `offset`."""
 
     document: int = 0
@@ -55,7 +64,7 @@ class Context:
 
     tokens: np.ndarray
     document: int
-    after: Place
+    after: CorpusPosition
     framed: int = 0
 
 
@@ -147,14 +156,14 @@ class Contexts:
                 f"{vocabulary} rows: give the model's own tokenizer, or one that model.resize_token_embeddings knows"
             )
 
-    def cut(self, documents: Iterable[Document], start: Place | None = None) -> Iterator[Context]:
+    def cut(self, documents: Iterable[Document], start: CorpusPosition | None = None) -> Iterator[Context]:
         """Give the contexts of documents, in order, from `start` on; documents without tokens have none.
 
         Raises:
             CorpusError: a document that is neither text nor token ids, an id that the model does not know, or a text
                 that the tokenizer fails on, takes minutes for, or that memory does not suffice for.
         """
-        start = start or Place()
+        start = start or CorpusPosition()
         tokenised = self._tokenise(documents, start.document)
         return self._packed(tokenised, start) if self._pack else self._apart(tokenised, start)
 
@@ -182,7 +191,7 @@ class Contexts:
         # They may be a file's, larger than memory: they are taken context by context.
         return ids
 
-    def _apart(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: Place) -> Iterator[Context]:
+    def _apart(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: CorpusPosition) -> Iterator[Context]:
         for number, whole, is_text in tokenised:
             before, after = (self.frame.before, self.frame.after) if is_text else (_NOTHING, _NOTHING)
             ids = self._unframed(whole, before, after)
@@ -192,12 +201,12 @@ class Contexts:
                 part = self._unframed(ids[at : at + window], before, after)
                 if len(part):
                     more = len(self._unframed(ids[at + window :], before, after))
-                    behind = Place(number, at + window) if more else Place(number + 1)
+                    behind = CorpusPosition(number, at + window) if more else CorpusPosition(number + 1)
                     framed = int(at == 0 and len(ids) < len(whole))
                     tokens = np.concatenate([before, part.astype(np.int32), after])
                     yield Context(tokens, number, behind, framed)
 
-    def _packed(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: Place) -> Iterator[Context]:
+    def _packed(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: CorpusPosition) -> Iterator[Context]:
         before, room = self.frame.before, self._length - len(self.frame.before)
         parts: list[np.ndarray] = []
         filled = framed = 0
@@ -217,11 +226,11 @@ class Contexts:
                 at, filled = at + len(some), filled + len(some)
                 if filled == room:
                     more = len(self._unframed(whole[at:], before, _NOTHING))
-                    behind = Place(number, at) if more else Place(number + 1)
+                    behind = CorpusPosition(number, at) if more else CorpusPosition(number + 1)
                     yield Context(np.concatenate([before, *parts]), document, behind, framed)
                     parts, filled, framed = [], 0, 0
         if parts:
-            yield Context(np.concatenate([before, *parts]), document, Place(number + 1), framed)
+            yield Context(np.concatenate([before, *parts]), document, CorpusPosition(number + 1), framed)
 
     def _separated(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
         """A document with what separates it from the next one; and whether it brings some of that itself.
@@ -417,7 +426,7 @@ def tokenise(
     columns = {array: Column(path, manifest, array, totals[array]) for array in RESERVED}
     special = np.array(manifest.special_tokens, np.int64)
     hashed = _Hashed(documents, state, path)
-    place, tokens, committed, full = Place(state.document, state.offset), state.tokens, state.tokens, False
+    place, tokens, committed, full = CorpusPosition(state.document, state.offset), state.tokens, state.tokens, False
     used: CorpusDigest | None = None
     framed = state.framed
     warn_of_missing(contexts.frame)
@@ -443,7 +452,7 @@ def tokenise(
     return Tokenised(tokens, len(columns["sequences"]), **at, whole=not full, framed=framed)
 
 
-def _at(place: Place, used: CorpusDigest) -> dict[str, Any]:
+def _at(place: CorpusPosition, used: CorpusDigest) -> dict[str, Any]:
     return {**asdict(place), "documents": used.documents, "sha256": used.hexdigest()}
 
 

@@ -22,27 +22,27 @@ from mmcache.errors import CorruptError, IncompleteError, StoreExistsError
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.shard import HEADER_BYTES, Layout, ids_digest
 from mmcache.format.signed_json import ROOT
-from mmcache.ops.endpoints import SUMMARY, BucketPlace, FolderPlace, expected_bytes, metadata
+from mmcache.ops.endpoints import SUMMARY, BucketEndpoint, FolderEndpoint, expected_bytes, metadata
 from mmcache.read.store import Store
-from mmcache.storage.mirror import STREAMS, Landing
+from mmcache.storage.mirror import STREAMS, StreamWriter
 from mmcache.storage.object_store import PART_BYTES
-from mmcache.storage.shard_check import ArrivingPart, check_ids, check_shard, tail_problems
+from mmcache.storage.shard_check import StreamCheckPart, check_ids, check_shard, tail_problems
 from mmcache.storage.shard_folder import FileBytes, ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.files import open_file
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mmcache.format.manifest import Manifest
-    from mmcache.ops.endpoints import Glance, Place
+    from mmcache.ops.endpoints import Endpoint, Glance
     from mmcache.ops.transfer import Blocks
-    from mmcache.storage.object_store import Bucket
+    from mmcache.storage.object_store import ObjectStore
 
-__all__ = ["Carrier", "Receiver", "Sender", "Shard"]
+__all__ = ["Downloader", "Shard", "ShardCopier", "Uploader"]
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class Shard:
     replace: bool
 
 
-class Carrier:
+class ShardCopier:
     """What push and pull share.
 
     Args:
@@ -80,8 +80,8 @@ class Carrier:
 
     def __init__(
         self,
-        source: Place,
-        target: Place,
+        source: Endpoint,
+        target: Endpoint,
         manifest: Manifest,
         there: Manifest | None,
         progress: Callable[[int, int], None] | None,
@@ -149,7 +149,7 @@ class Carrier:
 
     def _each(self, work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], threads: int) -> list[T]:
         """Do jobs, several at a time; the first failure stops the others, and is raised when they have ended."""
-        crew, asked, results = Crew(threads, "transfer"), deque[Future[T]](), list[T]()
+        crew, asked, results = ThreadPool(threads, "transfer"), deque[Future[T]](), list[T]()
 
         def guarded(*job: Any) -> T:
             try:
@@ -264,18 +264,18 @@ class Carrier:
         return ids_digest(tokens.read(context, min((shard.block + 1) * rows, total)).numpy())
 
 
-class Sender(Carrier):
-    """From a folder into a bucket; the other arguments are those of `Carrier`."""
+class Uploader(ShardCopier):
+    """From a folder into a bucket; the other arguments are those of `ShardCopier`."""
 
     def __init__(
         self,
         folder: Path,
-        bucket: Bucket,
+        bucket: ObjectStore,
         manifest: Manifest,
         there: Manifest | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        super().__init__(FolderPlace(folder), BucketPlace(bucket), manifest, there, progress)
+        super().__init__(FolderEndpoint(folder), BucketEndpoint(bucket), manifest, there, progress)
         self._folder, self._bucket = folder, bucket
 
     def _glance_there(self, array: str, slot: int, block: int) -> Glance | None:
@@ -340,23 +340,23 @@ class _Arriving(ShardFolder):
         return self.object_at
 
 
-class Receiver(Carrier):
-    """From a bucket into a folder; the other arguments are those of `Carrier`."""
+class Downloader(ShardCopier):
+    """From a bucket into a folder; the other arguments are those of `ShardCopier`."""
 
     # Each comes by one stream.
     copies = STREAMS
 
     def __init__(
         self,
-        bucket: Bucket,
+        bucket: ObjectStore,
         folder: Path,
         manifest: Manifest,
         there: Manifest | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._place = BucketPlace(bucket)
-        super().__init__(self._place, FolderPlace(folder), manifest, there, progress)
-        self._folder, self._bucket, self._landing = folder, bucket, Landing(STREAMS)
+        self._place = BucketEndpoint(bucket)
+        super().__init__(self._place, FolderEndpoint(folder), manifest, there, progress)
+        self._folder, self._bucket, self._landing = folder, bucket, StreamWriter(STREAMS)
 
     def stage(self, scratch: Path, sites: Sequence[str], *, sequences: bool) -> None:
         """Fetch all but shards and root into a folder that is thrown away, and check it; also the table of sequences.
@@ -455,13 +455,13 @@ class Receiver(Carrier):
         first = next(coming)
         layout = folder.check(shard.slot, shard.block, bytes(first[:HEADER_BYTES]), size)
         check_ids(bytes(first[:HEADER_BYTES]), self._ids(shard, self._folder))
-        part = ArrivingPart(layout, 0)
+        part = StreamCheckPart(layout, 0)
 
         def seen(data: memoryview) -> None:
             part.add(data)
             self._tell(len(data))
 
-        draft = Draft(self._folder, key, reserve=size)
+        draft = AtomicFile(self._folder, key, reserve=size)
         try:
             self._landing.land(itertools.chain([first], coming), draft, 0, seen)
             wrong = tail_problems(layout, part.crcs, bytes(part.tail))

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from mmcache.storage.object_store import Bucket
+    from mmcache.storage.object_store import ObjectStore
 
-__all__ = ["SUMMARY", "BucketPlace", "FolderPlace", "Glance", "Place", "expected_bytes", "metadata"]
+__all__ = ["SUMMARY", "BucketEndpoint", "Endpoint", "FolderEndpoint", "Glance", "expected_bytes", "metadata"]
 
 # The files of a site's merged statistics, in the order in which they are written.
 SUMMARY = ("dimensions/c/0/0/0", "dimensions/zarr.json", "layers/c/0/0", "layers/zarr.json", ROOT)
@@ -48,7 +48,7 @@ class Glance:
         return self.behind[:stop] == other.behind[:stop]
 
 
-class Place(Protocol):
+class Endpoint(Protocol):
     """A folder or a bucket, as far as a store is copied from or to it."""
 
     def where(self, key: str) -> str:
@@ -70,18 +70,18 @@ def expected_bytes(manifest: Manifest, array: str, block: int) -> int:
     return Layout(spec, spec.rows_in_block(block, manifest.rows(array))).size
 
 
-class FolderPlace:
+class FolderEndpoint:
     """A store's folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def where(self, key: str) -> str:
-        """As `Place.where`."""
+        """As `Endpoint.where`."""
         return str(self._path / key)
 
     def listed(self, manifest: Manifest, array: str) -> np.ndarray:
-        """As `Place.listed`; bytes are those that there should be."""
+        """As `Endpoint.listed`; bytes are those that there should be."""
         found = [np.zeros((2, 0), np.int64)]
         found += [np.stack(shards) for shards in listed_shards(self._path, manifest, array, manifest.rows(array))]
         slots, blocks = np.concatenate(found, axis=1)
@@ -91,7 +91,7 @@ class FolderPlace:
         return _sorted(np.stack([slots, blocks, sizes], axis=1))
 
     def glance(self, manifest: Manifest, array: str, slot: int, block: int) -> Glance:
-        """As `Place.glance`. Raises IncompleteError where it is not there."""
+        """As `Endpoint.glance`. Raises IncompleteError where it is not there."""
         file = self._path / array / manifest.shard_key(array, block, slot)
         fd, status = open_file(file, what=f"shard {file.name} of {array}")
         shard = FileBytes(fd, status.size)
@@ -108,7 +108,7 @@ class FolderPlace:
         return Glance(layout, head, bytes(behind))
 
     def write(self, key: str, data: bytes) -> bool:
-        """As `Place.write`, durably."""
+        """As `Endpoint.write`, durably."""
         with contextlib.suppress(StoreNotFoundError, CorruptError):
             if read_file(self._path / key, len(data)) == data:
                 return False
@@ -117,18 +117,18 @@ class FolderPlace:
         return True
 
 
-class BucketPlace:
+class BucketEndpoint:
     """The prefix of a bucket below which a store's objects are."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: ObjectStore) -> None:
         self._bucket = bucket
 
     def where(self, key: str) -> str:
-        """As `Place.where`."""
+        """As `Endpoint.where`."""
         return self._bucket.where(key)
 
     def listed(self, manifest: Manifest, array: str) -> np.ndarray:
-        """As `Place.listed`."""
+        """As `Endpoint.listed`."""
         slots, blocks = len(manifest.slots(array)), manifest.spec(array).blocks(manifest.rows(array))
         found = [np.zeros((0, 3), np.int64)]
         for batch in self._bucket.names(array):
@@ -142,7 +142,7 @@ class BucketPlace:
         return _sorted(np.concatenate(found))
 
     def glance(self, manifest: Manifest, array: str, slot: int, block: int) -> Glance:
-        """As `Place.glance`; two requests. Errors as `Bucket.read`."""
+        """As `Endpoint.glance`; two requests. Errors as `ObjectStore.read`."""
         key = f"{array}/{manifest.shard_key(array, block, slot)}"
         size = self._bucket.size(key)
         # Of an object without bytes no server gives the first ones.
@@ -152,7 +152,7 @@ class BucketPlace:
         return Glance(layout, head, bytes(self._bucket.read(key, layout.tensors["crc32c"][2], layout.size)))
 
     def write(self, key: str, data: bytes) -> bool:
-        """As `Place.write`. Errors as `Bucket.put`."""
+        """As `Endpoint.write`. Errors as `ObjectStore.put`."""
         with contextlib.suppress(StoreNotFoundError, CorruptError):
             if self._bucket.read_whole(key, len(data)) == data:
                 return False
@@ -163,7 +163,7 @@ class BucketPlace:
 
         Raises:
             CorruptError, VersionError: it describes no store.
-            StoreNotFoundError: there is no such bucket. AccessError, RemoteError: as `Bucket.read`.
+            StoreNotFoundError: there is no such bucket. AccessError, RemoteError: as `ObjectStore.read`.
         """
         text = read_if_there(self._bucket, ROOT)
         return None if text is None else (manifest_of(self._bucket, text), text)

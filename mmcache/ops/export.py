@@ -28,7 +28,7 @@ from mmcache.format.shard import parse_header
 from mmcache.read.store import Store, open_store
 from mmcache.system.arguments import a_callable, a_folder, choice, layer_numbers, names, optional, public
 from mmcache.system.atomic import publish
-from mmcache.system.atomic_folder import Outbox
+from mmcache.system.atomic_folder import AtomicFolder
 from mmcache.system.files import free_bytes, make_folder, open_file, read_page
 from mmcache.system.memory import anonymous
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mmcache.read.site_view import SiteView
-    from mmcache.system.atomic import Draft
+    from mmcache.system.atomic import AtomicFile
 
 __all__ = ["Exported", "Kind", "Selection", "bytes_of", "export", "npy_header", "safetensors_header"]
 
@@ -244,7 +244,7 @@ def export(
     real = Path(os.path.realpath(folder))
     if Path(os.path.realpath(opened.path)) in (real, *real.parents):
         raise ArgumentError(f"{folder} lies in the store {opened.path}: export to a folder outside of it")
-    with Outbox(folder) as box:
+    with AtomicFolder(folder) as box:
         job = kinds[to](selection, box, progress)
         job.check_room()
         job.run()
@@ -260,7 +260,7 @@ class _Export:
     axes: tuple[str, ...]
     token_files: tuple[str, ...]
 
-    def __init__(self, selection: Selection, box: Outbox, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, selection: Selection, box: AtomicFolder, progress: Callable[[int, int], None] | None) -> None:
         self.selection, self.box = selection, box
         self.files: dict[str, list[dict[str, object]]] = {site: [] for site in selection.views}
         self._done, self._progress = 0, progress
@@ -427,7 +427,7 @@ class _Npy(_Export):
             self._write_tokens()
 
     @contextmanager
-    def _draft(self, name: str, code: str, shape: tuple[int, ...]) -> Iterator[tuple[Draft, int]]:
+    def _draft(self, name: str, code: str, shape: tuple[int, ...]) -> Iterator[tuple[AtomicFile, int]]:
         """Begin a file with numpy's header, and give where the numbers go."""
         head = npy_header(code, shape)
         with self.box.draft(name, len(head) + math.prod(shape) * np.dtype(code).itemsize) as draft:

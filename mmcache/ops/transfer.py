@@ -32,11 +32,11 @@ from mmcache.errors import (
 from mmcache.format.manifest import METADATA_LIMIT, read_manifest
 from mmcache.format.names import RESERVED, check_no_links
 from mmcache.format.signed_json import ROOT
-from mmcache.ops.copy_shards import Receiver, Sender
-from mmcache.ops.endpoints import BucketPlace, FolderPlace, metadata
+from mmcache.ops.copy_shards import Downloader, Uploader
+from mmcache.ops.endpoints import BucketEndpoint, FolderEndpoint, metadata
 from mmcache.read.store import Store
 from mmcache.storage.connection import placed
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 from mmcache.system.arguments import a_callable, a_path, names, optional, public, shown
 from mmcache.system.atomic import remove_drafts
 from mmcache.system.files import free_bytes, make_folder, read_file, sync_folder
@@ -290,8 +290,8 @@ def push(
     manifest, text = _read_root(folder)
     _planned(manifest, str(folder))
     names = chosen_sites(manifest, sites, str(folder))
-    bucket = Bucket(url)
-    place = BucketPlace(bucket)
+    bucket = ObjectStore(url)
+    place = BucketEndpoint(bucket)
 
     def root() -> Manifest:
         return joined(manifest, names, _root_of(place, bucket.url), bucket.url)
@@ -301,7 +301,7 @@ def push(
     blocks = _blocks(Store(folder, manifest), sequences)
     for _ in metadata(folder, manifest, names):
         pass  # damage in it is better met before the shards are sent
-    carrier = Sender(folder, bucket, manifest, there, progress)
+    carrier = Uploader(folder, bucket, manifest, there, progress)
     arrays = _arrays(manifest, names)
     carrier.plan(arrays, blocks)
     carrier.copy(arrays)
@@ -349,8 +349,8 @@ def pull(
         raise ArgumentError(f"{folder} is an address: pull copies into a folder, `mmcache push` from one")
     if folder.exists() and not folder.is_dir():
         raise StoreExistsError(errno.EEXIST, "that is a file: a store needs a folder", str(folder))
-    bucket = Bucket(url)
-    place = BucketPlace(bucket)
+    bucket = ObjectStore(url)
+    place = BucketEndpoint(bucket)
     found = place.root()
     if found is None:
         raise StoreNotFoundError(
@@ -366,7 +366,7 @@ def pull(
         stack.callback(FolderLock(folder).release)
         there = _root_in(folder)
         root = joined(manifest, names, there, str(folder))
-        carrier = Receiver(bucket, folder, manifest, there, progress)
+        carrier = Downloader(bucket, folder, manifest, there, progress)
         carrier.stage(scratch, names, sequences=sequences is not None)
         with place.naming(scratch):
             blocks = _blocks(Store(scratch, manifest), sequences)
@@ -379,7 +379,7 @@ def pull(
         carrier.copy(arrays)
         for array in arrays:
             sync_folder(folder / array)
-        target = FolderPlace(folder)
+        target = FolderEndpoint(folder)
         written = sum(len(data) for key, data in metadata(scratch, manifest, names) if target.write(key, data))
         written += _commit(target, root, manifest, text)
     bucket.warn_of(bucket.refused)
@@ -412,7 +412,7 @@ def _blocks(store: Store, sequences: Numbers | None) -> Blocks:
     return ALL if sequences is None else blocks_of(store.sequences, sequences, store.shard_tokens or 1)
 
 
-def _root_of(place: BucketPlace, url: str) -> Manifest | None:
+def _root_of(place: BucketEndpoint, url: str) -> Manifest | None:
     try:
         found = place.root()
     except CorruptError as error:
@@ -435,7 +435,7 @@ def _unreadable(where: str, error: CorruptError) -> StoreExistsError:
     )
 
 
-def _commit(place: BucketPlace | FolderPlace, root: Manifest, ours: Manifest, text: bytes) -> int:
+def _commit(place: BucketEndpoint | FolderEndpoint, root: Manifest, ours: Manifest, text: bytes) -> int:
     """Write the root, which makes a store of what was copied; give its bytes, 0 where it says so already."""
     data = text if root == ours else root.to_json()
     return len(data) if place.write(ROOT, data) else 0

@@ -30,7 +30,7 @@ from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.system.arguments import a_callable, a_path, choice, optional, public
 from mmcache.system.files import count_names, list_names
 from mmcache.system.no_symlinks import check_path
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 if TYPE_CHECKING:
     import os
@@ -170,7 +170,7 @@ class _Verification:
             # What is wrong with them becomes a finding below.
             with contextlib.suppress(MmcacheError, OSError):
                 self._sequences = self._store().sequences
-        crew = Crew(_THREADS, "verify")
+        crew = ThreadPool(_THREADS, "verify")
         try:
             for array in self._arrays():
                 self._check_array(array, crew)
@@ -207,7 +207,7 @@ class _Verification:
         except (MmcacheError, OSError) as error:
             self._find("metadata", f"{array}/{ROOT}", str(error), array=array)
 
-    def _check_array(self, array: str, crew: Crew) -> None:
+    def _check_array(self, array: str, crew: ThreadPool) -> None:
         manifest, rows = self._manifest, self._manifest.rows(array)
         try:
             folder = self._folder(array)

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckedRows",
+    "MappedRows",
     "Piece",
+    "PortableRows",
     "Reader",
-    "ShardMaps",
-    "SiteRows",
     "Taker",
     "Way",
     "best_reader",
@@ -71,7 +71,7 @@ class Piece(NamedTuple):
 
 
 class Taker(Protocol):
-    """What knows the rows of a site: `SiteRows`."""
+    """What knows the rows of a site: `MappedRows`."""
 
     def way(self, piece: Piece) -> Way:
         """Choose how a piece is best taken."""
@@ -98,7 +98,7 @@ class Taker(Protocol):
 def take_pieces(wanted: Sequence[tuple[Taker, Piece]]) -> None:
     """Take pieces each its own way: what has to come from the device is asked for before what is there is copied.
 
-    All that is read past the page cache is read in one go. Errors as `SiteRows.take`.
+    All that is read past the page cache is read in one go. Errors as `MappedRows.take`.
     """
     chosen: dict[Way, list[tuple[Taker, Piece]]] = {way: [] for way in Way}
     for reader, piece in wanted:
@@ -132,7 +132,7 @@ def _read(wanted: Sequence[tuple[Taker, Piece]]) -> None:
         reader.was_read(size)
 
 
-class ShardMaps:
+class PortableRows:
     """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
 
     Args:
@@ -246,7 +246,7 @@ _MOST_ROWS = 1 << 20
 _ADVISED_BYTES = 32 << 20
 
 
-class SiteRows:
+class MappedRows:
     """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
 
     Args:
@@ -474,7 +474,7 @@ class SiteRows:
         self._map.forget()
 
 
-Reader: TypeAlias = SiteRows | ShardMaps | CheckedRows | RemoteRows
+Reader: TypeAlias = MappedRows | PortableRows | CheckedRows | RemoteRows
 
 
 def best_reader(
@@ -490,12 +490,12 @@ def best_reader(
     return local if folder.remote is None else RemoteRows(folder, layout, n_layers, local, fits=fits)
 
 
-def _mapping_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> SiteRows | ShardMaps:
+def _mapping_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> MappedRows | PortableRows:
     if LINUX:
         # Refused where address space is limited.
         with contextlib.suppress(OSError):
-            return SiteRows(folder, layout, n_layers, most_open)
-    return ShardMaps(folder, layout, n_layers, most_open)
+            return MappedRows(folder, layout, n_layers, most_open)
+    return PortableRows(folder, layout, n_layers, most_open)
 
 
 def bring_near(

@@ -139,7 +139,7 @@ _CHECKED.set_result(None)
 
 
 class LocalRows(Protocol):
-    """What reads the rows of files: `SiteRows` or `ShardMaps`."""
+    """What reads the rows of files: `MappedRows` or `PortableRows`."""
 
     def row(self, slot: int, position: int) -> torch.Tensor:
         """Copy one row: `[d_model]`."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mmcache.storage.shard_folder import ShardFolder
 
-__all__ = ["SAMPLES", "Files", "SiteMap", "Table", "Window"]
+__all__ = ["SAMPLES", "AddressSpace", "Files", "SiteMap", "Table"]
 
 # A process may have 65,530 maps unless told otherwise, and a map between two gaps takes two of them. Others need some.
 _DEFAULT_MAPS = 65530
@@ -43,7 +43,7 @@ _SHARE = 4
 # So many reads may pass before the page tables are looked at, which takes tens of microseconds.
 _CHECK_EVERY = 1 << 17
 
-_WINDOWS: weakref.WeakSet[Window] = weakref.WeakSet()
+_WINDOWS: weakref.WeakSet[AddressSpace] = weakref.WeakSet()
 
 
 def _most_maps() -> int:
@@ -52,7 +52,7 @@ def _most_maps() -> int:
     return _DEFAULT_MAPS // _SHARE
 
 
-class Window:
+class AddressSpace:
     """`count` places of `place_bytes` each, side by side, for what files hold from `offset` on; both in whole pages.
 
     Reading is safe from several threads, if each reads like this, and looks at `mapped` behind `enter`:
@@ -197,7 +197,7 @@ class SiteMap:
     """The files of one site, mapped as they are needed. Safe to use from several threads.
 
     `rows` and `records` are the same memory, as rows of one layer and as what a file keeps of a token. They may only
-    be read, behind `mapped_for` or as `Window` says, and never reach a user.
+    be read, behind `mapped_for` or as `AddressSpace` says, and never reach a user.
 
     Args:
         folder: the site's shards.
@@ -221,7 +221,7 @@ class SiteMap:
         places = self._blocks * (n_layers if by_layer else 1)
         if places > _MOST_PLACES:
             raise OSError(errno.ENOMEM, f"{places} shards are more than a window has places for")
-        self.window = Window(place_bytes, places, HEADER_BYTES)
+        self.window = AddressSpace(place_bytes, places, HEADER_BYTES)
         flat = torch.from_numpy(self.window.array).view(spec.dtype.torch)
         row_bytes = spec.row_shape[-1] * spec.dtype.size
         self.rows = Table(flat.view(-1, 1, spec.row_shape[-1]), place_bytes // row_bytes, row_bytes)

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
-    from mmcache.storage.object_store import Bucket
+    from mmcache.storage.object_store import ObjectStore
 
-__all__ = ["FOLDERS", "Listed", "MetadataCopies", "is_metadata"]
+__all__ = ["FOLDERS", "MetadataCopies", "StoreListing", "is_metadata"]
 
 # Folders of metadata, and how deep files are in them.
 FOLDERS, _DEEPEST = (STATISTICS_FOLDER, TOKENIZER_FOLDER), 8
@@ -64,14 +64,14 @@ def _above(key: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-class Listed:
-    """What one listing of a bucket says, or of its folder `under`; blocks until it is there. Errors as `Bucket.names`.
+class StoreListing:
+    """What one listing of a bucket says, or of its folder `under`; blocks until it is there. Errors as `ObjectStore.names`.
 
     `metadata` has the tag of each object that is metadata, `shards` the names of the shards of each array, and
     `strange` the keys that no store has.
     """
 
-    def __init__(self, bucket: Bucket, under: str = "") -> None:
+    def __init__(self, bucket: ObjectStore, under: str = "") -> None:
         self.metadata: dict[str, str | None] = {}
         self.shards: dict[str, set[str]] = {}
         self.strange: list[str] = []
@@ -123,7 +123,7 @@ class MetadataCopies:
         submit: does something in another thread.
     """
 
-    def __init__(self, bucket: Bucket, folder: Path, submit: Callable[..., Future[bytes]]) -> None:
+    def __init__(self, bucket: ObjectStore, folder: Path, submit: Callable[..., Future[bytes]]) -> None:
         self._bucket, self._folder, self._submit = bucket, folder, submit
         # Keys that no store has, and the root's tags by a listing and by reading it, where they were not the same.
         self.strange: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ class MetadataCopies:
 
         Raises:
             StoreNotFoundError: there is no store, or no bucket.
-            AccessError, RemoteError: as `Bucket.read`.
+            AccessError, RemoteError: as `ObjectStore.read`.
             CorruptError: the root is damaged.
         """
         if again:
@@ -148,7 +148,7 @@ class MetadataCopies:
 
     def _refreshed(self) -> str | None:
         """As `refresh`; None where another root came meanwhile, which may name shards that were not listed."""
-        found = Listed(self._bucket)
+        found = StoreListing(self._bucket)
         metadata = found.metadata
         if ROOT not in metadata:
             raise StoreNotFoundError(

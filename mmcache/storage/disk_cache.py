@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from mmcache.errors import ArgumentError, CorruptError, IncompleteError, MmcacheError
-from mmcache.system.atomic import Draft, publish, remove_drafts
+from mmcache.system.atomic import AtomicFile, publish, remove_drafts
 from mmcache.system.files import explained, make_folder, read_file, remove_file
 from mmcache.system.locks import locked
 from mmcache.system.memory import PAGE
 from mmcache.system.no_symlinks import open_in_place
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["RECORDS", "CopyRecords", "Identity", "ShardCache", "identity"]
+__all__ = ["RECORDS", "CopyRecords", "DiskCache", "Identity", "identity"]
 
 # Inode, size, and the times of the last write and of the last change of any kind, in nanoseconds.
 Identity: TypeAlias = tuple[int, int, int, int]
@@ -194,7 +194,7 @@ def _taken(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-class ShardCache:
+class DiskCache:
     """Files by name, of at most `most_bytes` together. Safe to use from several threads and processes.
 
     Args:
@@ -207,7 +207,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
-        self._crew, self._submitting, self._boot = Crew(1, "settle"), threading.Lock(), _boot()
+        self._crew, self._submitting, self._boot = ThreadPool(1, "settle"), threading.Lock(), _boot()
         make_folder(folder)
         self._records = CopyRecords(folder, self._boot)
         # As text, since both are asked for before each read.
@@ -284,7 +284,7 @@ class ShardCache:
             if not self._records.touch(name) and (copy := self._whole.get(name)):
                 self._records.note(name, copy)
 
-    def add(self, name: str, begin: Callable[[], tuple[int, Callable[[Draft], None]]], check: Check) -> Path:
+    def add(self, name: str, begin: Callable[[], tuple[int, Callable[[AtomicFile], None]]], check: Check) -> Path:
         """A file, made now where it is not here; blocks while another thread or process makes the same one.
 
         Args:
@@ -346,12 +346,12 @@ class ShardCache:
         """Add up the bytes that are taken, those of drafts too."""
         return sum(entry.size for entry in self._entries())
 
-    def _begin(self, name: str, size: int) -> Draft:
+    def _begin(self, name: str, size: int) -> AtomicFile:
         """Take the room for a file; blocks while all of the room is taken by what others fetch."""
         while True:
             with locked(self.folder, ".room.lock"):
                 if self._make_room(size):
-                    return Draft(self.folder, name, reserve=size)
+                    return AtomicFile(self.folder, name, reserve=size)
             time.sleep(_AGAIN)
 
     def _make_room(self, size: int) -> bool:

@@ -27,23 +27,23 @@ from mmcache.errors import ArgumentError, CorruptError, IncompleteError, StoreNo
 from mmcache.format.shard import HEADER_BYTES
 from mmcache.storage.bucket_metadata import MetadataCopies
 from mmcache.storage.cache_folder import cache_folder, private_folder
-from mmcache.storage.disk_cache import ShardCache
-from mmcache.storage.object_store import Bucket
-from mmcache.storage.shard_check import Arriving, check_copy
+from mmcache.storage.disk_cache import DiskCache
+from mmcache.storage.object_store import ObjectStore
+from mmcache.storage.shard_check import StreamCheck, check_copy
 from mmcache.system.files import free_bytes, read_file
 from mmcache.system.locks import locked
-from mmcache.system.memory import PAGE, Buffers
-from mmcache.system.threads import Crew, let_end
+from mmcache.system.memory import PAGE, BufferPool
+from mmcache.system.threads import ThreadPool, let_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
     from mmcache.format.shard import Layout
-    from mmcache.storage.shard_check import ArrivingPart
-    from mmcache.system.atomic import Draft
+    from mmcache.storage.shard_check import StreamCheckPart
+    from mmcache.system.atomic import AtomicFile
 
-__all__ = ["CHECKSUM_BYTES", "STREAMS", "Landing", "Mirror", "ShardObjects"]
+__all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror", "ShardObjects", "StreamWriter"]
 
 # Bytes a second from which on one stream is as good as several, and what has to come for it to be told.
 _QUICK, _LEAST_MEASURED = 256e6, 1 << 20
@@ -56,7 +56,7 @@ class ShardObjects:
         bucket: the store's.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: ObjectStore) -> None:
         self.bucket = bucket
         # Whether a stream, by the latest that was measured, needs no others beside it.
         self.quick = False
@@ -71,7 +71,7 @@ class ShardObjects:
         Raises:
             IncompleteError: the bucket has no such shard.
             CorruptError: it ends before `stop`.
-            AccessError, RemoteError: as `Bucket.read`.
+            AccessError, RemoteError: as `ObjectStore.read`.
         """
         with _shard_errors(self.where(array, key)):
             return self.bucket.read(f"{array}/{key}", start, stop)
@@ -117,7 +117,7 @@ def _shard_errors(where: str) -> Iterator[None]:
 _WINDOW = 4 << 20
 
 
-class Landing:
+class StreamWriter:
     """Lands streams in files. Safe to use from several threads.
 
     Args:
@@ -125,9 +125,11 @@ class Landing:
     """
 
     def __init__(self, most: int) -> None:
-        self._windows, self._crew, self._lock = Buffers(most), Crew(most, "landing"), threading.Lock()
+        self._windows, self._crew, self._lock = BufferPool(most), ThreadPool(most, "landing"), threading.Lock()
 
-    def land(self, stream: Iterable[memoryview], draft: Draft, offset: int, seen: Callable[[memoryview], None]) -> None:
+    def land(
+        self, stream: Iterable[memoryview], draft: AtomicFile, offset: int, seen: Callable[[memoryview], None]
+    ) -> None:
         """Write what comes into a draft, while more comes; blocks until all of it is written.
 
         Args:
@@ -160,7 +162,7 @@ class Landing:
             # Before the memory is somebody else's, and the draft closed.
             let_end(writing)
 
-    def _write(self, some: np.ndarray, draft: Draft, offset: int, writing: list[Future[None]]) -> None:
+    def _write(self, some: np.ndarray, draft: AtomicFile, offset: int, writing: list[Future[None]]) -> None:
         """Write a window in the background, once the other one is written."""
         if writing:
             # In the list meanwhile, so that an interrupt here does not leave it alone.
@@ -206,19 +208,19 @@ class Mirror(ShardObjects):
         self, url: str, cache_dir: str | os.PathLike[str] | None = None, cache_bytes: int | None = None
     ) -> None:
         self._asked = cache_dir, cache_bytes
-        super().__init__(Bucket(url))
+        super().__init__(ObjectStore(url))
         self.url = self.bucket.url
         above = cache_folder() if cache_dir is None else Path(cache_dir)
         if cache_bytes is None:
             cache_bytes = min(_MOST_CACHE, free_bytes(above) // _SHARE)
         if cache_bytes < 1:
             raise ArgumentError(f"cache_bytes is {cache_bytes}: expected what the shards in {above} may take")
-        self.cache = ShardCache(private_folder(above, "shards"), cache_bytes)
+        self.cache = DiskCache(private_folder(above, "shards"), cache_bytes)
         self.folder = private_folder(above, "stores", _digest(self.url)[:16])
         # Who brings a shard waits for its other parts, and must not take the place of one.
-        self._crew, self._streams = Crew(_THREADS, "request"), Crew(STREAMS, "stream")
-        self._bringers, self._lock = Crew(STREAMS, "bring"), threading.Lock()
-        self._landing, self._coming = Landing(STREAMS), 0
+        self._crew, self._streams = ThreadPool(_THREADS, "request"), ThreadPool(STREAMS, "stream")
+        self._bringers, self._lock = ThreadPool(STREAMS, "bring"), threading.Lock()
+        self._landing, self._coming = StreamWriter(STREAMS), 0
         self._metadata = MetadataCopies(self.bucket, self.folder, self.submit)
         with locked(self.folder, _LOCK):
             self._store = self._metadata.refresh()
@@ -320,7 +322,7 @@ class Mirror(ShardObjects):
         seen: tuple[bytes, int] | None = None
         again = False
 
-        def begin() -> tuple[int, Callable[[Draft], None]]:
+        def begin() -> tuple[int, Callable[[AtomicFile], None]]:
             nonlocal seen
             head, size, coming = self.whole(array, key)
             seen = head, size
@@ -336,7 +338,7 @@ class Mirror(ShardObjects):
                 again = True
 
     def _download(
-        self, array: str, key: str, layout: Layout, head: bytes, coming: Generator[memoryview], draft: Draft
+        self, array: str, key: str, layout: Layout, head: bytes, coming: Generator[memoryview], draft: AtomicFile
     ) -> None:
         """Write a shard whose first bytes have come: in as many parts as there are streams for it.
 
@@ -344,7 +346,7 @@ class Mirror(ShardObjects):
         one for a part.
         """
         parts = 1 if self.quick else max(1, STREAMS // max(1, self._coming))
-        arriving = Arriving(layout, head, max(_PART_BYTES, -(-layout.size // parts)))
+        arriving = StreamCheck(layout, head, max(_PART_BYTES, -(-layout.size // parts)))
         (first, end), *others = arriving.parts
         with self._lock:
             asked = [self._streams.submit(self._receive, array, key, part, stop, draft) for part, stop in others]
@@ -359,14 +361,14 @@ class Mirror(ShardObjects):
         if problem := arriving.problem():
             raise CorruptError(f"{self.where(array, key)}: {problem}; remove the object and make it again")
 
-    def _receive(self, array: str, key: str, part: ArrivingPart, stop: int, draft: Draft) -> None:
+    def _receive(self, array: str, key: str, part: StreamCheckPart, stop: int, draft: AtomicFile) -> None:
         """Write one part of a shard as it comes; parts lie apart, so that several threads may write them."""
         self._landing.land(self.stream(array, key, part.at, stop), draft, part.at, part.add)
 
     def extent(self, array: str, key: str, start: int, stop: int) -> Path:
         """A file of some bytes of a shard and their checksum, brought here where it is not. Errors as `fetch`."""
 
-        def fill(draft: Draft) -> None:
+        def fill(draft: AtomicFile) -> None:
             at = digest = 0
             # Into the page cache: they are wanted at once, and all of them.
             for data in self.stream(array, key, start, stop):

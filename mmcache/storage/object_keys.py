@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
 
-__all__ = ["UPLOADS", "Entry", "ObjectNames"]
+__all__ = ["UPLOADS", "Entry", "ObjectKeys"]
 
 # Key, bytes, tag.
 Entry = tuple[str, int, "str | None"]
@@ -32,7 +32,7 @@ UPLOADS = ".uploads"
 _ODD, _HALF = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]"), re.compile(r"#\d+$")
 
 
-class ObjectNames:
+class ObjectKeys:
     """The keys below one prefix.
 
     Args:
@@ -55,7 +55,7 @@ class ObjectNames:
         self._by_hand = False
 
     def batches(self, under: str) -> Iterator[list[Entry]]:
-        """Keys that begin with the folder `under`, some thousands at a time; errors as `Bucket.names`.
+        """Keys that begin with the folder `under`, some thousands at a time; errors as `ObjectStore.names`.
 
         A listing that fails half-way begins anew, so a key may come twice.
         """
@@ -110,7 +110,7 @@ class ObjectNames:
     def _s3_names(self, under: str) -> Iterator[list[Entry]]:
         store = self._store()
         above = f"{store.prefix}/" if store.prefix else ""
-        asked = {"Bucket": store.config["bucket"], "Prefix": f"{above}{under}/" if under else above}
+        asked = {"ObjectStore": store.config["bucket"], "Prefix": f"{above}{under}/" if under else above}
         for page in _pages(self._url, asked):
             batch = []
             for found in page.get("Contents", ()):
@@ -155,7 +155,7 @@ class ObjectNames:
 
 
 def _pages(url: str, asked: dict[str, str]) -> Iterator[Any]:
-    """Pages of a listing of S3, by boto3. Errors as `Bucket.names`."""
+    """Pages of a listing of S3, by boto3. Errors as `ObjectStore.names`."""
     try:
         import boto3  # noqa: PLC0415 -- an extra, and slow to import
         from botocore import UNSIGNED  # noqa: PLC0415 -- as above

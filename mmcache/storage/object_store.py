@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from mmcache.errors import ArgumentError, CorruptError, MmcacheError, RemoteError, StoreNotFoundError
 from mmcache.storage.connection import client_library, connect, short_answer, try_again
-from mmcache.storage.object_keys import UPLOADS, ObjectNames
+from mmcache.storage.object_keys import UPLOADS, ObjectKeys
 from mmcache.system.arguments import outside
 from mmcache.system.files import explained, make_folder, sync_folder
 from mmcache.system.no_symlinks import check_path
@@ -31,7 +31,7 @@ from mmcache.urls import SCHEMES, address, is_url
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
-__all__ = ["Bucket", "LocalObjects", "ObjectReads"]
+__all__ = ["LocalObjects", "ObjectReads", "ObjectStore"]
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ _PIECE_BYTES = 2 << 20
 
 
 class ObjectReads:
-    """What can be read of a `Bucket`, which says where, and tries again."""
+    """What can be read of a `ObjectStore`, which says where, and tries again."""
 
     url: str
     _obstore: Any
@@ -228,7 +228,7 @@ PART_BYTES, _PARTS = 8 << 20, 4
 _SHOWN = 5
 
 
-class Bucket(ObjectReads):
+class ObjectStore(ObjectReads):
     """The objects below one prefix. Safe to use from several threads, but not in a process that was forked.
 
     Credentials and endpoints are found as each ecosystem does: for S3 the AWS_… variables, and through boto3 profiles,
@@ -251,7 +251,7 @@ class Bucket(ObjectReads):
         self._client: Any = None
         if self._local is None or self._local.is_there:
             self._client = connect(self.url, self._obstore, PATIENCE)
-        self._names = ObjectNames(self.url, self._obstore, lambda: self._store, self._again)
+        self._names = ObjectKeys(self.url, self._obstore, lambda: self._store, self._again)
         self._process = os.getpid()
 
     @property
@@ -262,8 +262,8 @@ class Bucket(ObjectReads):
             self._client = connect(self.url, self._obstore, PATIENCE)
         return self._client
 
-    def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
-        return Bucket, (self.url,)
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
+        return ObjectStore, (self.url,)
 
     def names(self, under: str = "") -> Iterator[list[tuple[str, int, str | None]]]:
         """List the objects whose keys begin with the folder `under`: (key, bytes, tag), some thousands at a time.

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from mmcache.storage.shard_folder import ShardBytes, ShardFolder
 
 __all__ = [
-    "Arriving",
-    "ArrivingPart",
+    "StreamCheck",
+    "StreamCheckPart",
     "check_copy",
     "check_ids",
     "check_shard",
@@ -39,7 +39,7 @@ __all__ = [
 _PIECE = 8 << 20
 
 
-class ArrivingPart:
+class StreamCheckPart:
     """One part of a shard, from `start` on, whose bytes come in order. Used by one thread.
 
     Args:
@@ -68,7 +68,7 @@ class ArrivingPart:
         self.at += len(data)
 
 
-class Arriving:
+class StreamCheck:
     """What is known of a shard that comes in parts, all at the same time.
 
     Args:
@@ -82,7 +82,7 @@ class Arriving:
         step = layout.spec.chunk_bytes
         whole = max(1, size // step) * step
         edges = [0, *range(HEADER_BYTES + whole, layout.chunks_end, whole), layout.size]
-        self.parts = [(ArrivingPart(layout, start), stop) for start, stop in pairwise(edges)]
+        self.parts = [(StreamCheckPart(layout, start), stop) for start, stop in pairwise(edges)]
 
     def problem(self) -> str:
         """What is wrong with it, once all has come; empty if nothing is."""
@@ -122,7 +122,7 @@ def read_whole(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -
     Raises:
         CorruptError: it ends before its size. OSError: the system refuses to read it.
     """
-    piece, whole = anonymous(min(_PIECE, layout.size)).data, ArrivingPart(layout, 0)
+    piece, whole = anonymous(min(_PIECE, layout.size)).data, StreamCheckPart(layout, 0)
     while whole.at < layout.size:
         count = min(len(piece), layout.size - whole.at)
         if not shard.read(piece[:count], whole.at):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["Draft", "publish", "publish_all", "remove_drafts"]
+__all__ = ["AtomicFile", "publish", "publish_all", "remove_drafts"]
 
 _DRAFT = ".tmp"
 # The sealed file's mode, less what the umask forbids: a zarr writer that touched a shard would re-encode it, and lose
@@ -63,7 +63,7 @@ def remove_drafts(root: Path, folder: str = "") -> list[str]:
     return alive
 
 
-class Draft:
+class AtomicFile:
     """A file that is being written, and is not yet there under its own name.
 
     Parts that lie apart may be written by several threads; all else is for one at a time. The draft holds a lock on
@@ -233,9 +233,9 @@ class Draft:
 def publish(root: Path, name: str, data: bytes, *, durable: bool = True) -> None:
     """Put a small file in place, whole or not at all, and make it and its name durable; blocks until then.
 
-    Arguments and errors as `Draft`.
+    Arguments and errors as `AtomicFile`.
     """
-    draft = Draft(root, name)
+    draft = AtomicFile(root, name)
     try:
         draft.write(np.frombuffer(data, np.uint8), 0)
         draft.publish(len(data), durable=durable)
@@ -262,7 +262,7 @@ def publish_all(root: Path, contents: Mapping[str, bytes]) -> None:
     folders = dict.fromkeys(name.rpartition("/")[0] for name in contents)
     changed = make_folders(root, folders)
     for name, data in contents.items():
-        draft = Draft(root, name)
+        draft = AtomicFile(root, name)
         try:
             draft.write(np.frombuffer(data, np.uint8), 0)
             draft.publish(len(data))

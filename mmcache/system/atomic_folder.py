@@ -10,7 +10,7 @@ import secrets
 from typing import TYPE_CHECKING, Self
 
 from mmcache.errors import StoreExistsError
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.files import explained, list_names, make_folder, remove_tree, sync_folder
 from mmcache.system.memory import anonymous
 from mmcache.system.no_symlinks import NO_FOLLOW
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Outbox"]
+__all__ = ["AtomicFolder"]
 
 _SUFFIX = ".tmp"
 _PIECE_BYTES = 16 << 20
@@ -27,7 +27,7 @@ _PIECE_BYTES = 16 << 20
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class Outbox:
+class AtomicFolder:
     """A folder beside `target`, which `publish` gives that name. Left without that, it is removed with all in it.
 
     It is locked while its maker lives; those of dead makers are removed by the next one for the same target.
@@ -126,9 +126,9 @@ class Outbox:
                 done += count
 
     @contextlib.contextmanager
-    def draft(self, name: str, size: int) -> Iterator[Draft]:
+    def draft(self, name: str, size: int) -> Iterator[AtomicFile]:
         """Write a file of `size` bytes, durable and sealed when the block ends."""
-        draft = Draft(self.path, name, reserve=size)
+        draft = AtomicFile(self.path, name, reserve=size)
         try:
             yield draft
             draft.publish(size)

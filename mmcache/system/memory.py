@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PAGE", "Buffers", "anonymous", "available_memory"]
+__all__ = ["PAGE", "BufferPool", "anonymous", "available_memory"]
 
 PAGE = 4096
 
@@ -58,7 +58,7 @@ _SPARE_BYTES, _WORTH_SPARING = 256 << 20, 2 << 20
 _spare: deque[np.ndarray] = deque()
 
 
-class Buffers:
+class BufferPool:
     """Buffers for what is of one size again and again. Safe to use from several threads.
 
     Fresh memory is written at a fraction of the rate of memory that was written before: the system has to clear it, and

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, TypeVarTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["HELD", "Crew", "let_end", "pieces"]
+__all__ = ["HELD", "ThreadPool", "let_end", "pieces"]
 
 HELD = 500
 # More numbers than these are worth more than the lock.
@@ -35,11 +35,11 @@ Ts = TypeVarTuple("Ts")
 
 _Jobs: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]"
 
-_CREWS: weakref.WeakSet[Crew] = weakref.WeakSet()
+_CREWS: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
 _THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-class Crew:
+class ThreadPool:
     """Some threads that take jobs in the order in which they are submitted. They start with the first one.
 
     The standard library's executor does all that was ever submitted before the interpreter may end; here what has not

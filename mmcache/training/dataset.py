@@ -16,11 +16,11 @@ from mmcache.errors import ArgumentError
 from mmcache.format.dtypes import activation_dtype
 from mmcache.read.store import Store, a_store
 from mmcache.system.arguments import a_device, a_switch, choice, count, layer_numbers, names, optional, public, shown
-from mmcache.system.memory import Buffers
+from mmcache.system.memory import BufferPool
 from mmcache.training.fetcher import Batch, Conversion, Fetcher, Source
-from mmcache.training.prefetch import BatchFeed, BringAll, ReadAhead
-from mmcache.training.schedule import BlockOrder, FeedPlan, Position, State, block_geometry
-from mmcache.training.token_filter import Drop, Kept
+from mmcache.training.prefetch import BatchIterator, FetchAll, ReadAhead
+from mmcache.training.schedule import BlockOrder, EpochSchedule, Position, State, block_geometry
+from mmcache.training.token_filter import Drop, KeptTokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -193,12 +193,14 @@ class ActivationDataset(IterableDataset[Batch]):
         machines = nodes_of(nodes, ranks)
         chosen_sites = checked_sites(store, sites)
         wanted = None if dtype is None else activation_dtype(dtype).torch
-        kept = Kept.from_store(store, drop, split)
+        kept = KeptTokens.from_store(store, drop, split)
         chosen = checked_layers(store, chosen_sites[0], layers)
         conversions = {site: Conversion(store[site], chosen, wanted, normalize) for site in chosen_sites}
         self._source = Source(store, kept, conversions, chosen, a_device("device", device))
         blocks = block_geometry(*self._source.disk_bytes(), buffer_bytes) if shuffle == "block" else None
-        self._plan = FeedPlan(seed, len(kept), kept.digest, shuffle, blocks, ranks, batch_size, drop_last, machines)
+        self._plan = EpochSchedule(
+            seed, len(kept), kept.digest, shuffle, blocks, ranks, batch_size, drop_last, machines
+        )
         self._position, self._resumes = self._plan.begin(0), False
         self._settle()
 
@@ -206,7 +208,7 @@ class ActivationDataset(IterableDataset[Batch]):
         """Begin in this process, with no memory that another one knows of."""
         self._process, self._workers, self._passed = os.getpid(), 1, False
         self._turn: object = None
-        self._buffers = Buffers(self._ahead + 2), Buffers(self._ahead)
+        self._buffers = BufferPool(self._ahead + 2), BufferPool(self._ahead)
 
     @property
     def _group(self) -> int:
@@ -286,7 +288,7 @@ class ActivationDataset(IterableDataset[Batch]):
             self._position = self._plan.begin(self._position.epoch + later)
         self._resumes, self._passed, self._workers = False, True, worker[1]
         self._turn = turn = object()
-        return BatchFeed(
+        return BatchIterator(
             self._fetcher(worker),
             self._plan,
             self._position,
@@ -299,7 +301,7 @@ class ActivationDataset(IterableDataset[Batch]):
 
     def _fetcher(self, worker: tuple[int, int]) -> Fetcher:
         order, source = self._plan.order(self._position), self._source
-        pools: ReadAhead | BringAll | None = None
+        pools: ReadAhead | FetchAll | None = None
         if isinstance(order, BlockOrder):
             # All workers of the ranks of a lane want the same of it.
             beside = max(1, self._plan.world_size // self._position.lanes)
@@ -310,7 +312,7 @@ class ActivationDataset(IterableDataset[Batch]):
             if source.has_room(2 * order.pool_tokens + ahead):
                 pools = ReadAhead(order, source.kept, source.views(), gap, reader, remote=source.store.url is not None)
         elif source.store.fits:
-            pools = BringAll(source.views(), source.store.shard_tokens or 1)
+            pools = FetchAll(source.views(), source.store.shard_tokens or 1)
         return Fetcher(source, order, pools, self._buffers)
 
     def _move(self, turn: object, position: Position) -> None:

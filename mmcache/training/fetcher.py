@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mmcache.errors import ArgumentError
-from mmcache.read.local_rows import SiteRows, take_pieces
+from mmcache.read.local_rows import MappedRows, take_pieces
 from mmcache.read.store import reopened
 from mmcache.system.arguments import outside
 from mmcache.system.devices import is_cpu
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from mmcache.read.local_rows import Piece, Taker
     from mmcache.read.site_view import SiteView
     from mmcache.read.store import Store
-    from mmcache.system.memory import Buffers
-    from mmcache.training.prefetch import BringAll, ReadAhead
+    from mmcache.system.memory import BufferPool
+    from mmcache.training.prefetch import FetchAll, ReadAhead
     from mmcache.training.schedule import Order, State
-    from mmcache.training.token_filter import Kept
+    from mmcache.training.token_filter import KeptTokens
 
 __all__ = ["Batch", "Conversion", "Fetched", "Fetcher", "Gather", "Source", "Span", "gather_together", "tensor_over"]
 
@@ -59,7 +59,7 @@ def gather_together(wanted: Sequence[Gather]) -> None:
     fast: list[tuple[Taker, Piece]] = []
     for view, positions, layers, out in wanted:
         reader, slots = view.rows_of(layers)
-        if isinstance(reader, SiteRows):
+        if isinstance(reader, MappedRows):
             fast += [(reader, piece) for piece in reader.pieces(positions, slots, out)]
         else:
             reader.take(positions, slots, out)
@@ -144,7 +144,7 @@ class Source:
     """
 
     store: Store
-    kept: Kept
+    kept: KeptTokens
     conversions: Mapping[str, Conversion]
     layers: Sequence[int] | None
     device: torch.device
@@ -223,7 +223,11 @@ class Fetcher:
     """
 
     def __init__(
-        self, source: Source, order: Order, read_ahead: ReadAhead | BringAll | None, buffers: tuple[Buffers, Buffers]
+        self,
+        source: Source,
+        order: Order,
+        read_ahead: ReadAhead | FetchAll | None,
+        buffers: tuple[BufferPool, BufferPool],
     ) -> None:
         self._source, self._order, self._read_ahead = source, order, read_ahead
         self._buffers, self._staging = buffers
@@ -286,7 +290,7 @@ class Fetcher:
 
     @staticmethod
     def _lend(
-        buffers: Buffers, wanted: Mapping[str, tuple[tuple[int, int, int], torch.dtype]]
+        buffers: BufferPool, wanted: Mapping[str, tuple[tuple[int, int, int], torch.dtype]]
     ) -> dict[str, torch.Tensor]:
         """Give a tensor for each site, of any content, out of one buffer."""
         if not wanted:

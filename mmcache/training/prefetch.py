@@ -17,17 +17,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from mmcache.errors import AccessError, ClosedError, RemoteError
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mmcache.read.site_view import SiteView
     from mmcache.training.fetcher import Batch, Fetched, Fetcher, Span
-    from mmcache.training.schedule import BlockOrder, FeedPlan, Position
-    from mmcache.training.token_filter import Kept
+    from mmcache.training.schedule import BlockOrder, EpochSchedule, Position
+    from mmcache.training.token_filter import KeptTokens
 
-__all__ = ["BatchFeed", "BringAll", "ReadAhead"]
+__all__ = ["BatchIterator", "FetchAll", "ReadAhead"]
 
 # One waits for the disk, one converts, and one has something to begin with whenever the lock comes its way.
 _THREADS = 3
@@ -36,7 +36,7 @@ _THREADS = 3
 _Outcome: TypeAlias = "tuple[list[Fetched], BaseException | None]"
 
 
-class BatchFeed:
+class BatchIterator:
     """An iterator over batches, for one thread. Nothing runs before the first one is asked for.
 
     Whoever drops it ends its threads, and so does the end of the epoch, an error, or that of the interpreter. An error
@@ -56,7 +56,7 @@ class BatchFeed:
     def __init__(
         self,
         fetcher: Fetcher,
-        plan: FeedPlan,
+        plan: EpochSchedule,
         position: Position,
         rank: int,
         worker: tuple[int, int],
@@ -69,7 +69,7 @@ class BatchFeed:
         first, self._stride = worker
         self._steps = iter(range(position.step + first, len(self._shares), self._stride))
         self._group, self._ahead, self._moved, self._process = group, ahead, moved, os.getpid()
-        self._crew = Crew(_THREADS, "fetch")
+        self._crew = ThreadPool(_THREADS, "fetch")
         # Batches that are there, what went wrong behind them, and the jobs that make more; how many those are in all.
         self._ready: deque[Fetched] = deque()
         self._failure: BaseException | None = None
@@ -162,7 +162,7 @@ def _fetched(fetcher: Fetcher, spans: list[Span]) -> _Outcome:
 _BRINGERS = 4
 
 
-class BringAll:
+class FetchAll:
     """Brings all shards of a store in a bucket here, in order and in the background, while batches are made of rows.
 
     For a store that fits into the cache. What fails is told by the rows.
@@ -173,7 +173,7 @@ class BringAll:
     """
 
     def __init__(self, views: Sequence[SiteView], shard_tokens: int) -> None:
-        self._crew = Crew(_BRINGERS, "bring-all")
+        self._crew = ThreadPool(_BRINGERS, "bring-all")
         self._first: list[Future[None]] = []
         going = threading.Event()
         going.set()
@@ -220,7 +220,7 @@ class ReadAhead:
     def __init__(
         self,
         order: BlockOrder,
-        kept: Kept,
+        kept: KeptTokens,
         views: Sequence[SiteView],
         gap: int,
         reader: tuple[int, int] = (0, 1),
@@ -228,7 +228,7 @@ class ReadAhead:
         remote: bool = False,
     ) -> None:
         self._order, self._kept, self._views, self._gap, self._reader = order, kept, views, gap, reader
-        self._crew = Crew(_BRINGERS if remote else 1, "read-ahead")
+        self._crew = ThreadPool(_BRINGERS if remote else 1, "read-ahead")
         self._lock = threading.Lock()
         self._asked: dict[int, list[Future[None]]] = {}
 

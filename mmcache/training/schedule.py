@@ -26,11 +26,11 @@ from mmcache.training.permutation import Permutation, mixed
 __all__ = [
     "BlockOrder",
     "Blocks",
-    "FeedPlan",
-    "Lanes",
+    "EpochSchedule",
+    "MachineOrder",
     "Order",
     "Position",
-    "Shares",
+    "RankShares",
     "State",
     "block_geometry",
     "order_of",
@@ -38,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Lanes:
+class MachineOrder:
     """`tokens` places in a line, cut into `count` lanes whose lengths differ by one at most. Arithmetic only."""
 
     tokens: int
@@ -159,7 +159,7 @@ class BlockOrder:
         # Where the short block stands, and where it ends; without one, nothing is moved.
         self._short = int(self._order.inverse(np.array([self._count - 1]))[0])
         self._end = (self._short + 1) * blocks.tokens - self._lacking
-        self.lanes = Lanes(tokens, lanes)
+        self.lanes = MachineOrder(tokens, lanes)
         # Pools are numbered through lane by lane, by as many as the lane with the most blocks may have.
         self._in_lane = max(self._pools_of(lane) for lane in range(lanes))
 
@@ -255,7 +255,7 @@ def order_of(shuffle: str | None, tokens: int, blocks: Blocks | None, seed: int,
 
 
 @dataclass(frozen=True)
-class Shares:
+class RankShares:
     """How `tokens` turns of an epoch, each of which is a token's, are laid out over the ranks. Arithmetic only.
 
     A full step is one batch for each rank, side by side. What is left for the end, fewer tokens than a full step has,
@@ -320,7 +320,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FeedPlan:
+class EpochSchedule:
     """All that decides which token comes when.
 
     Attributes:
@@ -329,7 +329,7 @@ class FeedPlan:
         kept: the digest of which they are.
         shuffle: `"global"`, `"block"` or None.
         blocks: the geometry of `"block"`, else None.
-        world_size, batch_size, drop_last: as `Shares`.
+        world_size, batch_size, drop_last: as `RankShares`.
         nodes: how many machines the ranks are on.
     """
 
@@ -351,15 +351,15 @@ class FeedPlan:
     def _most_lanes(self) -> int:
         return min(self.tokens, _MOST_LANES) if self.blocks else 1
 
-    def shares(self, start: int = 0) -> Shares:
+    def shares(self, start: int = 0) -> RankShares:
         """Lay out the turns of an epoch from `start` on; the shares count from there."""
-        return Shares(self.tokens - start, self.world_size, self.batch_size, self.drop_last)
+        return RankShares(self.tokens - start, self.world_size, self.batch_size, self.drop_last)
 
-    def places(self, position: Position, shares: Shares, rank: int) -> list[tuple[int, int]]:
+    def places(self, position: Position, shares: RankShares, rank: int) -> list[tuple[int, int]]:
         """Say which places of the order a rank takes at a step, as (start, stop), none empty; `shares` as laid out."""
         of_step = shares.seen(position.step), shares.seen(position.step + 1)
         turns = (position.start + turn for turn in (*of_step, *shares.share(position.step, rank)))
-        return Lanes(self.tokens, position.lanes).pieces(*turns)
+        return MachineOrder(self.tokens, position.lanes).pieces(*turns)
 
     def order(self, position: Position) -> Order:
         """Give the order of the epoch that a position is in."""
@@ -436,7 +436,7 @@ class FeedPlan:
             )
         if same:
             return position
-        old = Shares(
+        old = RankShares(
             self.tokens - position.start, numbers["world_size"], numbers["batch_size"], bool(numbers["drop_last"])
         )
         return position._replace(start=position.start + old.seen(position.step), step=0)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mmcache.read.store import Store
 
-__all__ = ["Drop", "Kept", "Split", "as_split", "members"]
+__all__ = ["Drop", "KeptTokens", "Split", "as_split", "members"]
 
 _PARTS = ("train", "validation")
 _UNITS = ("sequence", "document", "shard")
@@ -129,7 +129,7 @@ _NAMES = tuple(known_flags(first=True))
 _PIECE = 1 << 20
 
 
-class Kept:
+class KeptTokens:
     """The tokens that take part, numbered through in the order of the text: a kept index is 0 to `len - 1`.
 
     Memory is 16 to 24 bytes a run of consecutive positions, such as a sequence without its first token. Immutable.
@@ -152,7 +152,7 @@ class Kept:
         return self._padded[: len(self._offsets)]
 
     @classmethod
-    def from_store(cls, store: Store, drop: Drop, split: Split | str | None) -> Kept:
+    def from_store(cls, store: Store, drop: Drop, split: Split | str | None) -> KeptTokens:
         """Find the tokens of a store that are left. Reads the flags a million at a time, and the sequences to split.
 
         Args:

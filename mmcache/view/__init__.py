@@ -17,12 +17,15 @@ from mmcache.view.lens import Unembedding, lens
 from mmcache.view.norms import apart, norms
 from mmcache.view.search import find, top
 from mmcache.view.summary import layer_view, row_view, statistics_view
-from mmcache.view.tokens import Words, sequence, token
+from mmcache.view.tokens import Detokenizer, sequence, token
+
+# Its name before, which users' code has.
+Words = Detokenizer
 
 __all__ = [
+    "Detokenizer",
     "Unembedding",
     "View",
-    "Words",
     "apart",
     "dimension",
     "dimensions",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["KNOWN", "SESSION", "Access", "Gate"]
+__all__ = ["KNOWN", "SESSION", "Access", "TokenAuth"]
 
 # Where a token is exchanged for the secret.
 SESSION = "/session"
@@ -46,7 +46,7 @@ _REFUSED = "refused: open an address that `mmcache view` printed; each is good o
 _PIECE = 1 << 16
 
 
-class Gate:
+class TokenAuth:
     """An ASGI app in front of another, which sees only what may come in; every answer gets the safe headers.
 
     Args:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmcache.read.store import Store
     from mmcache.storage.shard_folder import ShardFolder
 
-__all__ = ["BUDGET", "Look", "Name", "Sample", "View", "written"]
+__all__ = ["BUDGET", "Name", "Sample", "Sampler", "View", "written"]
 
 
 class Name(str):
@@ -122,7 +122,7 @@ class Sample:
         return f"{self.looked:,} of {self.total:,} tokens, evenly spread in runs of {_RUN}"
 
 
-class Look:
+class Sampler:
     """One look at one site of a store. Not for several threads.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from mmcache.errors import ArgumentError, OutOfRangeError, ShapeError
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, a_path, an_index, count, layer_numbers, optional, public, shown
-from mmcache.view.base import BUDGET, Look, Name, View, written
+from mmcache.view.base import BUDGET, Name, Sampler, View, written
 
 if TYPE_CHECKING:
     import os
@@ -37,7 +37,7 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
         ArgumentError: `most` below 1.
     """
-    look = Look(store, site, layers)
+    look = Sampler(store, site, layers)
     found, sampled = look.statistics()
     mean, std = found.mean.numpy()[look.slots], found.std.numpy()[look.slots]
     rms = np.hypot(mean, std)
@@ -80,7 +80,7 @@ def dimension(store: Store, site: str, layer: int, dimension: int, *, budget: in
     Raises:
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
     """
-    look = Look(store, site, [layer], budget)
+    look = Sampler(store, site, [layer], budget)
     check_dimension(look, dimension)
     found, _ = look.statistics()
     sample = look.sample()
@@ -112,7 +112,7 @@ def dimension(store: Store, site: str, layer: int, dimension: int, *, budget: in
     )
 
 
-def check_dimension(look: Look, dimension: int) -> None:
+def check_dimension(look: Sampler, dimension: int) -> None:
     """Refuse a dimension that is not there.
 
     Raises:
@@ -152,8 +152,8 @@ def load_direction(file: str | os.PathLike[str]) -> np.ndarray:
         ) from error
 
 
-def resolve_direction(look: Look, direction: Direction | None) -> np.ndarray | int | None:
-    """Check a direction against a site, and give it as `Look.scores` takes it.
+def resolve_direction(look: Sampler, direction: Direction | None) -> np.ndarray | int | None:
+    """Check a direction against a site, and give it as `Sampler.scores` takes it.
 
     Raises:
         OutOfRangeError: there is no such dimension.

@@ -9,7 +9,7 @@ import numpy as np
 from mmcache.read.store import a_store
 from mmcache.stats.site_statistics import brief_statistics
 from mmcache.system.arguments import a_name, public
-from mmcache.view.base import Look, View, written
+from mmcache.view.base import Sampler, View, written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,7 @@ _MOST_FAR_SHARDS, _MOST_REQUESTS = 1024, 64
 _MOST = 100
 
 
-def far_rows(look: Look, found: SiteStatistics) -> tuple[list[dict[str, Any]], str | None]:
+def far_rows(look: Sampler, found: SiteStatistics) -> tuple[list[dict[str, Any]], str | None]:
     """Layers that have rows far from the rest, among those that count; and what was left out, for people.
 
     That a layer has none is exact, but for the median, which is of a sample: the statistics know the largest norm. Of
@@ -46,7 +46,7 @@ def far_rows(look: Look, found: SiteStatistics) -> tuple[list[dict[str, Any]], s
     far = np.flatnonzero((found.max_norm.numpy() > FAR * medians) & (medians > 0)).tolist()
     if not far:
         return [], None
-    narrow = Look(look.store, look.site, [look.store.layers[slot] for slot in far])
+    narrow = Sampler(look.store, look.site, [look.store.layers[slot] for slot in far])
     limits = FAR * medians[far]
     chunks, said = _chunks(narrow, limits)
     records: list[dict[str, Any]] = [
@@ -62,9 +62,9 @@ def far_rows(look: Look, found: SiteStatistics) -> tuple[list[dict[str, Any]], s
     return [one for one in records if one["rows"] or not one["exact"]], said
 
 
-def _medians(look: Look) -> np.ndarray:
+def _medians(look: Sampler) -> np.ndarray:
     """The median norm of a sample of rows that count: `[layers]`, NaN where none is finite."""
-    some = Look(look.store, look.site, None, _MEDIAN_BYTES)
+    some = Sampler(look.store, look.site, None, _MEDIAN_BYTES)
     norms = some.scores(some.sample(_RUN).positions, None)
     look.bytes_read += some.bytes_read
     norms[~np.isfinite(norms)] = np.nan
@@ -74,7 +74,7 @@ def _medians(look: Look) -> np.ndarray:
     return found
 
 
-def _chunks(look: Look, limits: np.ndarray) -> tuple[list[np.ndarray], str | None]:
+def _chunks(look: Sampler, limits: np.ndarray) -> tuple[list[np.ndarray], str | None]:
     """Numbers of the inner chunks of each layer that have a norm above its limit, as the shards' statistics say."""
     files = 1 if look.store.layout == "token" else len(look.slots)
     most = max(1, (_MOST_FAR_SHARDS if look.store.url is None else _MOST_REQUESTS) // files)
@@ -97,7 +97,7 @@ def _chunks(look: Look, limits: np.ndarray) -> tuple[list[np.ndarray], str | Non
     return [np.concatenate(some) for some in found], said
 
 
-def _read(look: Look, limits: np.ndarray, chunks: Sequence[np.ndarray], records: list[dict[str, Any]]) -> None:
+def _read(look: Sampler, limits: np.ndarray, chunks: Sequence[np.ndarray], records: list[dict[str, Any]]) -> None:
     """Count the rows of these chunks that are far: of the first one of each layer, then of others while there is room.
 
     Fills in the records.
@@ -151,7 +151,7 @@ def health(store: Store, site: str) -> View:
         IncompleteError: no shard is there yet.
         CorruptError: a shard is not what belongs there.
     """
-    look = Look(store, site)
+    look = Sampler(store, site)
     found, sampled = look.statistics()
     layers = [_layer(found, slot, layer) for slot, layer in enumerate(look.layers)]
     places: list[dict[str, Any]] = []
@@ -193,7 +193,7 @@ def _layer(found: SiteStatistics, slot: int, layer: int) -> dict[str, Any]:
     }
 
 
-def _places(look: Look) -> tuple[list[dict[str, Any]], str | None]:
+def _places(look: Sampler) -> tuple[list[dict[str, Any]], str | None]:
     """Ask the shards which of them have such rows."""
     there = look.folder.present()
     shards = np.flatnonzero(there)
@@ -223,7 +223,7 @@ def _places(look: Look) -> tuple[list[dict[str, Any]], str | None]:
     return places, said
 
 
-def _counted_anew(look: Look, slot: int, block: int) -> dict[str, np.ndarray]:
+def _counted_anew(look: Sampler, slot: int, block: int) -> dict[str, np.ndarray]:
     """Count the bad rows of a shard in which a crash left more rows than count: its statistics are of all of them."""
     values = look.folder.open(slot, block).view(-1, look.folder.spec.stat_layers, look.view.d_model)
     look.bytes_read += values.nbytes

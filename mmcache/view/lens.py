@@ -16,8 +16,8 @@ from mmcache.models.inference import text_config
 from mmcache.models.loading import load_model
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, instance, layer_numbers, optional, public
-from mmcache.view.base import Look, Name, View, written
-from mmcache.view.tokens import Words, a_words, surroundings
+from mmcache.view.base import Name, Sampler, View, written
+from mmcache.view.tokens import Detokenizer, a_words, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -113,7 +113,7 @@ def lens(
     *,
     layers: Sequence[int] | None = None,
     k: int = 8,
-    words: Words | None = None,
+    words: Detokenizer | None = None,
 ) -> View:
     """Show what the model's head makes of one token's row at every layer: its likeliest next tokens.
 
@@ -137,7 +137,7 @@ def lens(
         ShapeError: the unembedding is of another width.
         ArgumentError: `k` is not 1 to the size of the vocabulary.
     """
-    look = Look(store, site, layers)
+    look = Sampler(store, site, layers)
     if look.view.d_model != unembedding.d_model:
         raise ShapeError(f"the unembedding takes rows of {unembedding.d_model}, {site} has {look.view.d_model}")
     place = store.locate(position)
@@ -152,7 +152,7 @@ def lens(
     rank = np.full(len(chances), -1)
     if 0 <= coming < logits.shape[1]:
         rank = (chances > chances[:, coming : coming + 1]).sum(dim=1).numpy()
-    words = words or Words(store)
+    words = words or Detokenizer(store)
     data: dict[str, Any] = {
         "site": site, "position": position, "sequence": place.sequence, "offset": place.offset, "token": place.token_id,
         **surroundings(store, position, 12, words),

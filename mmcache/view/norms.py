@@ -11,8 +11,8 @@ from mmcache.format.token_flags import BOS, SPECIAL
 from mmcache.read.store import a_store
 from mmcache.stats.site_statistics import brief_statistics
 from mmcache.system.arguments import a_name, an_index, count, layer_numbers, optional, public
-from mmcache.view.base import Look, View, written
-from mmcache.view.tokens import Words, a_words
+from mmcache.view.base import Sampler, View, written
+from mmcache.view.tokens import Detokenizer, a_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ def norms(
     start: int = 0,
     stop: int | None = None,
     bins: int = 240,
-    words: Words | None = None,
+    words: Detokenizer | None = None,
 ) -> View:
     """Map the Euclidean norms of rows: layers by stretches of tokens.
 
@@ -73,7 +73,7 @@ def norms(
     """
     if bins < 1:
         raise ArgumentError(f"bins is {bins}: expected 1 or more")
-    look = Look(store, site, layers)
+    look = Sampler(store, site, layers)
     start, stop = look.span(start, stop)
     single = stop - start <= bins and (stop - start) * look.record_bytes <= _ROW_BYTES
     data, sampled = _of_tokens(look, start, stop, words) if single else _of_chunks(look, start, stop, bins)
@@ -88,7 +88,7 @@ def norms(
     )
 
 
-def _of_tokens(look: Look, start: int, stop: int, words: Words | None) -> tuple[dict[str, Any], None]:
+def _of_tokens(look: Sampler, start: int, stop: int, words: Detokenizer | None) -> tuple[dict[str, Any], None]:
     positions = np.arange(start, stop)
     found = look.scores(positions, None).T
     tokens = look.tokens(positions)
@@ -102,12 +102,12 @@ def _of_tokens(look: Look, start: int, stop: int, words: Words | None) -> tuple[
         "max": found,
         "rows": np.ones(found.shape, np.int64),
         "tokens": tokens,
-        "texts": (words or Words(look.store)).texts(tokens.tolist()),
+        "texts": (words or Detokenizer(look.store)).texts(tokens.tolist()),
         "apart": special.astype(np.int64) + 2 * first,
     }, None
 
 
-def _of_chunks(look: Look, start: int, stop: int, bins: int) -> tuple[dict[str, Any], str | None]:
+def _of_chunks(look: Sampler, start: int, stop: int, bins: int) -> tuple[dict[str, Any], str | None]:
     spec, total = look.folder.spec, look.store.n_tokens
     files = 1 if look.store.layout == "token" else len(look.slots)
     bins = max(1, min(bins, _MOST_SHARDS // files))
@@ -151,7 +151,7 @@ def _of_chunks(look: Look, start: int, stop: int, bins: int) -> tuple[dict[str, 
     return data, ", ".join(said) or None
 
 
-def _chosen(look: Look, first: int, last: int, each: int) -> tuple[list[int], int | None]:
+def _chosen(look: Sampler, first: int, last: int, each: int) -> tuple[list[int], int | None]:
     """Choose the blocks whose norms are read, some for each stretch; and of how many, if not all of them."""
     chunks = look.folder.spec.chunks_per_shard
     files = 1 if look.store.layout == "token" else len(look.slots)
@@ -180,7 +180,7 @@ def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> Vi
     Raises:
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
     """
-    look = Look(store, site, layers)
+    look = Sampler(store, site, layers)
     found, sampled = look.statistics()
     starts = np.asarray(store.sequences)[:, 0]
     shard = look.folder.spec.shard_rows
@@ -213,7 +213,7 @@ def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> Vi
     )
 
 
-def _special(look: Look, starts: np.ndarray) -> np.ndarray:
+def _special(look: Sampler, starts: np.ndarray) -> np.ndarray:
     """Find tokens flagged BOS or special, in stretches of a thousand tokens behind some sequences' beginnings."""
     some = starts[np.unique(np.linspace(0, len(starts) - 1, _APART).astype(int))] if len(starts) else starts
     stretches = [np.arange(start, min(start + 1024, look.store.n_tokens)) for start in some]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from mmcache.errors import ArgumentError, IncompleteError
 from mmcache.read.describe import overview
 from mmcache.read.store import open_store
-from mmcache.view.base import Look, View
+from mmcache.view.base import Sampler, View
 from mmcache.view.dimensions import dimension, dimensions, load_direction
 from mmcache.view.health import health
 from mmcache.view.norms import apart, norms
 from mmcache.view.search import find, top
-from mmcache.view.tokens import Words, sequence, token
+from mmcache.view.tokens import Detokenizer, sequence, token
 
 if TYPE_CHECKING:
     import os
@@ -72,15 +72,15 @@ class Source:
                 else [f"unembedding = mmcache.view.Unembedding.load({unembedding!r}{trusted})"]
             ),
         ]
-        self._words: Words | None = None
+        self._words: Detokenizer | None = None
         self._lock = threading.Lock()
 
     @property
-    def words(self) -> Words:
+    def words(self) -> Detokenizer:
         """The store's tokens as text: read when they are first needed."""
         with self._lock:
             if self._words is None:
-                self._words = Words(self.store)
+                self._words = Detokenizer(self.store)
             return self._words
 
     def site(self, name: str | None) -> str:
@@ -114,7 +114,7 @@ class Source:
         width = self.store.d_model(site)
         if width is None or not self.store.layers:
             return {"d_model": 0, "chunk_tokens": 0, "map_tokens": 0}
-        look = Look(self.store, site)
+        look = Sampler(self.store, site)
         # How many tokens a map may show one by one, or it shows none so.
         room = min(_MOST_TOKENS, _TOKEN_BYTES // look.record_bytes)
         return {"d_model": width, "chunk_tokens": look.folder.spec.chunk_rows, "map_tokens": room}

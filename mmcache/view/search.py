@@ -9,9 +9,9 @@ import numpy as np
 from mmcache.errors import ArgumentError
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, count, optional, public
-from mmcache.view.base import BUDGET, Look, View, written
+from mmcache.view.base import BUDGET, Sampler, View, written
 from mmcache.view.dimensions import named, resolve_direction
-from mmcache.view.tokens import Words, a_words, surroundings
+from mmcache.view.tokens import Detokenizer, a_words, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +46,7 @@ def find(
     most_tokens: int = _MOST_TOKENS,
     most: int = 50,
     context: int = 12,
-    words: Words | None = None,
+    words: Detokenizer | None = None,
 ) -> View:
     """Search the store's tokens for a text, upper and lower case told apart, or for a token.
 
@@ -73,7 +73,7 @@ def find(
     """
     if (text is None) == (token is None) or text == "":
         raise ArgumentError("find takes a text that is not empty, or token=, the id of one: exactly one of them")
-    words = words or Words(store)
+    words = words or Detokenizer(store)
     if text is not None and not words.known:
         raise ArgumentError(f"{store.where} keeps no tokenizer, so its text is not known: search with token=, by id")
     stop = min(store.n_tokens, start + most_tokens)
@@ -105,7 +105,7 @@ def find(
 
 
 def _matches(
-    store: Store, words: Words, needle: Any, start: int, stop: int
+    store: Store, words: Detokenizer, needle: Any, start: int, stop: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Give, piece by piece, its first position, the tokens in which matches begin, and how many each touches."""
     ends = np.asarray(store.sequences)[:, 1]
@@ -124,7 +124,7 @@ def _matches(
         start = last
 
 
-def _in_text(words: Words, tokens: np.ndarray, needle: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _in_text(words: Detokenizer, tokens: np.ndarray, needle: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find a text in tokens: in which token each match begins, and how many it touches."""
     table, starts = words.table
     known = (tokens >= 0) & (tokens < words.size)
@@ -145,7 +145,7 @@ def _in_text(words: Words, tokens: np.ndarray, needle: bytes, ends: np.ndarray) 
     return first[within], (last - first + 1)[within]
 
 
-def _place(store: Store, words: Words, position: int, width: int, context: int) -> dict[str, Any]:
+def _place(store: Store, words: Detokenizer, position: int, width: int, context: int) -> dict[str, Any]:
     place = store.locate(position)
     said = surroundings(store, position, context, words, width)
     return {"position": position, "tokens": width, "sequence": place.sequence, "offset": place.offset, **said}
@@ -168,7 +168,7 @@ def top(
     k: int = 10,
     context: int = 12,
     budget: int = BUDGET,
-    words: Words | None = None,
+    words: Detokenizer | None = None,
 ) -> View:
     """Find the tokens with the largest values of a dimension or direction, and examples from each band of quantiles.
 
@@ -194,14 +194,14 @@ def top(
         ShapeError: the direction does not fit.
         ArgumentError: `k` below 1, `context` below 0.
     """
-    look = Look(store, site, [layer], budget)
+    look = Sampler(store, site, [layer], budget)
     resolved = resolve_direction(look, direction)
     sample = look.sample()
     values = look.scores(sample.positions, resolved)[:, 0]
     finite = np.isfinite(values)
     positions, values = sample.positions[finite], values[finite]
     order = np.argsort(-values, kind="stable")
-    words = words or Words(store)
+    words = words or Detokenizer(store)
     bands = [_band(look, words, name, positions[ranks], values[ranks], shown, context)
              for name, ranks, shown in _bands(order, k)]  # fmt: skip
     what = f"dimension {resolved}" if isinstance(resolved, int) else "the direction"
@@ -237,7 +237,13 @@ def _bands(order: np.ndarray, k: int) -> list[tuple[str, np.ndarray, np.ndarray]
 
 
 def _band(
-    look: Look, words: Words, name: str, positions: np.ndarray, values: np.ndarray, shown: np.ndarray, context: int
+    look: Sampler,
+    words: Detokenizer,
+    name: str,
+    positions: np.ndarray,
+    values: np.ndarray,
+    shown: np.ndarray,
+    context: int,
 ) -> dict[str, Any]:
     examples = []
     for at in shown:

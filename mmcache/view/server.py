@@ -29,7 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmcache.errors import ArgumentError, MmcacheError
 from mmcache.text import json_ready
-from mmcache.view.access import KNOWN, Access, Gate
+from mmcache.view.access import KNOWN, Access, TokenAuth
 from mmcache.view.figures import plotly_js
 from mmcache.view.open_browser import open_browser as open_in_browser
 from mmcache.view.panels import DRAWING, PANELS, Source, parse
@@ -51,7 +51,7 @@ class LimitedConnection(H11Protocol):
     """One HTTP connection, which is cut when its other end is slow; and the oldest one, when there are too many.
 
     Those that wait for a request and those that are answered are counted apart, so that half requests, of which anybody
-    can send many, end no answer. What a request may send, beside its headers, is `Gate`'s to say. Computing an answer
+    can send many, end no answer. What a request may send, beside its headers, is `TokenAuth`'s to say. Computing an answer
     may take any time.
     """
 
@@ -196,7 +196,7 @@ class Page:
         )
         app = GZipMiddleware(app, minimum_size=500, compresslevel=_LEVEL)
         open_paths = {"/", "/plotly.js", *(f"/{name}" for name in _files())}
-        gate = Gate(app, port=self.port, access=self.access, open_paths=open_paths)
+        gate = TokenAuth(app, port=self.port, access=self.access, open_paths=open_paths)
         # What others send is no news for the terminal: errors are only those of ours.
         config = uvicorn.Config(
             gate, http=LimitedConnection, ws="none", lifespan="off", backlog=_BACKLOG, log_level="error",

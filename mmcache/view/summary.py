@@ -9,7 +9,7 @@ import torch
 from mmcache.format.token_flags import named_flags
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, public
-from mmcache.view.base import Look
+from mmcache.view.base import Sampler
 
 if TYPE_CHECKING:
     from mmcache.read.store import Store
@@ -84,7 +84,7 @@ def statistics_view(store: Store, site: str) -> dict[str, Any]:
 
     Reads no activations; `sampled` says what was left out, or is None.
     """
-    found, sampled = Look(store, site).statistics()
+    found, sampled = Sampler(store, site).statistics()
     scales = found.normalizer("scalar")[1][:, 0]
     layers = []
     for slot, layer in enumerate(store.layers):

@@ -13,7 +13,7 @@ from mmcache.format.token_flags import named_flags
 from mmcache.models.tokenizer import growth, panics_as_errors
 from mmcache.read.store import a_store
 from mmcache.system.arguments import a_name, an_index, choice, count, instance, optional, public
-from mmcache.view.base import Look, View, written
+from mmcache.view.base import Sampler, View, written
 from mmcache.view.dimensions import named, resolve_direction
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmcache.read.store import Store
     from mmcache.view.dimensions import Direction
 
-__all__ = ["Words", "a_words", "sequence", "surroundings", "token"]
+__all__ = ["Detokenizer", "a_words", "sequence", "surroundings", "token"]
 
 # A token's text is cut behind so many bytes: none is that long but in a file that was made to take memory.
 _LONGEST = 1 << 10
@@ -37,7 +37,7 @@ def _byte_level() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
 
 
-class Words:
+class Detokenizer:
     """The text of each token of a store, as the bytes that it adds.
 
     Args:
@@ -128,10 +128,10 @@ def _is_byte_level(decoder: Any) -> bool:
     return decoder.get("type") == "ByteLevel" or any(_is_byte_level(one) for one in inner)
 
 
-a_words = instance(Words, "mmcache.view.Words(store)")
+a_words = instance(Detokenizer, "mmcache.view.Detokenizer(store)")
 
 
-def surroundings(store: Store, position: int, context: int, words: Words, width: int = 1) -> dict[str, str]:
+def surroundings(store: Store, position: int, context: int, words: Detokenizer, width: int = 1) -> dict[str, str]:
     """Give the text of some tokens, and of those around them in the same sequence.
 
     Raises:
@@ -170,7 +170,7 @@ def sequence(
     by: str = "norm",
     direction: Direction | None = None,
     start: int = 0,
-    words: Words | None = None,
+    words: Detokenizer | None = None,
 ) -> View:
     """Show the text of a sequence, and a number for each of its tokens.
 
@@ -199,7 +199,7 @@ def sequence(
         if at == 0:
             raise ArgumentError(f"layer {layer} is the first that is stored: there is none before it to differ from")
         layers = [store.layers[at - 1], layer] if at > 0 else layers
-    look = Look(store, site, layers)
+    look = Sampler(store, site, layers)
     direction = resolve_direction(look, direction)
     span = store.sequences[number]
     length = span.stop - span.start
@@ -222,16 +222,16 @@ def sequence(
     )
 
 
-def _texts(look: Look, positions: np.ndarray, words: Words | None) -> dict[str, Any]:
+def _texts(look: Sampler, positions: np.ndarray, words: Detokenizer | None) -> dict[str, Any]:
     tokens = look.tokens(positions)
     flags = look.store.read_flags(int(positions[0]), int(positions[-1]) + 1).numpy()
     return {
-        "tokens": tokens, "texts": (words or Words(look.store)).texts(tokens.tolist()), "flags": flags,
+        "tokens": tokens, "texts": (words or Detokenizer(look.store)).texts(tokens.tolist()), "flags": flags,
         "flag_bits": look.store.flag_bits,
     }  # fmt: skip
 
 
-def _values(look: Look, positions: np.ndarray, by: str, direction: Direction | None) -> np.ndarray:
+def _values(look: Sampler, positions: np.ndarray, by: str, direction: Direction | None) -> np.ndarray:
     if by == "norm":
         return look.scores(positions, None)[:, 0]
     if by == "value":
@@ -248,7 +248,7 @@ def _values(look: Look, positions: np.ndarray, by: str, direction: Direction | N
 
 
 @public(store=a_store, site=a_name, position=an_index, context=count(0), words=optional(a_words))
-def token(store: Store, site: str, position: int, *, context: int = 12, words: Words | None = None) -> View:
+def token(store: Store, site: str, position: int, *, context: int = 12, words: Detokenizer | None = None) -> View:
     """Show one token at every layer: how long its row is, how far it turns, and its largest dimensions.
 
     Args:
@@ -266,7 +266,7 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
         UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
         ArgumentError: `context` below 0.
     """
-    look = Look(store, site)
+    look = Sampler(store, site)
     place = store.locate(position)
     position %= store.n_tokens
     rows = look.rows(np.array([position]))[0]
@@ -280,7 +280,7 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: W
         "site": site, "position": position, "sequence": place.sequence, "offset": place.offset,
         "flagged": named_flags(int(store.read_flags(position, position + 1)[0]), store.flag_bits),
         "counts": bool(store.counted(position, position + 1)[0]),
-        "token": place.token_id, **surroundings(store, position, context, words or Words(store)),
+        "token": place.token_id, **surroundings(store, position, context, words or Detokenizer(store)),
         "layers": look.layers, "norm": norm, "mean": mean, "std": std, "cosine": cosine,
         "largest": [
             [{"dimension": int(at), "value": float(row[at])} for at in line]

@@ -27,9 +27,9 @@ from mmcache.write.staging import Stager
 if TYPE_CHECKING:
     from mmcache.format.manifest import Manifest
 
-__all__ = ["GrownStore", "claim", "close_after"]
+__all__ = ["BaseWriter", "claim", "close_after"]
 
-_OPEN: weakref.WeakSet[GrownStore] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[BaseWriter] = weakref.WeakSet()
 
 
 def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
@@ -58,7 +58,7 @@ def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
     return folder
 
 
-class GrownStore:
+class BaseWriter:
     """A store that one writer grows: the pipeline behind it, its lock, and the commit.
 
     A writer that is still open when Python ends is closed then, as files are.

@@ -34,7 +34,7 @@ from mmcache.storage.shard_folder import ShardFolder
 from mmcache.system.arguments import a_folder, a_name, a_path, count, optional, public
 from mmcache.system.devices import check_dense
 from mmcache.system.files import make_folder, remove_tree
-from mmcache.write.base_writer import GrownStore, claim, close_after
+from mmcache.write.base_writer import BaseWriter, claim, close_after
 from mmcache.write.page_cache import PageCachePolicy
 from mmcache.write.shard_writer import Seal, ShardWriter
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["FullActivationCache", "LayerWriter"]
 
 
-class LayerWriter(GrownStore):
+class LayerWriter(BaseWriter):
     """The writing half of a cache: a grown store without tokens, whose layers grow instead."""
 
     def __init__(self, path: Path, manifest: Manifest, asked: int | None, *, temporary: bool) -> None:

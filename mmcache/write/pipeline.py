@@ -17,7 +17,7 @@ import torch
 
 from mmcache.errors import ClosedError, MmcacheError, WriteError
 from mmcache.system.memory import anonymous
-from mmcache.system.threads import Crew
+from mmcache.system.threads import ThreadPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +155,7 @@ class Pipeline:
     def __init__(self, slot_bytes: int) -> None:
         self.ring = Ring(slot_bytes)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._writers = Crew(_WRITERS, "write")
+        self._writers = ThreadPool(_WRITERS, "write")
         self._written: queue.SimpleQueue[tuple[Job, Future[None]] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=work, name=f"mmcache-{stage}", daemon=True)

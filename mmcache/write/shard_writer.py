@@ -12,7 +12,7 @@ import numpy as np
 from mmcache.format.shard import HEADER_BYTES, Layout
 from mmcache.stats.moments import block_rows, shard_moments
 from mmcache.stats.site_statistics import overflow
-from mmcache.system.atomic import Draft
+from mmcache.system.atomic import AtomicFile
 from mmcache.system.files import make_folder, sync_folder
 from mmcache.write.pipeline import Job
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmcache.write.pipeline import Pipeline
     from mmcache.write.staging import Stager
 
-__all__ = ["Block", "Run", "Seal", "ShardWriter"]
+__all__ = ["BlockWriter", "Run", "Seal", "ShardWriter"]
 
 
 @lru_cache(maxsize=8)
@@ -102,9 +102,9 @@ class ShardWriter:
         return self._root / self._name
 
     @cached_property
-    def _draft(self) -> Draft:
+    def _draft(self) -> AtomicFile:
         reserve = _layout(self.spec, self._rows).size if self._rows else 0
-        return Draft(self._root, self._name, reserve=reserve)
+        return AtomicFile(self._root, self._name, reserve=reserve)
 
     @cached_property
     def _moments(self) -> Moments | None:
@@ -231,7 +231,7 @@ class Seal(Job):
 Run: TypeAlias = "tuple[Mapping[str, Sequence[torch.Tensor]], np.ndarray | None]"
 
 
-class Block:
+class BlockWriter:
     """The shards of one block of tokens, of all sites (and, in the layer layout, all layers), filled in order.
 
     Args:

@@ -24,10 +24,10 @@ from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.system.atomic import remove_drafts
 from mmcache.system.devices import check_dense
-from mmcache.write.base_writer import GrownStore, claim
+from mmcache.write.base_writer import BaseWriter, claim
 from mmcache.write.new_store import MOST_LAYERS, check_new, row_sizes, site_widths
 from mmcache.write.page_cache import PageCachePolicy
-from mmcache.write.shard_writer import Block
+from mmcache.write.shard_writer import BlockWriter
 from mmcache.write.token_columns import Column, publish_columns
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def runs_by_block(
         yield runs
 
 
-class Writer(GrownStore):
+class Writer(BaseWriter):
     """Appends sequences to a store. Made by `mmcache.create` and `mmcache.append`.
 
     What was appended counts once `commit` or `close` has returned; a crash before that loses it, and nothing
@@ -205,7 +205,7 @@ class Writer(GrownStore):
         """Take the state from the commit point."""
         self._manifest = manifest
         self._policy = PageCachePolicy()
-        self._block: Block | None = None
+        self._block: BlockWriter | None = None
         self._n_tokens = manifest.n_tokens or 0
         self._special = np.array(manifest.special_tokens, np.int64)
         self._flags_first, self._left_out = manifest.flags_first, manifest.left_out
@@ -308,7 +308,7 @@ class Writer(GrownStore):
                 self._columns["sequences"].extend(np.array([[start, stop, self.n_sequences]]))
             self._n_tokens = stop
 
-    def _open_block(self, at: int) -> Block:
+    def _open_block(self, at: int) -> BlockWriter:
         """Give the block that token `at` goes to, or begin it; nothing is changed where that fails.
 
         One that is on disk in part begins with the rows that it has there.
@@ -319,7 +319,7 @@ class Writer(GrownStore):
             return self._block
         manifest = self._manifest
         number, rows = divmod(at, manifest.shard_tokens or 1)
-        block = Block(self._path, manifest, number, self._policy)
+        block = BlockWriter(self._path, manifest, number, self._policy)
         try:
             if rows:
                 self._started()[0].drain()

@@ -20,7 +20,7 @@ import torch
 import mmcache
 from benchmarks.measure import Plan, Row, compare, in_turn, seconds
 from benchmarks.samples import clt_store
-from mmcache.storage.object_store import Bucket
+from mmcache.storage.object_store import ObjectStore
 from mmcache.training.dataset import ActivationDataset
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Sides:
 
     def __init__(self, cache: Path, local: Store, url: str) -> None:
         self._cache, self._url = cache, url
-        bucket = Bucket(url)
+        bucket = ObjectStore(url)
         self.client = bucket._store  # noqa: SLF001 -- the very same client
         listed = [entry for some in bucket.names() for entry in some]
         self._keys = [key for key, _, _ in listed if key.startswith("mlp_") and "/c." in key]

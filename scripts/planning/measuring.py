@@ -17,7 +17,7 @@ from benchmarks.huge import huge_store
 from benchmarks.limits import aligned, memcpy, random_reads, raw_write
 from benchmarks.measure import seconds
 
-from mmcache.extraction.scheduling import Turns
+from mmcache.extraction.scheduling import BlockScheduler
 from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import merge_site
 from mmcache.storage.listing import count_shards
@@ -113,7 +113,7 @@ def _names(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], 
     path = scratch / "names"
     listed = min(seconds(lambda: count_shards(path, one, site, total)) for _ in range(3))
     note("list", _NAMES / listed, "names/s")
-    turns = Turns(path, one, Rank(0, 2))
+    turns = BlockScheduler(path, one, Rank(0, 2))
     note("look", _NAMES / min(seconds(turns.look) for _ in range(3)), "names/s")
 
 

@@ -18,7 +18,7 @@ __all__ = ["HOLES", "one_tensor", "reading"]
 # The address space of a process on x86-64, 128 TiB, less what is taken in it: a program that may be loaded anywhere
 # lies two thirds of the way up, and leaves a hole on each side. Measured here, with torch loaded.
 HOLES = (85 << 40, 42 << 40)
-# Bytes a place of a window, a sequence as a reader keeps it, a run of kept tokens (`Kept`), a token id.
+# Bytes a place of a window, a sequence as a reader keeps it, a run of kept tokens (`KeptTokens`), a token id.
 _PLACE, _SPAN, _RUN, _ID = 2, 24, 24, 4
 # A page table entry for each page that was touched.
 _ENTRY, _PAGE = 8, 4096
