@@ -1,6 +1,6 @@
 """Write docs/api.md, the reference of every public name, from signatures and docstrings.
 
-Usage: .venv/bin/python scripts/api_docs.py          (tests/test_api_docs.py fails while the page is out of date)
+Usage: .venv/bin/python scripts/api_docs.py          (tests/house/test_api_docs.py fails while the page is out of date)
 
 Names are found where users find them, so moving a module changes nothing here.
 """

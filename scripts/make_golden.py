@@ -1,4 +1,4 @@
-"""Make the golden stores of the library as it is: tests/golden/v<version>-<name>.zip, which every later one must read.
+"""Make the golden stores of the library as it is: tests/whole_product/golden/v<version>-<name>.zip, which every later one must read.
 
 Usage: .venv/bin/python scripts/make_golden.py [--folder DIR]
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GROWN", "STORES", "TEXTS", "value"]
 
-FOLDER = Path(__file__).parents[1] / "tests" / "golden"
+FOLDER = Path(__file__).parents[1] / "tests" / "whole_product" / "golden"
 # A zip knows no earlier day.
 _DAY = (1980, 1, 1, 0, 0, 0)
 # Of a grown store: its sequences, the sites, and what is special.

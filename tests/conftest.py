@@ -42,9 +42,9 @@ def _s3_process():
     """Run an S3 server of our own for as long as the tests run: it takes two seconds to start."""
     pytest.importorskip("obstore", reason="needs mmcache[remote]")
     pytest.importorskip("moto", reason="needs moto, which is the S3 server")
-    import s3  # noqa: PLC0415 -- it imports both
+    import fake_s3  # noqa: PLC0415 -- it imports both
 
-    with s3.serve_s3() as server:
+    with fake_s3.serve_s3() as server:
         yield server
 
 
@@ -61,9 +61,9 @@ def s3_server(_s3_process, monkeypatch, tmp_path):
 @pytest.fixture
 def s3_proxy(s3_server, monkeypatch):
     """Give a network before that server that fails and counts, which the environment names in its place."""
-    import s3  # noqa: PLC0415 -- as above
+    import fake_s3  # noqa: PLC0415 -- as above
 
-    with s3.FaultProxy(s3_server.host, s3_server.port, seed=1, hang_s=20.0) as proxy:
+    with fake_s3.FaultProxy(s3_server.host, s3_server.port, seed=1, hang_s=20.0) as proxy:
         for name, value in s3_server.env(proxy.endpoint).items():
             monkeypatch.setenv(name, value)
         yield proxy

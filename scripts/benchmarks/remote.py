@@ -40,8 +40,8 @@ _SIDES = ("bare", "together", "brought", "gathered", "pulled", "epoch")
 
 def from_a_bucket(plan: Plan) -> Iterator[Row]:
     """Bring a store here, read it through for an epoch, read single rows, send it: each beside the client alone."""
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    serve_s3 = importlib.import_module("s3").serve_s3
+    sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
+    serve_s3 = importlib.import_module("fake_s3").serve_s3
     local = clt_store(plan, _QUICK_SIZE if plan.quick else _SIZE)
     with serve_s3() as server:
         os.environ.update(server.env())
