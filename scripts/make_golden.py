@@ -1,4 +1,6 @@
-"""Make the golden stores of the library as it is: tests/whole_product/golden/v<version>-<name>.zip, which every later one must read.
+"""Make the golden stores of the library as it is.
+
+They are tests/whole_product/golden/v<version>-<name>.zip, which every later one must read.
 
 Usage: .venv/bin/python scripts/make_golden.py [--folder DIR]
 

@@ -227,7 +227,8 @@ def planned_in_bucket(path: str, staging: str | os.PathLike[str] | None) -> Mani
 class BucketOutput:
     """A store that is made for a bucket. Made, it has written nothing yet.
 
-    `plan` comes first, then what `ShardFiller` calls, `drain`, `complete`; `stop` always. By one thread, but for `published`.
+    `plan` comes first, then what `ShardFiller` calls, `drain`, `complete`; `stop` always. By one thread, but for
+    `published`.
 
     Args:
         url: the store's address.

@@ -1,6 +1,6 @@
 """What a store says of itself: the root's `zarr.json`, and the `zarr.json` of each array.
 
-zarr-python writes the metadata, in memory; `files` puts it on disk. Every `zarr.json` carries a digest of its own
+zarr-python writes the metadata, in memory; `atomic` puts it on disk. Every `zarr.json` carries a digest of its own
 bytes, computed with the digest's 64 characters blanked to zeros.
 """
 

@@ -38,7 +38,7 @@ DOCUMENTS_FOLDER = "documents"
 def check_no_links(path: Path, sites: Iterable[str]) -> None:
     """Refuse symbolic links wherever the writers of a store with some sites make, replace or remove files.
 
-    Each writer begins with this. Whatever is put there later, no write follows it (`beneath`).
+    Each writer begins with this. Whatever is put there later, no write follows it (`no_symlinks`).
 
     Raises:
         LinkError: there is one; nothing was done yet.

@@ -1,6 +1,6 @@
 """The shard on paper: a file that is at once a Zarr v3 shard and a safetensors file. Arithmetic only, no I/O.
 
-FORMAT.md beside this file is the specification. `ShardSpec` says what the shards of an array have in common, `Layout`
+FORMAT.md in the package is the specification. `ShardSpec` says what the shards of an array have in common, `Layout`
 where every byte of one shard goes, and `encode` is the whole of it in one simple function, which the streaming writer
 is tested equal to.
 
@@ -212,7 +212,7 @@ class Layout:
 
         Args:
             crcs: the crc32c of each present inner chunk, its padding included.
-            statistics: the arrays of `statistics.Moments.arrays`, or None where the array has none.
+            statistics: the arrays of `Moments.arrays`, or None where the array has none.
         """
         out = bytearray(self.size - self.data_end)
 

@@ -2,7 +2,7 @@
 
 A site is named in one of three ways:
 
-- a standard name (`SITES`), in the families of `mmcache.models.sites`;
+- a standard name (`SITES`), in the families of `FAMILIES`;
 - a module path with `*` for the layer number and an explicit side, `model.layers.*.mlp:out`, in any
   `nn.Module`. A path without `*` is a site of one layer, called layer 0;
 - a TransformerLens name, `blocks.3.hook_resid_post` or `blocks.*.hook_resid_post`, which names a site and its

@@ -1,11 +1,11 @@
 """Rows of one site of a store on this machine, read in one of three ways: mapped, portable, or with checksums.
 
 What is in memory is copied by one `index_select`, in whose course the interpreter's lock is free. What is not is read
-by asynchronous direct reads, or where those are refused by advice for many rows at once. `shard_maps` is the simple
+by asynchronous direct reads, or where those are refused by advice for many rows at once. `PortableRows` is the simple
 way.
 
 Rows of one site, the simple way: a map a shard, rows copied shard by shard. It works wherever a file can be mapped, and
-is what `site_rows`, the fast way, is tested equal to.
+is what `MappedRows`, the fast way, is tested equal to.
 
 Rows of one site, the careful way: read, never mapped, and each inner chunk's checksum compared. A file that is cut
 short, replaced or damaged while it is read is an error, whatever the moment. A row costs the inner chunk that it lies

@@ -173,7 +173,7 @@ class Table(NamedTuple):
 
 
 class Files(NamedTuple):
-    """The site's files as rows of one kind: a `runs.Source`."""
+    """The site's files as rows of one kind: a `direct_io.Source`."""
 
     site: SiteMap
     rows_per_file: int

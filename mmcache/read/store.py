@@ -252,7 +252,7 @@ class Store:
     _repr_html_ = store_html
 
     def to_xarray(self, *, dtype: torch.dtype | str | None = None) -> xarray.Dataset:
-        """Give a lazy dataset, sites read as `dtype` (None: as stored). All about it: `xarray_view.as_dataset`."""
+        """Give a lazy dataset, sites read as `dtype` (None: as stored). All about it: `to_xarray.as_dataset`."""
         from mmcache.read.to_xarray import as_dataset  # noqa: PLC0415 -- an extra, and slow to import
 
         views = {site: self[site] for site in self.sites}

@@ -6,7 +6,7 @@ twice as many numbers. No variance is lost by it to squares that cancel. A bfloa
 square 16, so a span of squares of the same magnitude is added up exactly; and where values of a span differ in
 magnitude by a factor of four or more, their variance is of the size of the squares themselves. Norms, means (against
 the root mean square) and m2 are right to 1e-6. What float32's range does not hold is summed in float64 as well. The
-`kernel` does that in one pass, three times as fast again.
+compiled kernel does that in one pass, three times as fast again.
 
 Each number comes from the rows of its block alone, in the thread that asks: no number of threads, and no way of cutting
 the rows, shows in the last bit.

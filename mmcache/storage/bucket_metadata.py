@@ -65,7 +65,9 @@ def _above(key: str) -> list[str]:
 
 
 class StoreListing:
-    """What one listing of a bucket says, or of its folder `under`; blocks until it is there. Errors as `ObjectStore.names`.
+    """What one listing of a bucket says, or of its folder `under`; blocks until it is there.
+
+    Errors as `ObjectStore.names`.
 
     `metadata` has the tag of each object that is metadata, `shards` the names of the shards of each array, and
     `strange` the keys that no store has.

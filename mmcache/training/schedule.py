@@ -8,7 +8,7 @@ The order of an epoch: which kept token comes at which place. A function of its 
 `"global"` is a permutation of all tokens. `"block"` is for disks that hate random reads: blocks of consecutive tokens
 come in random order, and each few of them are a pool, within which every token has a random place. Reading a pool is
 reading its blocks, in long pieces, once an epoch; while it lasts it is in memory. For several machines the blocks are
-dealt out (`lanes`), and each has pools of its own. None is the order of the text.
+dealt out (`MachineOrder`), and each has pools of its own. None is the order of the text.
 """
 
 from __future__ import annotations

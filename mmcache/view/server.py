@@ -51,8 +51,8 @@ class LimitedConnection(H11Protocol):
     """One HTTP connection, which is cut when its other end is slow; and the oldest one, when there are too many.
 
     Those that wait for a request and those that are answered are counted apart, so that half requests, of which anybody
-    can send many, end no answer. What a request may send, beside its headers, is `TokenAuth`'s to say. Computing an answer
-    may take any time.
+    can send many, end no answer. What a request may send, beside its headers, is `TokenAuth`'s to say. Computing an
+    answer may take any time.
     """
 
     # Seconds in which a request must be there, from the connection or the last answer on.

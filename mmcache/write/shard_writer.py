@@ -47,7 +47,7 @@ def _digest_rows(spec: ShardSpec) -> int:
 
 
 class ShardWriter:
-    """One shard that is being filled, in order. Equal, byte for byte, to `format.encode` of the same rows.
+    """One shard that is being filled, in order. Equal, byte for byte, to `shard.encode` of the same rows.
 
     Made in the caller's thread, which meets a full disk there unless it is told to leave that to the digest thread;
     digested, written and published in the pipeline's threads, each of which touches only its own part of the state.

@@ -58,7 +58,8 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MMCACHE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
-        (runner, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02), (object_store, "PATIENCE", 0.4), (bucket_output, "_LOOK_AT_UPLOADS", 0.01),
+        (runner, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02),
+        (object_store, "PATIENCE", 0.4), (bucket_output, "_LOOK_AT_UPLOADS", 0.01),
         (bucket_output, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.05), (bucket_plan, "_SHARE", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

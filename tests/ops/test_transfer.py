@@ -641,7 +641,7 @@ kind._carry = die
 
 def test_killed_in_the_middle_it_goes_on(planned, remote, tmp_path):
     at = 8
-    dying = _KILLED.format(module="sender", kind="Uploader") + _PUSH
+    dying = _KILLED.format(module="ops.copy_shards", kind="Uploader") + _PUSH
     assert python(dying, planned, remote.url, at).returncode == -signal.SIGKILL
     assert "zarr.json" not in remote.objects()
     pushed = mmcache.push(planned, remote.url)
@@ -649,7 +649,7 @@ def test_killed_in_the_middle_it_goes_on(planned, remote, tmp_path):
     assert pushed.there >= at - 3
     assert_same(remote.objects(), contents(planned))
     back = tmp_path / "back"
-    dying = _KILLED.format(module="receiver", kind="Downloader") + _PULL
+    dying = _KILLED.format(module="ops.copy_shards", kind="Downloader") + _PULL
     assert python(dying, remote.url, back, at).returncode == -signal.SIGKILL
     with pytest.raises(mmcache.StoreNotFoundError):
         mmcache.open(back)

@@ -103,7 +103,7 @@ def test_a_lock_goes_with_an_error_and_with_its_process(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path, "lock"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    code = "import sys, os, pathlib; from mmcache.system.locks import locked; held = locked(pathlib.Path(sys.argv[1]), 'lock')"
+    code = "import sys, os, pathlib; from mmcache.system.locks import locked; held = locked(pathlib.Path(sys.argv[1]), 'lock')"  # noqa: E501
     assert python(code + "; held.__enter__(); os.kill(os.getpid(), 9)", tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "lock").exists()
     with locked(tmp_path, "lock"):

@@ -16,7 +16,7 @@ needs_aio = pytest.mark.skipif(not AIO, reason="no asynchronous I/O here, or the
 
 
 class Files:
-    """Rows in files whose data begin at byte 4096, as `runs.Source` wants them."""
+    """Rows in files whose data begin at byte 4096, as `direct_io.Source` wants them."""
 
     data_offset = 4096
 

@@ -78,7 +78,7 @@ def test_a_full_disk_does_not_stand_in_the_way_of_the_lock(call, tmp_path, monke
 
 
 def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
-    code = "import sys, time, pathlib; from mmcache.system.locks import FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"
+    code = "import sys, time, pathlib; from mmcache.system.locks import FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"  # noqa: E501
     code += "; print('locked', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:

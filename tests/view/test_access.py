@@ -200,7 +200,7 @@ def test_head_says_what_get_would_and_sends_nothing(page):
 
 @pytest.mark.parametrize(
     "where",
-    ["/../page.py", "/..%2fpage.py", "/static/page.js", "/%2e%2e/panels.py", "//etc/passwd", "/page.py", "/.js"],
+    ["/../server.py", "/..%2fserver.py", "/static/page.js", "/%2e%2e/panels.py", "//etc/passwd", "/server.py", "/.js"],
 )
 def test_no_file_but_the_pages_own_comes(page, where):
     assert ask(page, where).status == 404

@@ -422,7 +422,9 @@ class _EndedError(BaseException):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["panels.open_store", "page._listening", "browser.webbrowser.open", "page.Page.run"])
+@pytest.mark.parametrize(
+    "moment", ["panels.open_store", "server._listening", "open_browser.webbrowser.open", "server.Page.run"]
+)
 def test_a_signal_ends_it_without_a_word_while_it_starts(path, tmp_path, monkeypatch, number, moment):
     ended = []
 
@@ -453,7 +455,7 @@ def test_a_signal_ends_it_without_a_word_while_it_starts(path, tmp_path, monkeyp
         listener.close()
     assert ended == [(0, [])]
     assert signal.getsignal(number) is before
-    assert bool(seen[0]) is (moment in {"browser.webbrowser.open", "page.Page.run"})
+    assert bool(seen[0]) is (moment in {"open_browser.webbrowser.open", "server.Page.run"})
 
 
 def test_where_no_browser_can_be_opened_the_address_is_enough(path, tmp_path, monkeypatch, capsys):

@@ -238,16 +238,13 @@ def test_a_push_or_flush_that_fails_once_is_kept_by_trying_again_or_refused(fold
 
 # Where the caller's own thread passes while it appends or commits.
 WATCHED = (
-    "batch",
-    "block",
-    "columns",
-    "draft",
-    "grown",
-    "pipeline",
-    "shard_writer",
-    "small_files",
-    "staging",
-    "writer",
+    "system/atomic",
+    "write/base_writer",
+    "write/pipeline",
+    "write/shard_writer",
+    "write/staging",
+    "write/token_columns",
+    "write/writer",
 )
 
 

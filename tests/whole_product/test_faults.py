@@ -1,8 +1,8 @@
 """Every operation that changes the disk, under every fault: nothing committed is lost, nothing half-written believed.
 
-Each job runs in a fork, on a disk that goes wrong at one operation (`fault_injection.py`). Then the store is opened as the next
-user would, everything that was promised is compared, the same job is run again, and what it leaves must be what one
-that was never disturbed leaves. The suite takes a sample; `--slow` takes all of them.
+Each job runs in a fork, on a disk that goes wrong at one operation (`fault_injection.py`). Then the store is opened as
+the next user would, everything that was promised is compared, the same job is run again, and what it leaves must be
+what one that was never disturbed leaves. The suite takes a sample; `--slow` takes all of them.
 """
 
 import os

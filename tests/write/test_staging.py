@@ -1,4 +1,4 @@
-"""Staging and the pipeline: what reaches the disk is what `format.encode` writes, and failures reach the caller."""
+"""Staging and the pipeline: what reaches the disk is what `shard.encode` writes, and failures reach the caller."""
 
 import errno
 import fcntl
