@@ -13,7 +13,6 @@ import importlib
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # Ctrl-C during the command's imports, which take most of a second, ends it without a traceback: `cli`, the last of
@@ -198,17 +197,6 @@ __all__ = [
     "verify",
     "view",
 ]
-
-
-class _Package(ModuleType):
-    """This package: the import system binds `mmcache.extract` to the module of that name, users mean the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _PLACES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
