@@ -16,8 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+
+from stores_and_processes import wait_for
 
 SHARDS = 40
 SETTLED = 60  # seconds: far more than it takes to put away what is under way
@@ -106,6 +109,17 @@ def hang(kind, what, number):
         kind._send = send_parts
     else:
         kind.upload = send_shard
+
+
+def stopped(pid):
+    """Wait for a process to be stopped by a signal; gives its number."""
+
+    def state():
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    wait_for(lambda: state() in "TZ", HANGING)
+    assert state() == "T", "it came to its end"
+    return pid
 
 
 class Runner:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from killed_jobs import HANGING, SETTLED, SHARDS, Runner
+from stores_and_processes import wait_for
 
 pytest.importorskip("transformers")
 small = pytest.importorskip("small_models")
@@ -32,17 +34,6 @@ def never(runner, tmp_path_factory):
     assert runner.run(path / "store") == 0, runner.errors.read_text()
     assert len(shards(path / "store")) >= SHARDS
     return path / "store", time.monotonic() - began
-
-
-def stopped(pid):
-    """Wait for a process to be stopped by a signal; gives its number."""
-
-    def state():
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-    wait_for(lambda: state() in "TZ", HANGING)
-    assert state() == "T", "it came to its end"
-    return pid
 
 
 def shards(path):
