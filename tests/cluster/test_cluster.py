@@ -28,6 +28,7 @@ from mmcache.cluster.worker import Job, Planned, Worker
 from mmcache.format.manifest import read_manifest
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.system.atomic import AtomicFile
+from mmcache.system.threads import _usual_threads
 
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")
@@ -49,7 +50,7 @@ def usual():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as environ:
         environ.setenv("OMP_NUM_THREADS", "1")
-        yield before
+        yield _usual_threads()
     torch.set_num_threads(before)
 
 
