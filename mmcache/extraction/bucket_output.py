@@ -21,7 +21,7 @@ from mmcache.errors import (
     StoreNotFoundError,
     WriteError,
 )
-from mmcache.extraction.bucket_plan import BucketFolder, manifest_of, read_if_there, read_planned
+from mmcache.extraction.bucket_plan import BucketFolder, read_planned
 from mmcache.extraction.missing_shards import bytes_to_write
 from mmcache.extraction.staging_claims import STAGING, Claims
 from mmcache.format.manifest import read_manifest
@@ -29,6 +29,7 @@ from mmcache.format.shard import Layout
 from mmcache.format.signed_json import ROOT
 from mmcache.read.store import open_store
 from mmcache.stats.site_statistics import load_summary, save_summary
+from mmcache.storage.bucket_metadata import manifest_of, read_if_there
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from mmcache.storage.connection import placed
 from mmcache.storage.object_store import ObjectStore

@@ -18,20 +18,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmcache.errors import (
-    BucketNotFoundError,
     CorruptError,
     MmcacheError,
     PlanMismatchError,
     ReadOnlyError,
     StoreExistsError,
-    StoreNotFoundError,
 )
 from mmcache.extraction.staging_claims import MARKER, STAGING, is_staging
 from mmcache.format.manifest import METADATA_LIMIT, Manifest, is_store, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, check_no_links
 from mmcache.format.shard import Layout
-from mmcache.format.signed_json import ROOT, check_signed
-from mmcache.storage.bucket_metadata import StoreListing
+from mmcache.format.signed_json import ROOT
+from mmcache.storage.bucket_metadata import StoreListing, manifest_of, read_if_there
 from mmcache.storage.listing import in_order, present_shards
 from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.atomic import publish, remove_drafts
@@ -45,26 +43,10 @@ if TYPE_CHECKING:
 
     from mmcache.storage.object_store import ObjectStore
 
-__all__ = ["BucketFolder", "Listing", "is_column", "manifest_of", "read_if_there", "read_planned", "shard_numbers"]
+__all__ = ["BucketFolder", "Listing", "is_column", "read_planned", "shard_numbers"]
 
 _KEY = re.compile(r"c\.(0|[1-9]\d{0,17})\.(0|[1-9]\d{0,17})\.0", re.ASCII)
 _COLUMN = re.compile(r"c\.(0|[1-9]\d{0,17})(\.0)?", re.ASCII)
-
-
-def read_if_there(bucket: ObjectStore, key: str) -> bytes | None:
-    """The bytes of a small object, such as the root; None where there is none. Errors as `ObjectStore.read`."""
-    try:
-        return bucket.read_whole(key, METADATA_LIMIT)
-    except BucketNotFoundError:
-        raise
-    except StoreNotFoundError:
-        return None
-
-
-def manifest_of(bucket: ObjectStore, root: bytes) -> Manifest:
-    """Check the bytes of a root. Errors as `read_manifest`."""
-    where = bucket.where(ROOT)
-    return Manifest.from_attributes(check_signed(root, where), where)
 
 
 def read_planned(bucket: ObjectStore, folder: Path) -> Manifest | None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mmcache.errors import CorruptError, StoreNotFoundError
-from mmcache.extraction.bucket_plan import manifest_of, read_if_there
 from mmcache.format.manifest import ARRAY_LIMIT, METADATA_LIMIT, Manifest, read_array
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER
 from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.stats.site_statistics import load_summary
+from mmcache.storage.bucket_metadata import manifest_of, read_if_there
 from mmcache.storage.listing import listed_shards
 from mmcache.storage.shard_folder import FileBytes
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import crc32c
 
-from mmcache.errors import CorruptError, MmcacheError, StoreNotFoundError
-from mmcache.format.manifest import METADATA_LIMIT, read_manifest
+from mmcache.errors import BucketNotFoundError, CorruptError, MmcacheError, StoreNotFoundError
+from mmcache.format.manifest import METADATA_LIMIT, Manifest, read_manifest
 from mmcache.format.names import RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER
-from mmcache.format.signed_json import ROOT
+from mmcache.format.signed_json import ROOT, check_signed
 from mmcache.system.atomic import publish
 from mmcache.system.files import list_names, make_folder, read_file, remove_file
 from mmcache.system.no_symlinks import make_empty
@@ -34,12 +34,28 @@ if TYPE_CHECKING:
 
     from mmcache.storage.object_store import ObjectStore
 
-__all__ = ["FOLDERS", "MetadataCopies", "StoreListing", "is_metadata"]
+__all__ = ["FOLDERS", "MetadataCopies", "StoreListing", "is_metadata", "manifest_of", "read_if_there"]
 
 # Folders of metadata, and how deep files are in them.
 FOLDERS, _DEEPEST = (STATISTICS_FOLDER, TOKENIZER_FOLDER), 8
 # What a file of metadata is called, beside chunks: what lies below such a one is no store's.
 _FILES = (ROOT, "tokenizer.json", "0")
+
+
+def read_if_there(bucket: ObjectStore, key: str) -> bytes | None:
+    """The bytes of a small object, such as the root; None where there is none. Errors as `ObjectStore.read`."""
+    try:
+        return bucket.read_whole(key, METADATA_LIMIT)
+    except BucketNotFoundError:
+        raise
+    except StoreNotFoundError:
+        return None
+
+
+def manifest_of(bucket: ObjectStore, root: bytes) -> Manifest:
+    """Check the bytes of a root. Errors as `read_manifest`."""
+    where = bucket.where(ROOT)
+    return Manifest.from_attributes(check_signed(root, where), where)
 
 
 def is_metadata(key: str) -> bool:

@@ -25,10 +25,10 @@ from mmcache.cluster import pool
 from mmcache.cluster import worker as cluster_worker
 from mmcache.cluster.pool import Resources, deal
 from mmcache.cluster.worker import Job, Planned, Worker
+from mmcache.extraction.provenance import _usual_threads
 from mmcache.format.manifest import read_manifest
 from mmcache.models.loading import load_model, load_tokenizer
 from mmcache.system.atomic import AtomicFile
-from mmcache.system.threads import _usual_threads
 
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")
