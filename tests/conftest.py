@@ -3,6 +3,11 @@
 import os
 import random
 
+# One thread for each process, and no thread that spins while it waits: of small models, more threads take twice the
+# time of the processor. Before torch is imported, which reads this once. Tests of threads ask for their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import numpy as np
 import pytest

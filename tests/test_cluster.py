@@ -26,6 +26,7 @@ from mmcache.draft import Draft
 from mmcache.loading import load_model, load_tokenizer
 from mmcache.manifest import read_manifest
 from mmcache.signals import Stopped, stoppable
+from mmcache.threads import _usual_threads
 
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")
@@ -47,7 +48,7 @@ def usual():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as environ:
         environ.setenv("OMP_NUM_THREADS", "1")
-        yield before
+        yield _usual_threads()
     torch.set_num_threads(before)
 
 
