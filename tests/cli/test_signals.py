@@ -54,7 +54,16 @@ def test_a_second_one_does_not_interrupt_the_tidying_up(heard):
     assert not heard
 
 
-@pytest.mark.usefixtures("heard")
+@pytest.fixture
+def young():
+    """Collections look at what is made from here on, and not each time at all that other tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("heard", "young")
 def test_one_that_comes_while_the_block_is_left_is_told_too(monkeypatch):
     leaving = contextlib._GeneratorContextManager.__exit__.__code__
     ends = []

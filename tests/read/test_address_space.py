@@ -147,7 +147,7 @@ def test_address_space_that_there_is_not_is_refused():
 def test_residency_tells_what_is_in_memory(window, tmp_path):
     window.bring(0)
     fd = os.open(tmp_path / "0", os.O_RDONLY)
-    os.fsync(fd)
+    os.fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     residency = Residency(PLACE)
     gone = not residency.whole(window.address, PLACE)
@@ -163,7 +163,7 @@ def test_advice_brings_rows_into_memory(window, tmp_path):
     for place in range(4):
         window.bring(place)
         fd = os.open(tmp_path / str(place), os.O_RDONLY)
-        os.fsync(fd)
+        os.fdatasync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
     addresses = window.address + np.arange(4) * PLACE

@@ -57,7 +57,7 @@ def drop(path):
     """Let the page cache go of a store that nobody has mapped."""
     for file in shards(path / "mlp_in"):
         fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
+        os.fdatasync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
 

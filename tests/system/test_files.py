@@ -507,7 +507,7 @@ def test_what_is_in_memory_is_not_read_through_again(tmp_path, monkeypatch):
 
     with path.open("rb") as file:
         fd = file.fileno()
-        os.fsync(fd)
+        os.fdatasync(fd)
         files.read_through(fd, 0, 2 * piece + 10_000)
         try:
             real(fd, [bytearray(1)], 0, os.RWF_NOWAIT)

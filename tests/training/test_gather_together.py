@@ -33,7 +33,7 @@ def cold(store):
     for site in SITES:
         for file in shards(path / site):
             fd = os.open(file, os.O_RDONLY)
-            os.fsync(fd)
+            os.fdatasync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
     return mmcache.open(path)

@@ -165,9 +165,9 @@ def mutant_of(file, data, dice):
     return length.to_bytes(8, "little") + text.ljust(4088)[:4088] + data[4096:]
 
 
-def read_everything(path):
+def read_everything(path, works=None):
     """Do what readers do; only our own errors may come."""
-    for work in (_look, _verify, _train, _cache):
+    for work in works or (_look, _verify, _train, _cache):
         try:
             work(path)
         except mmcache.MmcacheError:
@@ -275,9 +275,10 @@ def test_a_root_that_counts_a_hundred_million_shards_takes_no_memory_for_them(tm
     root = json.loads((path / "zarr.json").read_bytes())
     root["attributes"]["mmcache"]["n_tokens"] = 2**37
     replace(path / "zarr.json", signed(root))
-    read_everything(path)
+    # What a report takes of all that is wrong, it takes once.
+    mmcache.verify(path, "quick")
     before = memory()
-    read_everything(path)
+    read_everything(path, (_look, mmcache.verify, _train, _cache))
     store = mmcache.open(path, partial=True)
     with pytest.raises(mmcache.IncompleteError):
         store["a"].get_position(0, -1)
