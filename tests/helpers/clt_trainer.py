@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import mmcache
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_clt.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "examples" / "train_clt" / "train_clt.py"
 LAYERS, WIDTH = 3, 8
 SMALL = {"features": 24, "batch-size": 64, "k": 4, "steps": 40, "checkpoint-every": 7}
 

@@ -77,7 +77,7 @@ def killed_run(script, arguments, countdown):
         code = 1
         try:
             torch.set_num_threads(1)
-            script.Run.take, os.rename = deadly(script.Run.take), deadly(os.rename)
+            script.Run.take, os.replace = deadly(script.Run.take), deadly(os.replace)
             for module in script.publishers:
                 module.publish = deadly(module.publish)
             code = CliRunner().invoke(script.main, arguments).exit_code
@@ -92,7 +92,7 @@ def test_killed_anywhere_it_is_the_run_that_never_was(script, store, tmp_path, k
     options = {"activation": kind, "lr": 0.01}
     assert run(script, store, tmp_path / "whole", **options).exit_code == 0
     whole, out, choose = files(tmp_path / "whole"), tmp_path / "killed", random.Random(kind)  # noqa: S311
-    # All places of the first checkpoint's making: the second leaves a draft behind. Then anywhere: one is made every
+    # All places of the first checkpoint's making: the second leaves a temporary file behind. Then anywhere: one is made every
     # 7 steps, so that some kills lose all that a run did.
     for kills in itertools.count():
         code = killed_run(script, command(store, out, **options), kills + 1 if kills < 4 else choose.randrange(1, 60))

@@ -17,10 +17,9 @@ from crc32c import crc32c
 from rich.progress import Progress
 
 import mmcache
+from clt.files import publish, remove_temporary
 from clt.outcome import READS, WRITES
 from clt.transcoder import CrossLayerTranscoder, losses
-from mmcache.system.atomic import publish, remove_drafts
-from mmcache.system.files import make_folder
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -210,7 +209,7 @@ class Run:
     def _check_out(self) -> None:
         """Refuse a folder with anything in it but a run: nothing that is not its own is written over.
 
-        A run that was killed before its first checkpoint leaves an empty log, and a draft of the checkpoint.
+        A run that was killed before its first checkpoint leaves an empty log, and a temporary file of the checkpoint.
 
         Raises:
             StoreExistsError: what there is.
@@ -233,7 +232,7 @@ class Run:
         if self.ranks.rank:
             fd = os.open(os.devnull, os.O_WRONLY)
         else:
-            make_folder(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
             self._check_out()
             fd = os.open(self.out / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         log = open(fd, "ab", buffering=0)  # noqa: PTH123, SIM115 -- a descriptor, which `train` closes
@@ -256,7 +255,7 @@ class Run:
                 raise mmcache.LockedError(f"another run is writing to {self.out}: take another --out") from error
             # Again, since another run may have made something of it meanwhile.
             self._check_out()
-            remove_drafts(self.out)
+            remove_temporary(self.out, CHECKPOINT)
             self.load()
         state = self.save()
         if self.ranks.count > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 
-from mmcache.system.atomic import publish
+from clt.files import publish
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -3,13 +3,13 @@
 Every layer's MLP input is encoded into sparse features, and each feature writes to the MLP outputs of its own layer
 and of all later ones (Ameisen et al. 2025, "Circuit Tracing", transformer-circuits.pub/2025/attribution-graphs):
 
-    scripts/demo && python scripts/train_clt.py --store demo-acts --out clt
+    scripts/demo && python scripts/examples/train_clt/train_clt.py --store demo-acts --out clt
 
 The same command again goes on where the last checkpoint stopped, with the very losses of a run that was never
 stopped (on the same machine, device, number of threads and of ranks). Several ranks, on one machine or more, share each
 batch, and have the loss of one up to rounding; a run may go on with another number of them:
 
-    torchrun --nproc-per-node=2 scripts/train_clt.py --store demo-acts --out clt
+    torchrun --nproc-per-node=2 scripts/examples/train_clt/train_clt.py --store demo-acts --out clt
 
 `--out` is a new folder, or one with such a run, and then holds
 
@@ -29,14 +29,14 @@ from typing import Any
 
 import click
 import torch
+from clt.files import publish
 from clt.outcome import READS, WRITES, evaluate, save_clt
 from clt.ranks import Ranks, together
 from clt.run import Run
 from rich.console import Console
+from rich.table import Table
 
 import mmcache
-from mmcache.cli.render import draw_rows
-from mmcache.system.atomic import publish
 
 
 def feeds(
@@ -83,12 +83,13 @@ def finish(run: Run, held_out: mmcache.ActivationDataset | None) -> None:
         return
     found = evaluate(raw, held_out)
     publish(run.out, "evaluation.json", json.dumps(found, indent=2).encode())
-    rows = [
-        {"layer": layer} | {name: found[name][place] for name in ("explained_variance", "l0", "dead")}
-        for place, layer in enumerate(store.layers)
-    ]
     mean = f"mean explained variance {found['mean_explained_variance']:.4f}"
-    draw_rows(Console(), f"{found['tokens']:,} held-out tokens: {mean}", rows)
+    table = Table("layer", "explained variance", "l0", "dead", title=f"{found['tokens']:,} held-out tokens: {mean}")
+    for layer, variance, l0, dead in zip(
+        store.layers, found["explained_variance"], found["l0"], found["dead"], strict=True
+    ):
+        table.add_row(str(layer), f"{variance:.4f}", f"{l0:.2f}", str(dead))
+    Console().print(table)
 
 
 _COUNT, _AMOUNT = click.IntRange(1), click.FloatRange(0)
