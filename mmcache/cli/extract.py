@@ -18,7 +18,7 @@ from mmcache.cli.progress import ProgressBar, stoppable
 from mmcache.cli.render import draw_overview, draw_rows, draw_survey
 from mmcache.cluster import extract as cluster_extract
 from mmcache.cluster import named
-from mmcache.extraction.bucket_output import planned_in_bucket, staging_folder
+from mmcache.extraction.bucket_upload import planned_in_bucket, staging_folder
 from mmcache.extraction.corpus import check_sources, read_texts
 from mmcache.extraction.job import Extraction
 from mmcache.extraction.provenance import plan_threads

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mmcache.errors import LockedError
-from mmcache.extraction.bucket_output import outgoing_for
+from mmcache.extraction.bucket_upload import outgoing_for
 from mmcache.extraction.estimate import Survey, quickest_batch, survey_contexts, survey_plan
 from mmcache.extraction.fingerprint import probe_model
 from mmcache.extraction.plan import join_plan, open_plan

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmcache.extraction.bucket_output import BucketOutput
+    from mmcache.extraction.bucket_upload import BucketOutput
     from mmcache.format.manifest import Manifest
     from mmcache.models.capture import Captured
     from mmcache.system.launcher import Rank

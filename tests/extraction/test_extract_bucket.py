@@ -11,9 +11,9 @@ import torch
 
 import mmcache
 from mmcache.errors import RemoteError
-from mmcache.extraction import bucket_output, bucket_plan, scheduling
+from mmcache.extraction import bucket_plan, bucket_upload, scheduling
 from mmcache.extraction import runner as fill
-from mmcache.extraction.bucket_output import staging_folder
+from mmcache.extraction.bucket_upload import staging_folder
 from mmcache.storage import connection, object_store
 from stores_and_processes import ended_uploads, wait_for
 
@@ -38,8 +38,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
         (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02),
-        (connection, "_CLIENT_PAUSE", 0.01), (bucket_output, "_LOOK_AT_UPLOADS", 0.01),
-        (bucket_output, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.1),
+        (connection, "_CLIENT_PAUSE", 0.01), (bucket_upload, "_LOOK_AT_UPLOADS", 0.01),
+        (bucket_upload, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield

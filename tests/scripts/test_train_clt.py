@@ -92,8 +92,8 @@ def test_killed_anywhere_it_is_the_run_that_never_was(script, store, tmp_path, k
     options = {"activation": kind, "lr": 0.01}
     assert run(script, store, tmp_path / "whole", **options).exit_code == 0
     whole, out, choose = files(tmp_path / "whole"), tmp_path / "killed", random.Random(kind)  # noqa: S311
-    # All places of the first checkpoint's making: the second leaves a temporary file behind. Then anywhere: one is made every
-    # 7 steps, so that some kills lose all that a run did.
+    # All places of the first checkpoint's making: the second leaves a temporary file. Then anywhere: a checkpoint is
+    # made every 7 steps, so that some kills lose all that a run did.
     for kills in itertools.count():
         code = killed_run(script, command(store, out, **options), kills + 1 if kills < 4 else choose.randrange(1, 60))
         if code == 0:

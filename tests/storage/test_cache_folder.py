@@ -8,7 +8,7 @@ import pytest
 import mmcache
 import remote_stores
 from mmcache.errors import ArgumentError, WriteError
-from mmcache.extraction.bucket_output import BucketOutput
+from mmcache.extraction.bucket_upload import BucketOutput
 from mmcache.storage import cache_folder as cache_place
 from mmcache.storage.cache_folder import cache_folder, private_folder
 from stores_and_processes import python, without_sync

@@ -18,6 +18,7 @@ import damaged_stores
 import mmcache
 import small_models
 from mmcache import cli, view
+from mmcache.models import sites
 from mmcache.system.arguments import a_path, count, names, shown
 
 # What is given in place of every argument. Of what can be used up there is a new one each time.
@@ -98,7 +99,7 @@ def functions(base):
         "dataset": called(lambda **given: next(iter(mmcache.ActivationDataset(**given))), store=grown, sites=None,
                           layers=None, batch_size=8, seed=0, drop=None, normalize=None, split=None, device="cpu",
                           dtype=None, rank=None, world_size=None, nodes=None),
-        "sites.resolve": called(mmcache.sites.resolve, model=model, sites=("mlp_in",), layers=None),
+        "sites.resolve": called(sites.resolve, model=model, sites=("mlp_in",), layers=None),
         "load_direction": called(view.load_direction, file=base / "text.txt"),
         "Detokenizer": called(view.Detokenizer, store=planned),
     }  # fmt: skip

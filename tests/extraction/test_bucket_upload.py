@@ -28,9 +28,9 @@ from mmcache.errors import (
     StoreExistsError,
     WriteError,
 )
-from mmcache.extraction import bucket_output, bucket_plan, runner, scheduling, staging_claims
-from mmcache.extraction.bucket_output import staging_folder
+from mmcache.extraction import bucket_plan, bucket_upload, runner, scheduling, staging_claims
 from mmcache.extraction.bucket_plan import BucketFolder
+from mmcache.extraction.bucket_upload import staging_folder
 from mmcache.extraction.job import Extraction
 from mmcache.extraction.staging_claims import STAGING, Claims, claimed
 from mmcache.format.manifest import read_manifest
@@ -59,8 +59,8 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
         (runner, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02),
-        (object_store, "PATIENCE", 0.4), (bucket_output, "_LOOK_AT_UPLOADS", 0.01),
-        (bucket_output, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.05), (bucket_plan, "_SHARE", 0),
+        (object_store, "PATIENCE", 0.4), (bucket_upload, "_LOOK_AT_UPLOADS", 0.01),
+        (bucket_upload, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.05), (bucket_plan, "_SHARE", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     yield
@@ -326,11 +326,11 @@ def test_a_full_disk_names_the_numbers_and_only_the_bound_has_to_fit(there, url,
     block = sum(size for name, size in shards(local / "token").items() if name.split(".")[-2] == "0")
     total = sum(shards(local / "token").values())
     for free, asked, needed in ((block * 2 - 1, None, block * 2), (total - 1, total, total)):
-        monkeypatch.setattr(bucket_output, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(bucket_upload, "free_bytes", lambda _, free=free: free)
         with pytest.raises(DiskFullError, match=rf"take {needed} bytes there, and {free} are free") as full:
             extract(url, staging_bytes=asked)
         assert full.value.filename == str(staging_folder(url, None))
-    monkeypatch.setattr(bucket_output, "free_bytes", lambda _: 2 * block)
+    monkeypatch.setattr(bucket_upload, "free_bytes", lambda _: 2 * block)
     monkeypatch.setattr("mmcache.extraction.missing_shards.free_bytes", lambda _: 2 * block)
     extract(f"{url}-2", max_tokens=400)
     extract(f"{url}-2")
@@ -555,7 +555,7 @@ def test_a_server_that_is_gone_holds_up_nobody_who_leaves(tmp_path, monkeypatch)
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     (tmp_path / "c.0.0.0").write_bytes(b"data")
-    sending = bucket_output.UploadQueue(ObjectStore("s3://nowhere/acts"), tmp_path, Claims(tmp_path))
+    sending = bucket_upload.UploadQueue(ObjectStore("s3://nowhere/acts"), tmp_path, Claims(tmp_path))
     sending.send("c.0.0.0")
     time.sleep(0.2)
     sending.stop()
@@ -572,8 +572,8 @@ def test_the_batch_size_and_threads_of_the_bucket_are_heeded(url, tmp_path):
     )
     assert job._batch_size == 5
     assert not (tmp_path / "new").exists()
-    assert bucket_output.planned_in_bucket(url, None).source["numerics"]["threads"] == 1
-    assert bucket_output.planned_in_bucket(str(tmp_path), None) is None
+    assert bucket_upload.planned_in_bucket(url, None).source["numerics"]["threads"] == 1
+    assert bucket_upload.planned_in_bucket(str(tmp_path), None) is None
 
 
 @pytest.fixture
