@@ -120,7 +120,7 @@ _TIDYING = 5.0
 class Stopped(BaseException):
     """A signal arrived: its number, and what is left. The command line prints this, and exits with 128 plus the number.
 
-    Only the command line catches it: it may be raised when the `with` block of `stoppable` has already ended.
+    Only the command line catches it: it may be raised when the `with` statement of `stoppable` has already ended.
     """
 
     def __init__(self, number: int, left: str) -> None:

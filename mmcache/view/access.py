@@ -41,7 +41,7 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _REFUSED = "refused: open an address that `mmcache view` printed; each is good once, then the next one is printed\n"
-# An answer is sent in pieces of so many bytes, so that one that is not read takes little memory.
+# An answer is sent in pieces of this many bytes, so that one that is not read takes little memory.
 _PIECE = 1 << 16
 
 

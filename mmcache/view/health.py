@@ -21,7 +21,7 @@ __all__ = ["FAR", "far_rows", "health"]
 
 # Times the median norm. Few ordinary rows reach three times it; attention sinks reach hundreds.
 FAR = 20
-# Bytes of rows read for the medians, in runs of so many rows; and bytes of rows read to count the far ones.
+# Bytes of rows read for the medians; rows per run of that sample; bytes of rows read to count the far ones.
 _MEDIAN_BYTES, _RUN, _BYTES = 8 << 20, 4, 32 << 20
 # How many shards' norms are read; in a bucket, each is a request.
 _MOST_FAR_SHARDS, _MOST_REQUESTS = 1024, 64

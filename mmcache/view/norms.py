@@ -23,7 +23,7 @@ __all__ = ["apart", "norms"]
 
 # How many shards' norms are read for one map: a few KiB and 0.1 ms each.
 _MOST_SHARDS = 1024
-# A map shows single tokens if their rows have at most so many bytes.
+# A map shows single tokens if their rows take no more bytes than this.
 _ROW_BYTES = 16 << 20
 # How many tokens of each kind `apart` reads.
 _APART = 64

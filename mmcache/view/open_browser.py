@@ -54,7 +54,7 @@ def open_browser(
             remove()
             tell("no browser can be opened here: open the address yourself, or say --no-browser")
 
-    # Some browsers block the caller until they are closed.
+    # Some browsers keep the caller waiting until they are closed.
     threading.Thread(target=opened, daemon=True).start()
 
 

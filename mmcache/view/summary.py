@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["layer_view", "row_view", "statistics_view"]
 
-# A layer's summary reads at most so many rows.
+# A layer's summary reads at most this many rows.
 _ROWS_READ = 1 << 14
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Detokenizer", "a_words", "sequence", "surroundings", "token"]
 
-# A token's text is cut after so many bytes: only a file made to exhaust memory has longer ones.
+# A token's text is cut after this many bytes: only a file made to exhaust memory has longer ones.
 _LONGEST = 1 << 10
 # Tokenizer files longer than this are not decoded: a decoder's replacements can make texts much longer.
 _LARGEST_JSON = 1 << 20

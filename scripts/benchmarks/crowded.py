@@ -1,4 +1,4 @@
-"""Speed beside a busy Python thread, which never releases the GIL by itself."""
+"""Speed while another Python thread is busy and never releases the GIL by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extraction beside the bare forward pass, and beside SAELens's CacheActivationsRunner on the same model and text.
+"""Extraction compared with the bare forward pass, and with SAELens's CacheActivationsRunner on the same input.
 
 A job's own time is a few percent of the forward passes, which vary by as much themselves. So each job runs between two
 bare passes, and its own time is its total minus their mean, which cancels any steady drift.
@@ -63,7 +63,7 @@ def _texts(plan: Plan) -> list[np.ndarray]:
 
 
 def extraction(plan: Plan) -> Iterator[Row]:
-    """`extract` of every layer's mlp_in and mlp_out, beside the forward passes alone."""
+    """`extract` of every layer's mlp_in and mlp_out, compared with the forward passes alone."""
     model, tokenizer, device, texts = _model(plan), load_tokenizer("demo"), torch.device("cpu"), _texts(plan)
     ours, bare, full = [], [], []
     path = plan.folder / "extracted"

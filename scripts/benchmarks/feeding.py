@@ -1,4 +1,4 @@
-"""The training feed, cold and warm, beside the device and memcpy, and beside peers' loaders at the same job."""
+"""The training feed, cold and warm, compared with the device, memcpy, and peers' loaders at the same job."""
 
 from __future__ import annotations
 

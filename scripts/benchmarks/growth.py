@@ -70,7 +70,7 @@ def _random(store: Store, count: int, seed: int = 0) -> list[int]:
 
 
 def many_shards(plan: Plan) -> Iterator[Row]:
-    """Open and read a store of very many shards, beside one with as many rows in one shard as are read."""
+    """Open and read a store of very many shards, compared with a store of one shard."""
     shards = _counts(plan)[-1]
     many, one = plan.folder / "many", plan.folder / "one"
     sparse_store(many, shards)
@@ -103,7 +103,7 @@ def many_shards(plan: Plan) -> Iterator[Row]:
 
 
 def _push_shards(plan: Plan, shards: int) -> float:
-    """Write a cache of so many small shards: ms each, until durable."""
+    """Write a cache of `shards` small shards: ms each, until durable."""
     layer, path = torch.randn(_SHARD_ROWS * shards, 64).bfloat16(), plan.folder / "pushed"
 
     def work() -> None:

@@ -32,7 +32,7 @@ def huge_store(
     layout: Literal["layer", "token"] = "token",
     tokens: bool = True,
 ) -> Path:
-    """Make a store of one site, `x`, with so many shards: by default 1.0 TB of 41 million tokens.
+    """Make a store of one site, `x`, with `shards` shards: by default 1.0 TB of 41 million tokens.
 
     The statistics of each shard are plausible; dimension 7 is an outlier in layer 1, dimension 5 never changes in layer
     0, and block 3 has a NaN in its first layer.

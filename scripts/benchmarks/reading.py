@@ -1,4 +1,4 @@
-"""Rows and gathers, cold and warm, beside raw reads of the device and copies in memory."""
+"""Rows and gathers, cold and warm, compared with raw reads of the device and copies in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _make_cold(store: Store, files: list[Path]) -> None:
 
 
 def cold_rows(plan: Plan) -> Iterator[Row]:
-    """One row from an open store whose shards were read before, beside one direct read in this process."""
+    """One row from an open store whose shards were read before, compared with one direct read."""
     store = rows_store(plan)
     view, files, per_shard = store["x"], data_files(store, "x"), _shard_rows(store)
     buffer, random = aligned(_ROW_BYTES), np.random.default_rng(0)
@@ -97,7 +97,7 @@ def _memmap_gather(files: list[Path], per_shard: int, positions: np.ndarray, mos
 
 
 def cold_gathers(plan: Plan) -> Iterator[Row]:
-    """4,096 random rows at a time, beside fio at queue depth 32, and np.memmap."""
+    """4,096 random rows at a time, compared with fio at queue depth 32, and np.memmap."""
     store = rows_store(plan)
     view, files, per_shard = store["x"], data_files(store, "x"), _shard_rows(store)
     random = np.random.default_rng(1)
@@ -147,7 +147,7 @@ def rows_in_memory(tokens: int) -> torch.Tensor:
 
 
 def warm_gathers(plan: Plan) -> Iterator[Row]:
-    """The same rows again, all in the page cache, beside `index_select` on a tensor in memory."""
+    """The same rows again, all in the page cache, compared with `index_select` on a tensor in memory."""
     store = rows_store(plan)
     view, tokens = store["x"], warm_share(store)
     # Dropped and read again in one go, whatever was read of it before, and in which pieces.
@@ -184,7 +184,7 @@ def warm_gathers(plan: Plan) -> Iterator[Row]:
 
 
 def warm_rows(plan: Plan) -> Iterator[Row]:
-    """One row in the page cache, beside cloning a row of a mapped tensor."""
+    """One row in the page cache, compared with cloning a row of a mapped tensor."""
     store = rows_store(plan)
     view, path, per_shard = store["x"], data_files(store, "x")[0], _shard_rows(store)
     make_warm([path])

@@ -1,4 +1,4 @@
-"""A store in a bucket beside the bare client, from a real S3 server process on this machine's loopback address.
+"""A store in a bucket compared with the bare client, from a real S3 server process on this machine's loopback address.
 
 Server, network and reader share the machine, so its cores are the limit, and any work beyond the client's own costs
 time.
@@ -39,7 +39,7 @@ _SIDES = ("bare", "together", "brought", "gathered", "pulled", "epoch")
 
 
 def from_a_bucket(plan: Plan) -> Iterator[Row]:
-    """Cache a store, read an epoch of it, gather its rows, pull it: each beside the client alone."""
+    """Cache a store, read an epoch of it, gather its rows, pull it: each compared with the client alone."""
     sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
     serve_s3 = importlib.import_module("fake_s3").serve_s3
     local = clt_store(plan, _QUICK_SIZE if plan.quick else _SIZE)

@@ -95,7 +95,7 @@ def _raw(plan: Plan, total: int) -> float:
 
 
 def writes(plan: Plan) -> Iterator[Row]:
-    """`push`, and `append` in both layouts, beside the raw device; statistics and checksums on."""
+    """`push`, and `append` in both layouts, compared with the raw device; statistics and checksums on."""
     layers = _layers(plan)
     total = _size(layers)
     found = in_turn(
@@ -129,7 +129,7 @@ def _peer(plan: Plan, write: object, layers: Layers) -> float:
 
 
 def peer_writes(plan: Plan) -> Iterator[Row | Skip]:
-    """`push` beside peers' writes, with every file and folder of theirs synced too."""
+    """`push` compared with peers' writes, with every file and folder of theirs synced too."""
     for peer in WRITERS:
         if not has(peer.package):
             yield Skip(f"write, {peer.name}", f"{peer.package} is not installed")
