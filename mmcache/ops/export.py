@@ -1,7 +1,7 @@
 """Export a store, or a part of it, as safetensors or npy files: a folder that appears atomically.
 
 Shards are safetensors files already. A shard that is wanted as a whole becomes a hard link, which takes no time and no
-room. docs/format.md describes its content; `index.json` says which file holds which site, layers and tokens.
+room. FORMAT.md in the package describes its content; `index.json` says which file holds which site, layers and tokens.
 
 Sources: the safetensors README, "Format" (https://github.com/huggingface/safetensors), and numpy's NEP 1.
 """

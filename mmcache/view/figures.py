@@ -210,7 +210,7 @@ def _norms(view: View, style: Style) -> _Parts:
             "mean %{customdata[0]:.5g}<br>from %{customdata[1]:.5g} to %{customdata[2]:.5g}"
             "<br>rows that count: %{customdata[3]:,.0f}"
         )
-    # Single tokens are drawn at their middles (at most one gap between two), so that a click names the token.
+    # For single tokens, x has the centres of the cells, so that a click names the token.
     x = edges[:-1] if single else edges
     traces = [
         heat(

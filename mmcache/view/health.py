@@ -133,7 +133,7 @@ _MOST_SHARDS = 1 << 14
 def health(store: Store, site: str) -> View:
     """What is wrong with a site's values, and where, from the shards' statistics.
 
-    Some rows are read too: a sample for the median norm, and those near norms over 20 times the median.
+    Some rows are read too: a sample for the median norm, and inner chunks with norms over 20 times the median.
 
     `data`: `layers`, one record each: `layer`, `rows` (that count), `non_finite` (rows with NaN or infinity),
     `first_non_finite` (a position, or -1), `zero_rows`, `overflow` (values that became infinite in the cast), `dead`

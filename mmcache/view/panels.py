@@ -270,7 +270,7 @@ _POSITION = _SITE | {"position": Parameter("integer", 0)}
 _CONTEXT = {"context": Parameter("integer", 12, 0, 200)}
 _START = {"start": Parameter("integer", 0, 0)}
 _BY = Parameter("text", "norm", choices=("norm", "dimension", "direction", "difference"))
-# Further parameters of every panel: add the figure, for a dark page, and leave out tables that the figure has.
+# Further parameters of every panel: add its figure, draw it for a dark page, leave out tables, which figures have.
 DRAWING = {name: Parameter("flag", default=False) for name in ("figure", "dark", "brief")}
 PANELS: dict[str, Panel] = {
     "overview": Panel(_overview),

@@ -26,7 +26,7 @@ __all__ = ["Detokenizer", "a_words", "sequence", "surroundings", "token"]
 
 # A token's text is cut after this many bytes: only a file made to exhaust memory has longer ones.
 _LONGEST = 1 << 10
-# Tokenizer files longer than this are not decoded: a decoder's replacements can make texts much longer.
+# A token that a decoder's replacements could make longer than this is not decoded.
 _LARGEST_JSON = 1 << 20
 
 
