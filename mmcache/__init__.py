@@ -1,12 +1,12 @@
-"""mmcache keeps language-model activations on disk and hands them back as fast as the hardware allows.
+"""mmcache keeps language-model activations on disk and reads them back as fast as the hardware allows.
 
     cache = mmcache.FullActivationCache.with_capacity(n_layers=12, path="acts")
     for layer in hidden_states:                 # [seq_len, d_model] each, any device
         cache.push(layer)
     row = cache.get_position(layer=3, position=-1, device="cuda")
 
-`create`, `append` and `open` do the same for many sequences and several sites, `extract` fills a store from a
-model and text, `capture` takes activations from one forward pass. README.md shows each.
+`create`, `append` and `open` do the same for many sequences and several sites. `extract` fills a store from a model and
+text. `capture` takes activations from one forward pass. README.md has examples.
 """
 
 import importlib
@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Ctrl-C during the command's imports, which take most of a second, ends it without a traceback: `cli`, the last of
-# them, sets Python's handler again. A program that uses the library keeps its own.
+# Ctrl-C while the command's imports run (most of a second) ends it without a traceback. `cli`, the last of them,
+# restores Python's handler. A program that uses the library keeps its own handler.
 _named = Path(sys.argv[0]).name == "mmcache" if sys.argv else False
 _run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "mmcache"
 if (_named or _run_as_module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
 register_bfloat16()
 
 __version__ = "0.1.0"
-# Where each name lives: it is imported when it is first asked for, since torch takes most of a second to load, and
-# `mmcache info` needs none of it.
+# Where each name is defined. It is imported when first used, since torch takes most of a second to load, and `mmcache
+# info` does not need it.
 _PLACES = {
     "FullActivationCache": "write.cache",
     "Captured": "models.capture",
@@ -200,7 +200,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a name stands for."""
+    """Import a public name when it is first used."""
     if name in ("cluster", "view"):
         return importlib.import_module(f"mmcache.{name}")
     if name not in _PLACES:

@@ -1,4 +1,4 @@
-"""`python -m mmcache`, and so `torchrun -m mmcache`, is the command `mmcache`."""
+"""Makes `python -m mmcache`, and so `torchrun -m mmcache`, the command `mmcache`."""
 
 from mmcache.cli import main
 

@@ -1,13 +1,13 @@
-"""Every error a caller can catch. Each is also the builtin that a Python user would catch.
+"""Every error that mmcache raises on purpose. Each is also the builtin that a Python user would catch.
 
 MmcacheError
-├── ArgumentError (ValueError)             an option or argument that makes no sense
+├── ArgumentError (ValueError)             an invalid option or argument
 ├── ShapeError (ValueError)                a tensor of the wrong shape
 ├── DtypeError (TypeError)                 a dtype that cannot be stored, or not the one expected
-├── OutOfRangeError (IndexError)           a layer or position that is not there
+├── OutOfRangeError (IndexError)           a layer or position that does not exist
 ├── UnknownSiteError (KeyError)            a site that the store or the model does not have
 ├── UnsupportedModelError (ValueError)     a model whose sites are not known
-├── EmptyCacheError (ValueError)           a question that an empty cache has no answer to
+├── EmptyCacheError (ValueError)           a request that an empty cache cannot answer
 ├── ClosedError (ValueError)               use after close
 ├── ReadOnlyError (PermissionError)        a write to something opened for reading
 ├── StoreExistsError (FileExistsError)     the path is taken
@@ -19,14 +19,14 @@ MmcacheError
 │   ├── LinkError                          a link below a store's folder, which may lead out of it
 │   └── VersionError                       a format version that this library does not read
 ├── PlanMismatchError (ValueError)         a resume with other settings than the store's
-├── ClusterError (ConnectionError)          a Ray cluster that is not there, or whose machines cannot do the job
-├── RemoteError (ConnectionError)            object storage that gives no answer, or not what was asked for
-├── AccessError (PermissionError)            object storage or a folder that refuses: no credentials, or no right
-├── CorpusError (ValueError)               a text source that cannot be read as asked
-├── NonFiniteError (ArithmeticError)       NaN or infinity where `strict` allows none
+├── ClusterError (ConnectionError)         no Ray cluster, or its machines cannot do the job
+├── RemoteError (ConnectionError)          object storage that does not answer, or answers wrongly
+├── AccessError (PermissionError)          object storage or a folder that refuses: no credentials, or no right
+├── CorpusError (ValueError)               a text source that cannot be read as specified
+├── NonFiniteError (ArithmeticError)       NaN or infinity although `strict` is set
 ├── ReadError (OSError)                    a read that the system refused; `errno` and `filename` are the system's
 └── WriteError (OSError)                   a failed write; `errno` and `filename` are the system's
-    └── DiskFullError                      no room, or a quota or file-size limit was met
+    └── DiskFullError                      no room, or a quota or file-size limit
 
 Every message names the object, what was found, what was expected and what to do.
 """
@@ -67,14 +67,14 @@ __all__ = [
 
 
 class MmcacheError(Exception):
-    """The root of every error that mmcache raises on purpose. No text of one holds a password or a signature."""
+    """The base of every error that mmcache raises on purpose. Passwords and signatures are removed from its text."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redacted(said) if isinstance(said, str) else said for said in args))
 
 
 class ArgumentError(MmcacheError, ValueError):
-    """An option or argument that makes no sense."""
+    """An invalid option or argument."""
 
 
 class ShapeError(MmcacheError, ValueError):
@@ -86,14 +86,14 @@ class DtypeError(MmcacheError, TypeError):
 
 
 class OutOfRangeError(MmcacheError, IndexError):
-    """A layer or position that is not there."""
+    """A layer or position that does not exist."""
 
 
 class UnknownSiteError(MmcacheError, KeyError):
     """A site that the store or the model does not have."""
 
     def __str__(self) -> str:
-        # KeyError prints the repr of its argument, which would quote the whole sentence.
+        # KeyError prints the repr of its argument, which would put the sentence in quotes.
         return str(self.args[0]) if self.args else ""
 
 
@@ -102,7 +102,7 @@ class UnsupportedModelError(MmcacheError, ValueError):
 
 
 class EmptyCacheError(MmcacheError, ValueError):
-    """A question that an empty cache has no answer to."""
+    """A request that an empty cache cannot answer."""
 
 
 class ClosedError(MmcacheError, ValueError):
@@ -138,7 +138,7 @@ class CorruptError(MmcacheError, ValueError):
 
 
 class LinkError(CorruptError):
-    """A link below the folder of a store or a cache, which may lead out of it: none is followed or written through."""
+    """A link below the folder of a store or a cache, which may lead out of it. Links are never followed."""
 
 
 class VersionError(CorruptError):
@@ -146,35 +146,35 @@ class VersionError(CorruptError):
 
 
 class PlanMismatchError(MmcacheError, ValueError):
-    """A resume with other settings than those the store was planned with."""
+    """A resume with other settings than the store's plan."""
 
 
 class ClusterError(MmcacheError, ConnectionError):
-    """A Ray cluster that is not there, or whose machines cannot do the job together."""
+    """No Ray cluster, or its machines cannot do the job together."""
 
 
 class RemoteError(MmcacheError, ConnectionError):
-    """Object storage that gives no answer, or not the one that was asked for, however often it is asked."""
+    """Object storage does not answer, or answers wrongly, even after retries."""
 
 
 class AccessError(MmcacheError, PermissionError):
-    """Object storage or a folder that refuses: no credentials, wrong ones, or such as have no right to it."""
+    """Object storage or a folder refuses: there are no credentials, or they are wrong, or lack the right."""
 
 
 class CorpusError(MmcacheError, ValueError):
-    """A text source that cannot be read as asked."""
+    """A text source that cannot be read as specified."""
 
 
 class NonFiniteError(MmcacheError, ArithmeticError):
-    """NaN or infinity among the activations of an extraction that was told to allow none."""
+    """NaN or infinity among the activations of an extraction with `strict`."""
 
 
 class ReadError(MmcacheError, OSError):
-    """A read that the system refused. `errno` and `filename` are the system's where it gave them."""
+    """A read that the system refused. `errno` and `filename` are the system's, if known."""
 
 
 class WriteError(MmcacheError, OSError):
-    """A write that the system refused. `errno` and `filename` are the system's where it gave them."""
+    """A write that the system refused. `errno` and `filename` are the system's, if known."""
 
 
 class DiskFullError(WriteError):

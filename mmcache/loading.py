@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: what `mmcache.models.loading` has for users."""
+"""Public functions to load models and tokenizers by name, from `mmcache.models.loading`."""
 
 from mmcache.models.loading import DEMO, load_model, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""Text for people: numbers with units, values that JSON can say, and text from a store that a terminal can show."""
+"""Text for people: numbers with units, JSON-safe values, and texts of a store that are safe on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["duration", "json_ready", "plain_json", "ranges", "size", "visible", 
 
 
 def size(count: float) -> str:
-    """Write bytes for people."""
+    """A number of bytes with its unit, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -25,7 +25,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as hours, minutes and seconds; as days where there are many."""
+    """Seconds as hours, minutes and seconds; as days from 48 hours on."""
     hours, rest = divmod(round(seconds), 3600)
     if hours >= 48:
         return f"{hours / 24:.1f} days"
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Write ascending numbers with those that follow each other as ranges: `0-5,8`."""
+    """Ascending numbers, with consecutive ones as ranges: `0-5,8`."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:
@@ -44,7 +44,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def json_ready(data: Any) -> Any:
-    """Write arrays as lists; NaN and infinities, which JSON has not, as zarr does: "NaN", "Infinity", "-Infinity"."""
+    """Data with arrays as lists; NaN and infinities as zarr writes them: "NaN", "Infinity", "-Infinity"."""
     if isinstance(data, dict):
         return {name: json_ready(value) for name, value in data.items()}
     if isinstance(data, np.ndarray):
@@ -60,15 +60,15 @@ def json_ready(data: Any) -> Any:
     return data
 
 
-# Unicode's pictures of the first control characters, and of the one at the end of ASCII.
+# Unicode's symbols for the ASCII control characters.
 _PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\x7f": "␡", "\n": "⏎", "\t": "⇥"}
-# JSON leaves these as they are: controls, formats (bidi, tags), halves of letters, ends of lines.
+# JSON leaves these unescaped: controls, formats (bidi, tags), surrogates, line separators.
 _NOT_PLAIN = re.compile(r"[^\n -~]")
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    r"""Show every character that is not printable: ␛ for escape, ⏎ for the end of a line, `\u202e` for others."""
+    r"""The text with symbols for unprintable characters: ␛ for escape, ⏎ for a line end, `\u202e` for others."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else _picture(letter) for letter in text)
@@ -79,16 +79,16 @@ def _picture(letter: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Show a text of several lines as `visible`, and keep its lines."""
+    """As `visible`, but keeps the lines of a text."""
     return "\n".join(visible(line) for line in text.split("\n"))
 
 
 def plain_json(text: str) -> str:
-    """Write what a terminal might obey in a JSON text as JSON's own escapes: the values stay the same."""
+    """JSON text with control and format characters escaped, which a terminal might obey; the values stay the same."""
     return _NOT_PLAIN.sub(lambda found: _escaped(found[0]) if category(found[0]) in _UNSAFE else found[0], text)
 
 
 def _escaped(letter: str) -> str:
-    """Give JSON's escapes of a letter: two of one that UTF-16 writes as two."""
+    """JSON's escapes of a character: two if UTF-16 needs two units."""
     units = letter.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))

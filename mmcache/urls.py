@@ -1,7 +1,7 @@
-"""Addresses of object storage, and texts that may hold one: what is secret in them is never shown.
+"""Addresses of object storage, and removal of credentials from them and from other texts.
 
-Credentials come from the environment, and an address needs none: a user name, a password or a signature in one is taken
-off before anything else sees it. What others say (a client, a server) is shown without such parts.
+Credentials come from the environment; an address needs none. A user name, a password or a signature in an address is
+removed before anything else sees it, and from the messages of clients and servers before they are shown.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import re
 __all__ = ["SCHEMES", "address", "concealed", "is_url", "redacted"]
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "file")
-# Where what stands before the @ is the name of a container.
+# Schemes where the part before the @ names a container.
 _CONTAINERS = ("abfs", "abfss")
 _HIDDEN = "***"
-# A path has one slash of the two. A secret key may have slashes too; a user name without a password may be a token.
+# Paths keep only one of the two slashes. A secret key may contain slashes; a user name without a password may be a
+# token.
 _CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*:/{1,2})([^\s/?#@'\"<>:]*(?::[^\s'\"<>]*)?)@", re.IGNORECASE)
 _QUERY = re.compile(
     r"\b([a-z][a-z0-9+.-]*:/{1,2}[^\s?'\"<>]+)\?[^\s'\"<>]*?(?=[]).,;:]*(?:[\s'\"<>]|$))", re.IGNORECASE
@@ -23,7 +24,7 @@ _QUERY = re.compile(
 _PARAMETER = re.compile(
     r"\b((?:X-(?:Amz|Goog)-)?(?:Signature|Credential|Security-Token)|sig|AWSAccessKeyId)=[^\s&'\"<>]+", re.IGNORECASE
 )
-# Variables of the environment that hold a secret themselves, and how long one is at least.
+# Names of environment variables that hold a secret, and the shortest value that counts as one.
 _SECRET = re.compile(r"^(AWS|AZURE|GOOGLE)_\w*(SECRET|TOKEN|KEY|PASSWORD|SAS)(?!\w*_(ID|FILE|URI|URL|PATH)$)")
 _LEAST = 8
 
@@ -34,12 +35,12 @@ def is_url(path: object) -> bool:
 
 
 def address(url: str) -> str:
-    """An address without user name, password, query and fragment, none of which says where a store is."""
+    """An address without user name, password, query and fragment, which do not say where a store is."""
     scheme, _, rest = url.partition("://")
     rest = re.split("[?#]", rest, maxsplit=1)[0]
     first = rest.partition("/")[0]
     if "@" in first or (":" in first and "@" in rest):
-        # A secret may have slashes, and no bucket has a colon.
+        # A secret may contain slashes; a bucket's name has no colon.
         end = (first if "@" in first else rest).rindex("@")
         before, rest = rest[:end], rest[end + 1 :]
         if scheme in _CONTAINERS:
@@ -48,7 +49,7 @@ def address(url: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text without the passwords, signatures and keys that are in it."""
+    """A text without passwords, signatures, keys, and secrets from the environment."""
     for secret in _environment():
         text = text.replace(secret, _HIDDEN)
     if ":/" in text:
@@ -68,7 +69,7 @@ def _environment() -> list[str]:
 
 
 def concealed(error: BaseException) -> BaseException:
-    """An error, to be named as the cause of another; if it or its causes say a secret, one that says it without."""
+    """An error to name as the cause of another; if it or its causes contain a secret, a copy of its text without it."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:

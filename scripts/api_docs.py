@@ -2,7 +2,7 @@
 
 Usage: .venv/bin/python scripts/api_docs.py          (tests/house/test_api_docs.py fails while the page is out of date)
 
-Names are found where users find them, so moving a module changes nothing here.
+Names are listed where users import them, so moving a module changes nothing here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _entry(tree: griffe.Module, module: Any, path: str, name: str, public: set[s
         return f"### {path}\n\nA module: see [below](#{value.__name__.replace('.', '')}).\n"
     if not callable(value):
         return f"### {path}\n\n{_constant(tree, module, name)}\n"
-    # The class or function is read where it is defined; the page says where users find it.
+    # The class or function is read where it is defined; the page lists it where users import it.
     found = tree[f"{value.__module__}.{value.__qualname__}".removeprefix("mmcache.")]
     if _group(value) == "Errors":
         bases = ", ".join(base for base in _bases(value, public) if base != "Exception")
@@ -82,18 +82,18 @@ def _constant(tree: griffe.Module, module: Any, name: str) -> str:
 
 
 def _bases(value: type, public: set[str]) -> list[str]:
-    """The bases that a user knows: public ones and built-in ones."""
+    """The bases that a user knows: public and built-in ones."""
     return [base.__name__ for base in value.__bases__ if base.__name__ in public or hasattr(builtins, base.__name__)]
 
 
 def _class(found: griffe.Class, path: str) -> Iterator[str]:
     yield f"### {path}\n"
-    # Readers and writers are returned by functions; what their constructors take is private.
+    # Functions return readers and writers; the arguments of their constructors are private.
     text = _docstring(found)
     if "Made by" not in text and "__init__" in found.members:
         yield _signature(_function(found["__init__"]), path) + "\n"
     yield f"{text}\n"
-    # Names of the class after those of its bases, which it may override.
+    # The class's own names come last, since they may override inherited ones.
     members = {**found.inherited_members, **found.members}
     described = [member for name, member in sorted(members.items()) if _shown(name, member)]
     values = [_value(member) for member in described if not member.is_function]
@@ -113,13 +113,13 @@ def _function(member: griffe.Object | griffe.Alias) -> griffe.Function:
 
 
 def _value(member: griffe.Object | griffe.Alias) -> str:
-    """A property or attribute, in one line: what it raises is left to its docstring."""
+    """A property or attribute in one line; the errors that it raises are left to its docstring."""
     text = _docstring(member).split("\n\nRaises:")[0]
     return f"- `{member.name}`: {' '.join(text.split())}"
 
 
 def _signature(function: griffe.Function, name: str) -> str:
-    """A call as it may be written, on one line where it fits, else with a line for each parameter."""
+    """A call with its parameters, on one line if it fits, else one line per parameter."""
     shown, before = [], None
     for parameter in function.parameters:
         if parameter.name in ("self", "cls"):

@@ -1,11 +1,11 @@
-"""Measure mmcache beside the hardware's limits and its peers, in one run. Prints a table; writes JSON and a plot.
+"""Benchmark mmcache against the hardware's limits and its peers, in one run. Prints a table; writes JSON and a plot.
 
 Usage: .venv/bin/python scripts/bench.py [--quick] [--only rows,writes] [--size 8G] [--folder DIR] [--json FILE]
 
-Every row is a ratio of two sides that were measured in turn, in one process or in paired ones: the median of the
-repeats' ratios, and their interquartile range. Above 1 mmcache is faster. Writes are counted to the end of the sync.
-Cold means that the page cache was dropped, and that it was looked at afterwards. Peers are run as their users run them,
-and say how; the extra `bench` installs them. What could not be measured says why.
+Each row compares two sides that were measured alternately, in one process or in paired ones: the median of the repeats'
+ratios, and their interquartile range. Above 1, mmcache is faster. Writes are timed to the end of the sync. Cold means
+that the page cache was dropped, and that this was checked. Peers run as their users run them, and the row says how; the
+extra `bench` installs them. For anything that could not be measured, the reason is given.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FLOORS = Path(__file__).with_name("bench-floors.json")
 
 
 def size_of(text: str) -> int:
-    """Read `512M` or `8G` as bytes."""
+    """The bytes in a text such as `512M` or `8G`."""
     units = {"K": 10, "M": 20, "G": 30, "T": 40}
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
     try:
@@ -62,7 +62,7 @@ def size_of(text: str) -> int:
 
 
 def groups_of(text: str) -> list[str]:
-    """Read names of groups."""
+    """The names of groups in a comma-separated list."""
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in GROUPS]
     if unknown:
@@ -71,7 +71,7 @@ def groups_of(text: str) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """The parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure"
@@ -95,7 +95,7 @@ def arguments() -> argparse.Namespace:
 
 
 def table_of(rows: list[Row], machine: Mapping[str, str]) -> Table:
-    """Draw the rows."""
+    """A table of the rows."""
     table = Table(title=", ".join(f"{name} {said}" for name, said in machine.items()), title_justify="left")
     for name in ("what", "beside", "unit", "ours", "beside's", "ratio", "spread", "goal"):
         table.add_column(name, overflow="fold")
@@ -109,7 +109,7 @@ def table_of(rows: list[Row], machine: Mapping[str, str]) -> Table:
 
 
 def save(path: Path | None, given: argparse.Namespace, machine: Mapping[str, str], found: list[Found]) -> None:
-    """Write all that was found so far."""
+    """Write everything found so far."""
     if path is None:
         return
     kinds = {Row: "rows", Series: "series", Skip: "skipped"}
@@ -121,13 +121,13 @@ def save(path: Path | None, given: argparse.Namespace, machine: Mapping[str, str
 
 
 def main() -> None:
-    """Measure, print a table, write JSON, draw; with --check, exit 1 where something became slower."""
+    """Measure, print a table, write JSON, draw; with --check, exit 1 if anything became slower."""
     given = arguments()
     given.size = given.size or (512 << 20 if given.quick else 8 << 30)
     given.repeats = given.repeats or (3 if given.quick else 5)
     tokens = given.tokens or (2048 if given.quick else 12288)
     peer_size = given.peer_size or (192 << 20 if given.quick else given.size)
-    # A file or a pipe has no width: enough for a row to be a line or two.
+    # A file or a pipe has no width: wide enough for a row to take one or two lines.
     console = Console() if sys.stdout.isatty() else Console(width=180)
     progress = Console(stderr=True)
     began = time.monotonic()

@@ -1,7 +1,7 @@
-"""Fuzz what a stranger's files are read by, guided by which lines of it ran: only our own errors may come.
+"""Fuzz the parsers of untrusted files, guided by coverage: they may raise only mmcache's own errors.
 
 Usage: .venv/bin/python -m pip install atheris, then .venv/bin/python scripts/fuzz.py {header,root,tokenizer} [-runs=N]
-Options with one dash are libFuzzer's. Found inputs are kept in `crash-*` files, as it does.
+Options with one dash are libFuzzer's. It keeps the inputs that failed in `crash-*` files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _header(data: bytes) -> None:
 
 
 def _root(data: bytes) -> None:
-    # With a digest that fits, which a stranger can make: else all would end there.
+    # With a correct digest, which an attacker can compute too: otherwise every input would fail there.
     blank = b"0" * 64
     if data.count(blank) == 1:
         data = data.replace(blank, hashlib.sha256(data).hexdigest().encode())
@@ -56,7 +56,7 @@ class _Kept:
 
 
 def _tokenizer(data: bytes) -> None:
-    # Nothing else of a store is asked for.
+    # The detokenizer uses nothing else of a store.
     words = Detokenizer(cast("mmcache.Store", _Kept(data.decode(errors="replace"))))
     words.texts(range(20))
 
@@ -65,7 +65,7 @@ TARGETS = {"header": _header, "root": _root, "tokenizer": _tokenizer}
 
 
 def seeds(target: str) -> list[bytes]:
-    """Give what is right, to begin with."""
+    """Valid inputs to start from."""
     if target == "header":
         layout = Layout(_SPEC, 400)
         ids = {**_SAID, "ids": "0" * 32}

@@ -1,12 +1,12 @@
-"""Make the golden stores of the library as it is.
+"""Make the golden stores of the current version.
 
-They are tests/whole_product/golden/v<version>-<name>.zip, which every later one must read.
+They are tests/whole_product/golden/v<version>-<name>.zip, which every later version must read.
 
 Usage: .venv/bin/python scripts/make_golden.py [--folder DIR]
 
-What they hold is arithmetic (`value`), so that a test knows it without another copy; but for the planned one, which is
-of the demo model and `TEXTS`. A version's files are made once and never again: one that is there already is left as it
-is. Version 2 begins with stores that flag first tokens; a cache has no tokens, and is of version 1.
+Their values are computed (`value`), so that tests need no other copy; only the planned store holds activations, of the
+demo model on `TEXTS`. A version's files are made once: existing files are never changed. Version 2 begins with stores
+that flag first tokens; a cache has no tokens, and is of version 1.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["GROWN", "STORES", "TEXTS", "value"]
 
 FOLDER = Path(__file__).parents[1] / "tests" / "whole_product" / "golden"
-# A zip knows no earlier day.
+# The earliest date that a zip file can hold.
 _DAY = (1980, 1, 1, 0, 0, 0)
-# Of a grown store: its sequences, the sites, and what is special.
+# A grown store's sequence lengths, sites and special tokens.
 GROWN: Mapping[str, Any] = {
     "lengths": (5, 300, 1, 210),
     "sites": {"mlp_in": 16, "mlp_out": 8},
@@ -41,7 +41,7 @@ TEXTS = ["import os\n", "class Golden:\n    pass\n" * 3, "def f(x):\n    return 
 
 
 def value(layers: int, start: int, stop: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Say what rows hold: `[layers, stop - start, width]`, whole numbers that every dtype keeps exactly."""
+    """The values of the rows: `[layers, stop - start, width]`, whole numbers that every dtype represents exactly."""
     layer, position, dimension = torch.meshgrid(
         torch.arange(layers), torch.arange(start, stop), torch.arange(width), indexing="ij"
     )
@@ -70,7 +70,7 @@ def _cache(path: Path) -> None:
 
 def _planned(path: Path) -> None:
     model = load_model("demo", None)
-    # Its folder is on this machine.
+    # Otherwise it is a folder on this machine.
     model.config._name_or_path = "demo"  # type: ignore[union-attr] # noqa: SLF001 -- how transformers keeps it
     mmcache.extract(
         model,
@@ -94,7 +94,7 @@ STORES: Mapping[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Make those that are not there yet."""
+    """Make the stores that do not exist yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     folder = parser.parse_args().folder

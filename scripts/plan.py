@@ -1,11 +1,11 @@
-"""Say what a store of activations will take before it is made: bytes, hours, what each part costs, what it waits for.
+"""Predict the cost of a store of activations before it is made: bytes, hours, the cost of each part, the bottleneck.
 
 Usage: .venv/bin/python scripts/plan.py MODEL --tokens 100M [--gpus 8] [--sites mlp_in,mlp_out] [--json]
 
 MODEL is gpt2, gemma-2-2b, llama-3-8b (and others), demo, a config.json or its folder, or LAYERS,WIDTH,PARAMETERS.
-Sizes are computed by the library itself, to the byte; times from figures whose source `--figures` shows, unless an
-option or `--measure` replaces them. `--check` makes a small store of the demo model, and compares it with its plan.
-Numbers may end in K, M, G, T or P, thousands each. Exit codes: 0 fine, 1 not as planned, 2 usage.
+The library itself computes sizes, exact to the byte. Times come from figures whose source `--figures` shows; an option
+or `--measure` replaces them. `--check` makes a small store of the demo model, and compares it with its plan.
+Numbers may end in K, M, G, T or P (powers of 1000). Exit codes: 0 fine, 1 not as planned, 2 usage.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST = 10**18
 
 
 def number(text: str) -> float:
-    """Read `100M` or `1.1G`."""
+    """The number in a text such as `100M` or `1.1G`."""
     units = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
     factor = units.get(text[-1:].upper())
     try:
@@ -55,7 +55,7 @@ def number(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """Read a whole number."""
+    """The whole number in a text such as `8` or `100M`."""
     value = number(text)
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, such as 8 or 100M")
@@ -63,7 +63,7 @@ def count(text: str) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """Describe the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -105,7 +105,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def widths_of(text: str, model: Model) -> dict[str, int]:
-    """Read the sites and their widths."""
+    """The sites and their widths."""
     widths = {}
     for one in text.split(","):
         name, _, width = one.strip().partition("=")
@@ -119,7 +119,7 @@ def widths_of(text: str, model: Model) -> dict[str, int]:
 
 
 def layers_of(text: str | None, most: int) -> tuple[int, ...]:
-    """Read the layers."""
+    """The layers asked for."""
     if text is None:
         return tuple(range(most))
     found: set[int] = set()
@@ -135,7 +135,7 @@ def layers_of(text: str | None, most: int) -> tuple[int, ...]:
 
 
 def machine_of(said: argparse.Namespace) -> Machine:
-    """Read what it runs on."""
+    """The machine that the options describe."""
     gpus = 0 if said.gpu == "cpu" and said.flops is None else said.gpus
     workers = said.workers or max(1, gpus)
     if said.mfu > 1:
@@ -160,10 +160,10 @@ def machine_of(said: argparse.Namespace) -> Machine:
 
 
 def figures_of(said: argparse.Namespace, manifest: Manifest, progress: Console) -> Figures:
-    """Gather the constants: from the table, from this machine, from the command line, in this order."""
+    """The constants: from the table, replaced by measurements, then by the options."""
     figures = dict(MEASURED_HERE)
     if said.measure:
-        # torch takes seconds to import, and arithmetic does without.
+        # torch takes seconds to import, and the arithmetic needs none.
         from planning.measuring import measured  # noqa: PLC0415
 
         figures |= measured(said.folder, manifest, lambda line: progress.print(line, markup=False, highlight=False))
@@ -173,7 +173,7 @@ def figures_of(said: argparse.Namespace, manifest: Manifest, progress: Console) 
 
 
 def plan_of(said: argparse.Namespace, progress: Console) -> dict[str, Any]:
-    """Make the plan, as `--json` prints it."""
+    """The plan, as `--json` prints it."""
     model = find_model(said.model)
     layers, widths = layers_of(said.layers, model.layers), widths_of(said.sites, model)
     if said.tokens is None:
@@ -207,7 +207,7 @@ def plan_of(said: argparse.Namespace, progress: Console) -> dict[str, Any]:
 
 
 def run_check(said: argparse.Namespace, console: Console) -> int:
-    """Make a small store and compare it with its plan."""
+    """Make a small store, and compare it with its plan."""
     from planning.checking import check, differences  # noqa: PLC0415 -- as above
 
     checked = check(said.folder, machine_of(said), dict(MEASURED_HERE), tokens=said.tokens or 1 << 17)
@@ -223,7 +223,7 @@ def run_check(said: argparse.Namespace, console: Console) -> int:
 
 
 def main() -> int:
-    """Plan and print; or check."""
+    """Print a plan, or run the check."""
     parser = arguments()
     said = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=160)

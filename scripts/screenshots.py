@@ -2,7 +2,7 @@
 
     python scripts/screenshots.py [--out docs] [--only terminal|page]
 
-The page is drawn by a browser, Chromium or Chrome; with no network, as all of it is.
+A browser, Chromium or Chrome, draws the page; it needs no network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmcache.read.store import Store
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Without what a browser asks the world by itself, and without what containers do not have.
+# Without the browser's own network requests, and without features that containers lack.
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run", "--disable-quic",
@@ -46,7 +46,7 @@ _SHOWN = "panel=text&site=mlp_out&layer=2&sequence=3&by=norm&position=1600"
 
 
 def demo_store(path: Path) -> Store:
-    """Make the store of `scripts/demo`."""
+    """Make the store that `scripts/demo` makes."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     files = [*sorted((stdlib / "json").glob("*.py")), *sorted((stdlib / "logging").glob("*.py"))]
     texts = [file.read_text(encoding="utf-8") for file in files]
@@ -54,25 +54,25 @@ def demo_store(path: Path) -> Store:
 
 
 def terminal(store: Store, site: str) -> str:
-    """Draw as SVG what `mmcache stats` begins with."""
+    """The first part of `mmcache stats`, as SVG."""
     console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor",
                       no_color=False)  # fmt: skip
     draw_statistics(console, statistics_view(store, site))
     draw_norms(console, norms(store, site, bins=map_width(console)))
     draw_health(console, health(store, site))
     drawn = console.export_svg(title=f"mmcache stats {_NAME} --site {site}")
-    # Fonts that would come from elsewhere: any monospaced one does, since each line says how wide it is.
+    # Drop fonts from the web: any monospaced font works, since each line has a fixed width.
     return re.sub(r"\s*@font-face \{.*?\}|<!--.*?-->\s*", "", drawn, flags=re.DOTALL)
 
 
 def browser_path() -> str | None:
-    """Find the browser; None if there is none."""
+    """The path of the browser; None if there is none."""
     return next(filter(None, map(shutil.which, _BROWSERS)), None)
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """Start the browser, and end it."""
+    """A running browser, closed afterwards."""
     from playwright.sync_api import sync_playwright  # noqa: PLC0415 -- the terminal needs none
 
     with sync_playwright() as driver:
@@ -84,7 +84,7 @@ def browser() -> Iterator[Browser]:
 
 
 def page(path: Path, started: Browser, picture: Path) -> None:
-    """Serve the page about a store, and take its picture."""
+    """Serve the page of a store, and take a picture of it."""
     from mmcache.view.panels import Source  # noqa: PLC0415 -- as above
     from mmcache.view.server import Page  # noqa: PLC0415 -- the terminal needs none
 
@@ -105,7 +105,7 @@ def page(path: Path, started: Browser, picture: Path) -> None:
 
 
 def main() -> None:
-    """Make the pictures that are asked for."""
+    """Make the pictures asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a folder without such pictures; docs if not given, anew")
     parser.add_argument("--only", choices=["terminal", "page"])

@@ -1,7 +1,7 @@
 """Train the byte-level language model that the demo runs on, from text that ships with Python.
 
-A Llama of under a million parameters reads the standard library's own sources, one token a byte. It takes
-minutes on a CPU and needs no network, so anyone can make the model in the package again:
+A Llama of under a million parameters learns the standard library's own sources, one token per byte. It takes minutes on
+a CPU and needs no network, so anyone can make the packaged model again:
 
     python scripts/train_demo_model.py --out mmcache/demo
 """
@@ -28,8 +28,8 @@ PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 HELD_OUT_SHARE = 0.1
 
-# Tests are the bulk of an installation where they are installed at all, and the packages are somebody else's
-# text. The codecs in `encodings` are near-copies of one another, so that a held-out one would be no test.
+# Tests are the bulk of an installation, where they are installed at all, and packages are other people's text. The
+# codecs in `encodings` are near-copies of each other, so holding one out would test nothing.
 LEFT_OUT_FOLDERS = {
     "dist-packages",
     "encodings",
@@ -41,21 +41,21 @@ LEFT_OUT_FOLDERS = {
     "test",
     "tests",
 }
-# Made where Python was built or installed: they hold that machine's paths.
+# Generated where Python was built or installed: they contain that machine's paths.
 LEFT_OUT_FILES = ("_sysconfigdata_", "sitecustomize", "usercustomize")
 
 
 def split_stdlib() -> tuple[list[Path], list[Path]]:
     """Split the standard library's sources by whole files.
 
-    A file's side depends on nothing but its name, so it is the same on every machine and for every version
-    of Python that has the file.
+    A file's side depends only on its name, so it is the same on every machine and for every version of Python that has
+    the file.
 
     Returns:
         The files to train on and the files held out, each sorted by name.
 
     Raises:
-        FileNotFoundError: Either side is empty, as where Python runs from a zip file.
+        FileNotFoundError: One side is empty, as when Python runs from a zip file.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     train: list[Path] = []
@@ -73,12 +73,12 @@ def split_stdlib() -> tuple[list[Path], list[Path]]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer: a token's id is its byte, and BOS comes first."""
-    # ByteLevel writes a byte that prints as itself, and the others as the characters from 256 on, in order.
+    # ByteLevel writes a printable byte as itself, and the others as the characters from 256 on, in order.
     printing = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
     others = iter(range(256, 512))
     vocabulary = {chr(byte if byte in printing else next(others)): byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {BOS: BOS_ID}, merges=[]))
-    # Without merges there are no words to find: the regular expression would only take three times as long.
+    # Without merges there are no words to split: the regular expression would only take three times as long.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -94,7 +94,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
-    """Build the model with fresh weights, under four megabytes of them in float32."""
+    """Build the model with fresh weights, under four megabytes in float32."""
     config = LlamaConfig(
         vocab_size=BOS_ID + 1,
         hidden_size=128,
@@ -111,9 +111,9 @@ def build_model() -> LlamaForCausalLM:
 
 
 def draw_batch(stream: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw random windows of the training text, the first half of them begun with BOS.
+    """Draw random windows of the training text, the first half of them starting with BOS.
 
-    A context may begin anywhere in a document, with or without BOS, so the model sees both.
+    A context may start anywhere in a document, with or without BOS, so the model sees both.
     """
     starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
     windows = stream[starts + torch.arange(CONTEXT)].long()
@@ -122,7 +122,7 @@ def draw_batch(stream: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def train(model: LlamaForCausalLM, documents: Iterable[bytes], steps: int, generator: torch.Generator) -> None:
-    """Train the model in place, saying how it goes."""
+    """Train the model in place, and print its progress."""
     stream = torch.tensor([token for text in documents for token in (BOS_ID, *text)], dtype=torch.int16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -150,16 +150,16 @@ def train(model: LlamaForCausalLM, documents: Iterable[bytes], steps: int, gener
 
 @torch.inference_mode()
 def held_out_loss(model: LlamaForCausalLM, documents: Iterable[bytes]) -> float:
-    """Measure the mean loss over every byte of the documents.
+    """The mean loss over every byte of the documents.
 
-    Each document is cut into contexts that begin with BOS and see nothing of one another.
+    Each document is cut into contexts that start with BOS and are independent of each other.
 
     Args:
         model: The model to measure.
         documents: The texts, at least one of them not empty.
 
     Returns:
-        The loss in nats a byte.
+        The loss in nats per byte.
     """
     model.eval()
     nats, count = 0.0, 0
@@ -173,14 +173,14 @@ def held_out_loss(model: LlamaForCausalLM, documents: Iterable[bytes]) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """The parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="a new folder; mmcache/demo if not given, anew")
     parser.add_argument("--steps", type=int, default=2500, help=f"steps of {BATCH * CONTEXT} bytes")
     parser.add_argument("--seed", type=int, default=0, help="for the weights and the order of the text")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice if not given")
     arguments = parser.parse_args()
-    # Said before hours of training, and before anything is written over.
+    # Checked before hours of training, and before anything is overwritten.
     if arguments.out and arguments.out.exists():
         parser.error(f"{arguments.out} is there: take another --out, or move it away")
     arguments.out = arguments.out or Path("mmcache/demo")
@@ -214,7 +214,7 @@ def main() -> None:
     loss = held_out_loss(model, held_out_texts)
     record["held_out_nats_per_byte"] = round(loss, 4)
     model.save_pretrained(arguments.out)
-    # Weights are saved for the owner alone, which a wheel would keep.
+    # safetensors makes the file readable by its owner only, and a wheel would keep that.
     (arguments.out / "model.safetensors").chmod(0o644)
     build_tokenizer().save_pretrained(arguments.out)
     (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

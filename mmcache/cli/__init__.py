@@ -17,11 +17,11 @@ from mmcache.urls import redacted
 
 __all__ = ["main"]
 
-# From here on commands say how they end.
+# `mmcache/__init__.py` let Ctrl-C end the process at once; from here on, commands handle it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where each command is: only the one that is run is imported, since `info` should not wait for torch.
+# The module of each command. Only that of the command that runs is imported, so that `info` need not wait for torch.
 _COMMANDS = {
     "extract": "extract",
     "sites": "extract",
@@ -40,7 +40,7 @@ _COMMANDS = {
 
 
 class _Group(click.Group):
-    """`mmcache PATH` is `mmcache info PATH`, and our errors are told without a traceback."""
+    """`mmcache PATH` is `mmcache info PATH`; our errors are shown without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
         return list(_COMMANDS)
@@ -60,7 +60,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            # It quotes what was typed.
+            # The message quotes the user's input, which may hold credentials.
             said = redacted(error.message)
             if said == error.message:
                 raise
@@ -70,7 +70,7 @@ class _Group(click.Group):
             sys.exit(128 + stopped.number)
         except MmcacheError as error:
             click.echo(f"mmcache: {visible_lines(str(error))}", err=True)
-            # What was found on the disk or in the data is a finding, the rest is about how it was asked.
+            # Exit code 1 for problems in files or data, 2 for wrong use.
             sys.exit(1 if isinstance(error, CorruptError | IncompleteError | NonFiniteError | WriteError) else 2)
 
 

@@ -1,4 +1,4 @@
-"""`mmcache show`, `stats`, `top`, `find` and `view`."""
+"""The commands that show a store: `mmcache show`, `stats`, `top`, `find` and `view`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["find", "show", "stats", "top", "view"]
 
-# Stretches of a norm map in JSON; of so few tokens, each is drawn.
+# Ranges of a norm map in JSON; this many tokens or fewer are shown one by one.
 _BINS = 240
 
 

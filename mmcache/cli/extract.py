@@ -1,4 +1,4 @@
-"""`mmcache extract` and `mmcache sites`."""
+"""The commands that run a model: `mmcache extract` and `mmcache sites`."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def extract(model: str, corpus: tuple[str, ...], out: str, as_json: bool, **opti
 
 def _extract(model: str, corpus: tuple[str, ...], out: str, options: dict[str, Any], *, as_json: bool) -> None:
     rank = find_rank()
-    # One worker tells how far all of them are.
+    # One worker shows the progress of all.
     console = Console(stderr=True, quiet=not rank.leads)
     what = {
         "sites": names(options["sites"]),
@@ -172,7 +172,7 @@ def _print_survey(survey: Survey, *, as_json: bool) -> None:
 
 
 def _check_ray(options: dict[str, Any], rank: Rank, out: str) -> None:
-    """Refuse what only goes with a cluster, or does not go with one."""
+    """Check options that need a cluster, or do not work with one. Raises UsageError."""
     if options["device_map"] and options["device"]:
         raise click.UsageError("--device-map says where the model runs: leave --device out")
     if not is_url(out) and (options["staging"] or options["staging_bytes"]):
@@ -198,7 +198,7 @@ def _by_ray(
     model: str, corpus: tuple[str, ...], out: str, options: dict[str, Any], what: dict[str, Any], console: Console
 ) -> Store:
     name, trusted = named(model), {"trust_remote_code": options["trust_remote_code"]}
-    # Ray tells of lost machines on stdout, which is for data.
+    # Ray reports lost machines on stdout, which is for data.
     with redirect_stdout(sys.stderr), ProgressBar(console) as bar:
         return cluster_extract(
             partial(load_model, name, options["compute_dtype"], device_map=options["device_map"], **trusted),
@@ -214,7 +214,7 @@ def _by_ray(
 
 
 def _device(rank: Rank) -> str:
-    """Give each of the workers on a machine a device of its own, as long as there are enough."""
+    """The device of this worker: its own GPU, as long as the machine has enough."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{rank.local % torch.cuda.device_count()}" if rank.launcher else "cuda"
@@ -237,7 +237,7 @@ def sites(model: str, sites: str | None, trust_remote_code: bool, as_json: bool)
 
 
 def _sites_table(sites: tuple[ResolvedSite, ...], widths: dict[str, int]) -> list[dict[str, Any]]:
-    """Say, for each site of a model, which module's input or output it is, and its shape."""
+    """For each site of a model: the module whose input or output it is, and its shape."""
     return [
         {
             "site": site.name,

@@ -1,4 +1,4 @@
-"""`mmcache info`: the command that answers at once, and so imports no torch."""
+"""`mmcache info`, which imports no torch, so that it answers at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mmcache export`, `verify`, `repair`, `push` and `pull`."""
+"""The commands on whole stores: `mmcache export`, `verify`, `repair`, `push` and `pull`."""
 
 from __future__ import annotations
 

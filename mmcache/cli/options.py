@@ -1,4 +1,4 @@
-"""What commands share: options, JSON, and lists of names and layers."""
+"""What the commands share: options, JSON output, and parsing of lists of names and layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 
 
 class _Place(click.ParamType[Any]):
-    """A folder as a Path, or an address in a bucket without what is secret in it."""
+    """A folder as a Path, or an address in a bucket without its credentials."""
 
     name = "path"
 
@@ -63,15 +63,15 @@ DIRECTION = click.option(
 
 
 def print_json(data: Any) -> None:
-    """Print plain data as JSON; NaN and infinities as zarr writes them."""
+    """Print data as JSON; NaN and infinities as zarr writes them."""
     click.echo(plain_json(json.dumps(json_ready(data), indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def one_site(store: Store, site: str | None) -> str:
-    """Give the site asked for, or the only one.
+    """The site asked for, or the only one.
 
     Raises:
-        UsageError: there are several.
+        UsageError: none was asked for, and there are several.
     """
     if site is None and len(store.sites) > 1:
         raise click.UsageError(
@@ -81,12 +81,12 @@ def one_site(store: Store, site: str | None) -> str:
 
 
 def names(text: str) -> list[str]:
-    """Read a list by comma."""
+    """The names in a comma-separated list."""
     return [name.strip() for name in text.split(",")]
 
 
 def layer_numbers(text: str | None) -> list[int] | None:
-    """Read `0-5,8` as layer numbers."""
+    """The layer numbers in a text such as `0-5,8`; None for None."""
     if text is None:
         return None
     found: list[int] = []

@@ -1,4 +1,4 @@
-"""How far a job is, on stderr, and signals that end a job tidily."""
+"""Progress on stderr, and clean handling of Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["BytesBar", "ProgressBar", "Stopped", "ended_at_once", "stoppable"]
 
 
 class BytesBar:
-    """The progress of a job of so many bytes on stderr: a bar on a terminal, a line every tenth everywhere else."""
+    """Progress in bytes on stderr: a bar on a terminal, else a line for each tenth."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._told = console, 0
@@ -48,9 +48,9 @@ class BytesBar:
         self._bar.stop()
 
     def update(self, done: int, total: int) -> None:
-        """Draw how many bytes of how many are done."""
+        """Show that `done` of `total` bytes are done."""
         self._bar.update(self._task, completed=done, total=total)
-        # Of a job of no bytes nothing is to be told.
+        # A job of no bytes prints nothing.
         tenth = done * 10 // max(1, total)
         if tenth > self._told and not self._console.is_terminal:
             self._told = tenth
@@ -58,7 +58,7 @@ class BytesBar:
 
 
 class ProgressBar:
-    """The progress of an extraction on stderr: a bar on a terminal, and the estimate in a line everywhere."""
+    """Progress of an extraction on stderr: a bar on a terminal; the estimate as a line everywhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -82,7 +82,7 @@ class ProgressBar:
         self._bar.stop()
 
     def update(self, done: Done) -> None:
-        """Draw where the job is; after its first batches, say how long it will take."""
+        """Show the progress, and after the first batches the time left."""
         if done.phase == "tokenise":
             self._bar.update(self._task, description="tokenising", rate=f"{done.tokens:,} tokens")
             return
@@ -107,20 +107,20 @@ class ProgressBar:
             self._say("estimate", f"{done.tokens:,} of {done.total:,} tokens, {text}, about {left} left")
 
     def _say(self, what: str, text: str) -> None:
-        """Print a line, of each kind once."""
+        """Print a line, once for each `what`."""
         if what not in self._said:
             self._said.add(what)
             self._console.print(text)
 
 
-# Seconds that tidying up after a signal may take.
+# Seconds that the cleanup after a signal may take.
 _TIDYING = 5.0
 
 
 class Stopped(BaseException):
-    """A signal came: which, and what there is now. The command line says it, and exits with 128 and its number.
+    """A signal arrived: its number, and what is left. The command line prints this, and exits with 128 plus the number.
 
-    Caught only there: it may come when the block that it is meant for is being left already.
+    Only the command line catches it: it may be raised when the `with` statement of `stoppable` has already ended.
     """
 
     def __init__(self, number: int, left: str) -> None:
@@ -130,12 +130,12 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable(left: str) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a job tidily: drafts go, finished shards stay, and `left` says what there is now."""
+    """Make Ctrl-C and SIGTERM end a job cleanly: drafts are removed, finished shards stay, `left` is reported."""
     told = -math.inf
 
     def stop(number: int, _frame: object) -> None:
-        # A second signal must not interrupt the tidying up. One that comes long after the first is heeded: the
-        # first may have met code that lets no exception out, such as a finaliser.
+        # A second signal must not interrupt the cleanup. One that comes long after the first raises again: the first
+        # exception may have been lost in code that lets none out, such as a finaliser.
         nonlocal told
         if time.monotonic() - told > _TIDYING:
             told = time.monotonic()
@@ -148,23 +148,23 @@ def stoppable(left: str) -> Iterator[None]:
                 signal.signal(number, stop)
             yield
         finally:
-            told = math.inf  # nothing is left that could be stopped
+            told = math.inf  # the job has ended: nothing to stop
     finally:
-        # Reached also where a signal came in the line above.
+        # Also reached if a signal arrived in the line above.
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def ended_at_once() -> Iterator[ExitStack]:
-    """Let Ctrl-C and SIGTERM end the process at once, with exit 0: for commands that only read, until they are ended.
+    """Make Ctrl-C and SIGTERM end the process at once with exit code 0: for commands that only read and never end.
 
-    Nothing that runs in the background is waited for, and nothing is said. What is on the stack is removed before.
+    Does not wait for background threads, and prints nothing. The stack's callbacks run first.
     """
     with ExitStack() as tidy:
 
         def end(_number: int, _frame: object) -> None:
-            # A second signal that comes in here does all of it, before the first goes on.
+            # A second signal that arrives here runs all of this itself; the first never continues.
             try:
                 tidy.close()
             finally:

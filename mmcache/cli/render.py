@@ -1,4 +1,4 @@
-"""Tables, lines and shades on a terminal: what a store is, and what a job will do or did."""
+"""Tables, lines and shades on a terminal: overviews of stores, plans of jobs and their results."""
 
 from __future__ import annotations
 
@@ -46,29 +46,29 @@ __all__ = [
 ]
 
 _TITLE = "table.title"
-# A screen holds no ten thousand bad shards.
+# How many lines of findings are printed.
 _MOST_LINES = 40
-# Columns of the longest word that is not cut, since half a number is another number; longer ones are paths.
+# The longest word that is never cut, in columns: half a number would be another number. Longer words are paths.
 _WHOLE = 24
 
 
 def shown(value: object, style: str = "") -> Text:
-    """Make a text that can be drawn of anything, whoever wrote it."""
+    """Any value as a text that is safe to print."""
     return Text(visible(str(value)), style)
 
 
 def cell(value: object) -> str:
-    """Write a value as tables have it: numbers short."""
+    """A value as shown in tables: floats have six digits."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def draw_text(console: Console, text: str, style: str = "") -> None:
-    """Draw a line, folded where it is wider than the terminal."""
+    """Print a line, folded if it is wider than the terminal."""
     console.print(shown(text, style), overflow="fold")
 
 
 def draw_pairs(console: Console, title: str, pairs: Mapping[str, object]) -> None:
-    """Draw names and values, one pair a line, below a title; as sentences where the terminal is narrow."""
+    """Print names and values below a title, one pair per line; as sentences if the terminal is narrow."""
     if title:
         draw_text(console, title, _TITLE)
     widths = _widths([list(pairs), list(map(str, pairs.values()))], console.width - 2)
@@ -85,9 +85,9 @@ def draw_pairs(console: Console, title: str, pairs: Mapping[str, object]) -> Non
 
 
 def draw_rows(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw records as a table, one a row; as sentences where the terminal is too narrow for the table.
+    """Print records as a table, one per row; as sentences if the terminal is too narrow.
 
-    Where all values of a column are alike it is still drawn.
+    A column is printed even if all of its values are equal.
     """
     draw_text(console, title, _TITLE)
     names = [name.replace("_", " ") for name in rows[0]] if rows else []
@@ -108,11 +108,11 @@ def draw_rows(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -
 
 
 def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
-    """Give each column of texts its width, so that no word is cut; None where that is more than there is room for."""
+    """The width of each column, so that no word is cut; None if there is not enough room."""
     widths = [max((_needed(text) for text in column), default=0) for column in columns]
     more = [max((cell_len(visible(text)) for text in column), default=0) for column in columns]
     spare = room - sum(widths)
-    # Those that want least get it first.
+    # Columns that need the least extra width get it first.
     for at in sorted(range(len(widths)), key=lambda at: more[at] - widths[at]):
         given = max(0, min(more[at] - widths[at], spare))
         widths[at], spare = widths[at] + given, spare - given
@@ -128,30 +128,30 @@ def _draw_sentence(console: Console, name: str, value: str) -> None:
 
 
 def draw_lines(console: Console, lines: Sequence[str], most: int = _MOST_LINES) -> None:
-    """Draw lines that are searched rather than read: not folded, so that a path stays whole; some of them, if many."""
+    """Print lines that are searched, not read: not folded, so that paths stay whole; at most `most` of them."""
     for line in lines[:most]:
         console.print(shown(line), soft_wrap=True)
     if len(lines) > most:
         draw_text(console, f"and {len(lines) - most:,} more, which --json lists")
 
 
-# Where there is no number.
+# Stands for a missing number.
 NOTHING = "·"
 _SHADES = " ░▒▓█"
-# From dark to light, told apart by those who see fewer colours too (viridis); and two hues away from grey.
+# From dark to light (viridis, which colour-blind readers can tell apart too); and two hues away from grey.
 _RISING = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _SIGNED = ((33, 102, 172), (146, 197, 222), (235, 235, 235), (244, 165, 130), (178, 24, 43))
-# What is neither: NaN and infinities.
+# NaN and infinities.
 _WRONG = Style(color="white", bgcolor="red", bold=True)
 
 
 def coloured(console: Console) -> bool:
-    """Tell whether a terminal shows colours: a pipe does not, nor where NO_COLOR is set."""
+    """Whether a terminal shows colours: not in a pipe, nor if NO_COLOR is set."""
     return console.color_system is not None and not console.no_color
 
 
 def strip(parts: Sequence[float], width: int) -> str:
-    """Draw how much of each stretch is there in `width` characters at most; only what is whole is drawn as whole."""
+    """A bar of at most `width` characters that shows which parts are present; only complete ones are drawn as full."""
     drawn = max(1, min(width, len(parts)))
     edges = [at * len(parts) // drawn for at in range(drawn + 1)] if parts else []
     means = [float(np.mean(parts[start:stop])) for start, stop in pairwise(edges)]
@@ -160,12 +160,12 @@ def strip(parts: Sequence[float], width: int) -> str:
 
 @dataclass(frozen=True)
 class ColourScale:
-    """A scale of shades.
+    """A scale of colours or shades.
 
     Attributes:
-        low: what has the first shade,
-        high: and what has the last.
-        log: shades are by the logarithm, of numbers above 0.
+        low: the number with the first shade.
+        high: the number with the last shade.
+        log: the scale is logarithmic, for numbers above 0.
         signed: the middle shade is 0, and `low` is `-high`.
     """
 
@@ -176,7 +176,7 @@ class ColourScale:
 
     @classmethod
     def of(cls, values: Any, *, log: bool = False, signed: bool = False) -> Self:
-        """Make the scale of some numbers, those left out that are not finite (or, of logarithms, not above 0)."""
+        """The scale of some numbers; those that are not finite (or, if logarithmic, not above 0) are left out."""
         flat = np.asarray(values, np.float64).ravel()
         flat = flat[np.isfinite(flat) & ((flat > 0) | (not log))]
         if not len(flat):
@@ -187,7 +187,7 @@ class ColourScale:
         return cls(float(flat.min()), float(flat.max()), log, signed)
 
     def part(self, value: float) -> float | None:
-        """Say how far up the scale a number is, from 0 to 1; None for what is not finite."""
+        """Where a number is on the scale, from 0 to 1; None if it is not finite."""
         if not math.isfinite(value):
             return None
         if self.high <= self.low:
@@ -198,7 +198,7 @@ class ColourScale:
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
     def style(self, value: float) -> Style:
-        """Give the colours of a number: the background says how large it is, the letters can be read on it."""
+        """The background for a number, and a text colour that is readable on it."""
         part = self.part(value)
         if part is None:
             return _WRONG
@@ -207,14 +207,14 @@ class ColourScale:
         first = min(int(at), len(stops) - 2)
         pairs = zip(stops[first], stops[first + 1], strict=True)
         red, green, blue = (round(low + (high - low) * (at - first)) for low, high in pairs)
-        # Above this relative luminance black stands out more than white does (WCAG 2).
+        # Above this relative luminance, black has more contrast than white (WCAG 2).
         weighed = zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
         light = sum(weight * (part / 255) ** 2.2 for weight, part in weighed) > 0.18
         return Style(color=Color.from_rgb(*(0, 0, 0) if light else (255, 255, 255)),
                      bgcolor=Color.from_rgb(red, green, blue))  # fmt: skip
 
     def character(self, value: float) -> str:
-        """Give the character of a number: the darker, the larger; of a signed scale, the further from 0."""
+        """The character for a number: the larger, the darker; on a signed scale, the further from 0, the darker."""
         part = self.part(value)
         if part is None:
             return "!"
@@ -222,13 +222,13 @@ class ColourScale:
         return _SHADES[min(len(_SHADES) - 1, int(part * len(_SHADES)))]
 
     def cell(self, value: float, width: int, *, colours: bool) -> Text:
-        """Draw a number as a cell of a map; NaN, which stands for nothing there, as a dot."""
+        """A number as a cell of a map; a dot for NaN, which means no data."""
         if math.isnan(value):
             return Text(NOTHING * width, "dim")
         return Text(" " * width, self.style(value)) if colours else Text(self.character(value) * width)
 
     def legend(self, *, colours: bool, steps: int = 10) -> Text:
-        """Draw the scale with its ends as numbers."""
+        """The scale, with numbers at its ends."""
         if self.log:
             values = np.geomspace(self.low, self.high, steps) if self.low > 0 else [self.low]
         else:
@@ -238,12 +238,12 @@ class ColourScale:
         return Text.assemble(f"{self.low:.4g} ", bar, f" {self.high:.4g}{kind}")
 
 
-# A command over a thousand files fills no screen; `--json` has it whole.
+# The longest command printed, in characters; `--json` has all of it.
 _COMMAND = 200
 
 
 def draw_overview(console: Console, view: dict[str, Any]) -> None:
-    """Draw `view.overview`."""
+    """Print `read.describe.overview`."""
     source = view["source"]
     pairs = {
         "store": f"{view['kind']}, layout {view['layout']}, {'complete' if view['complete'] else 'NOT COMPLETE'}",
@@ -276,7 +276,7 @@ def draw_overview(console: Console, view: dict[str, Any]) -> None:
 
 
 def _origin(source: dict[str, Any]) -> dict[str, str]:
-    """Say where a store's data came from, whatever a stranger's file says of it."""
+    """Where a store's data came from; its metadata may have any types, since anybody may have written it."""
     record, identity, numerics, corpus = (_dict(source.get(name)) for name in _ORIGIN)
     pairs: dict[str, str] = {}
     if "tokenizer" in identity:
@@ -322,7 +322,7 @@ def _modules(source: dict[str, Any], site: str) -> str:
 
 
 def draw_survey(console: Console, survey: Survey) -> None:
-    """Draw what a job will take."""
+    """Print what a job will need."""
     pairs = {
         "tokens": f"{survey.tokens:,} in {survey.sequences:,} contexts, {survey.batch_size} a batch",
         "sites": ", ".join(f"{site} [{width}]" for site, width in survey.sites.items())
@@ -333,7 +333,7 @@ def draw_survey(console: Console, survey: Survey) -> None:
         "free": size(survey.free_bytes) + ("" if survey.bytes_to_do <= survey.free_bytes else "  NOT ENOUGH"),
     }
     if survey.staging is not None:
-        # There less is enough, and the bucket does not say how much it takes.
+        # The staging folder needs less than the total, and a bucket does not report its free space.
         pairs["free"] = f"{size(survey.free_bytes)} in {survey.staging}, where shards wait to be sent"
     if survey.framed:
         pairs["special"] = f"{survey.framed:,} documents bring special tokens of their own (not doubled)"
@@ -343,7 +343,7 @@ def draw_survey(console: Console, survey: Survey) -> None:
 
 
 def draw_exported(console: Console, done: Exported) -> None:
-    """Draw what an export made."""
+    """Print what an export wrote."""
     pairs = {
         "files": f"{done.files:,}, listed in index.json",
         "linked": f"{size(done.linked_bytes)}: the store's own files, not to be edited",
@@ -353,7 +353,7 @@ def draw_exported(console: Console, done: Exported) -> None:
 
 
 def draw_report(console: Console, report: Report) -> None:
-    """Draw what `verify` found."""
+    """Print what `verify` found."""
     pairs = {
         "looked at": f"{report.shards:,} shards, {size(report.bytes)} of them read ({report.level})",
         "findings": f"{len(report.findings):,}" if report.findings else "none",
@@ -367,7 +367,7 @@ def _draw_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def draw_repaired(console: Console, done: Repaired) -> None:
-    """Draw what `repair` did."""
+    """Print what `repair` did."""
     pairs = {
         "findings": f"{len(done.report.findings):,}" if done.report.findings else "none",
         "set aside": f"{len(done.aside):,} files, in .set-aside",

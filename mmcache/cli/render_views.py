@@ -1,4 +1,4 @@
-"""Views on a terminal: statistics, norm maps, dimensions, and tokens among their neighbours."""
+"""Views on a terminal: statistics, norm maps, dimensions, and tokens in context."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ __all__ = [
     "passage",
 ]
 
-# Below it a passage has a line of its own.
+# On narrower terminals, a passage has its own line.
 _NARROW_TEXT = 60
 _HIGHLIGHT = "bold reverse"
 
 
 def draw_head(console: Console, view: View) -> None:
-    """Draw a view's title, and, where not everything was looked at, what was."""
+    """Print a view's title, and which part was read if not all."""
     draw_text(console, view.title, "bold")
     draw_sampled(console, view.sampled)
 
 
 def draw_sampled(console: Console, sampled: str | None) -> None:
-    """Say what was looked at, where that is not everything."""
+    """Print which part was read, if not all."""
     if sampled:
         draw_text(console, f"  looked at: {sampled}", "italic")
 
 
 def fitted(text: str, width: int) -> str:
-    """Show a text in exactly `width` columns: cut, with an ellipsis, or filled with spaces."""
+    """A text in exactly `width` columns: cut with an ellipsis, or padded with spaces."""
     text = visible(text)
     return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
 
 
 def _end(text: str, width: int) -> str:
-    """Cut a text from the left, with an ellipsis."""
+    """The end of a text: cut on the left, with an ellipsis."""
     if cell_len(text) <= width:
         return text
     kept = text[-width:] if width > 0 else ""
@@ -69,19 +69,19 @@ def _end(text: str, width: int) -> str:
 
 
 def _begin(text: str, width: int) -> str:
-    """Cut a text from the right, with an ellipsis."""
+    """The beginning of a text: cut on the right, with an ellipsis."""
     if cell_len(text) <= width:
         return text
     return set_cell_size(text, width - 1).rstrip() + "…" if width > 0 else ""
 
 
 def passage(said: dict[str, Any], width: int, *, colours: bool) -> Text:
-    """Draw a token among its neighbours in one line of at most `width` columns, highlighted, or «so» without colours.
+    """A token in context, in one line of at most `width` columns: highlighted, or in «» without colours.
 
     Args:
         said: `before`, `text` and `after`.
-        width: columns; both sides are cut alike, and the shorter one gives its room to the other.
-        colours: whether the terminal has them.
+        width: columns; both sides are cut equally, unless one needs less.
+        colours: whether the terminal has colours.
     """
     before, after = visible(said["before"]), visible(said["after"])
     text = _begin(visible(said["text"]), max(1, width - 2))
@@ -94,7 +94,7 @@ def passage(said: dict[str, Any], width: int, *, colours: bool) -> Text:
 
 
 def _draw_passage(console: Console, label: str, said: dict[str, Any]) -> None:
-    """Draw a label and a passage: beside each other, or below."""
+    """Print a label and a passage, side by side or below each other."""
     if console.width < _NARROW_TEXT:
         draw_text(console, label.strip())
         line = passage(said, console.width - 2, colours=coloured(console))
@@ -105,7 +105,7 @@ def _draw_passage(console: Console, label: str, said: dict[str, Any]) -> None:
 
 
 def draw_show(console: Console, view: dict[str, Any]) -> None:
-    """Draw `view.layer_view` or `view.row_view`, all but the values themselves; the latter with its text if known."""
+    """Print `view.summary.layer_view` or `row_view`, without the values; the latter with its text if known."""
     left_out = ("site", "layer", "values", "largest", "flagged", "before", "text", "after")
     pairs = {name.replace("_", " "): cell(value) for name, value in view.items() if name not in left_out}
     if view.get("flagged"):
@@ -118,7 +118,7 @@ def draw_show(console: Console, view: dict[str, Any]) -> None:
 
 
 def draw_sequence(console: Console, view: View) -> None:
-    """Draw `view.sequence`: the text on colours that say the number of each token; without colours a token a line."""
+    """Print `view.sequence`: the text, coloured by each token's number; without colours, one token per line."""
     draw_head(console, view)
     values, named = view["values"], view["flag_bits"]
     left_out = view["flags"] & sum(named.values()) != 0
@@ -134,7 +134,7 @@ def draw_sequence(console: Console, view: View) -> None:
             token.stylize(heat.style(float(value)))
             if apart:
                 token.stylize("underline")
-            # A line ends where the text's does, too.
+            # Break the line where the text does.
             drawn.append_text(token).append("\n" if text.endswith("\n") else "")
         console.print(drawn)
         if left_out.any():
@@ -164,7 +164,7 @@ def _sequence_about(view: View) -> dict[str, str]:
 
 
 def draw_token(console: Console, view: View, layer: int | None = None) -> None:
-    """Draw `view.token`: where it stands, and its row at every layer, one of which may be marked."""
+    """Print `view.token`: its place, and its row at every layer; `layer` is marked."""
     draw_head(console, view)
     draw_pairs(console, "", {
         "sequence": f"{view['sequence']:,}, {view['offset']:,} tokens in",
@@ -190,7 +190,7 @@ def draw_token(console: Console, view: View, layer: int | None = None) -> None:
 
 
 def draw_top(console: Console, view: View) -> None:
-    """Draw `view.top`: the largest, then some of each band, each token among its neighbours."""
+    """Print `view.top`: the largest, then examples from each band, in context."""
     draw_head(console, view)
     left = f", {view['non_finite']:,} of them not finite" if view["non_finite"] else ""
     draw_text(console, f"  {view['looked']:,} tokens{left}")
@@ -207,11 +207,11 @@ def draw_top(console: Console, view: View) -> None:
 
 
 def draw_find(console: Console, view: View) -> None:
-    """Draw `view.find`: how often, and the matches among their neighbours."""
+    """Print `view.find`: how many matches, and the matches in context."""
     draw_head(console, view)
     matches = view["matches"]
     wide = max((len(f"{one['position']:,}") for one in matches), default=0)
-    # In which sequence, and how far in.
+    # The sequence, and the offset in it.
     places = [f"{one['sequence']}+{one['offset']}" for one in matches]
     room = max(map(len, places), default=0)
     for one, place in zip(matches, places, strict=True):
@@ -220,20 +220,20 @@ def draw_find(console: Console, view: View) -> None:
         draw_text(console, f"and {view['count'] - len(matches):,} more: raise --limit to list them")
 
 
-# Beside a map: a layer's number, and the smallest and largest norm.
+# Columns beside a map: for a layer's number, and for the smallest and largest norm.
 _LABEL, _SIDE = 5, 20
-# Below it there is no room for the numbers on the right.
+# On narrower terminals, the numbers on the right are left out.
 _NARROW_CHART = 36
-# And from here on there is room for words beside single tokens.
+# From this width on, words are shown beside single tokens.
 _WIDE = 60
-# Places of bad rows that are drawn, and outlier dimensions of a layer.
+# How many places of bad rows are printed, and outlier dimensions per layer.
 _PLACES, _OUTLIERS = 10, 3
-# What is said of a token, and where there is no room for words.
+# Labels of tokens, long and short, by the view's `apart`.
 _MARKS, _SHORT = ("", "special", "first", "first"), (" ", "*", "^", "^")
 
 
 def draw_statistics(console: Console, view: dict[str, Any]) -> None:
-    """Draw `view.statistics_view`: norms and health, a layer a row."""
+    """Print `view.statistics_view`: norms and health, one layer per row."""
     rows = [
         {
             "layer": row["layer"],
@@ -258,7 +258,7 @@ def _located(row: dict[str, Any]) -> str:
 
 
 def draw_health(console: Console, view: View) -> None:
-    """Draw `view.health`: what is wrong in sentences, and where."""
+    """Print `view.health`: the problems in sentences, and their places."""
     draw_head(console, view)
     problems, places = view["problems"], view["places"]
     for problem in problems or ["nothing is wrong: no NaN, infinities, rows of zeros, dead dimensions or rows far off"]:
@@ -279,7 +279,7 @@ def draw_health(console: Console, view: View) -> None:
 
 
 def draw_apart(console: Console, view: View) -> None:
-    """Draw `view.apart`: norms of first and of special tokens beside those of the others."""
+    """Print `view.apart`: norms of first and special tokens beside those of the others."""
     draw_head(console, view)
     kinds = [name for name in ("first", "special") if view[name]["tokens"]]
     rows = [
@@ -292,7 +292,7 @@ def draw_apart(console: Console, view: View) -> None:
 
 
 def draw_dimensions(console: Console, view: View) -> None:
-    """Draw `view.dimensions`: the largest outliers of each layer, as multiples of its median."""
+    """Print `view.dimensions`: the largest outliers of each layer, as multiples of its median."""
     draw_head(console, view)
     rows = []
     for layer, median in zip(view["layers"], view["median"], strict=True):
@@ -310,12 +310,12 @@ def _times(ratio: float) -> str:
 
 
 def map_width(console: Console) -> int:
-    """Give how many stretches a norm map has room for."""
+    """How many ranges of a norm map fit on the terminal."""
     return max(1, console.width - _LABEL - (_SIDE if console.width >= _NARROW_CHART else 0))
 
 
 def draw_norms(console: Console, view: View) -> None:
-    """Draw `view.norms`: a layer a line, or, of single tokens, a token a line."""
+    """Print `view.norms`: one layer per line; for single tokens, one token per line."""
     draw_head(console, view)
     heat = ColourScale.of(view["mean"], log=True)
     if view["level"] == "tokens":
@@ -357,11 +357,11 @@ def _draw_tokens(console: Console, view: View, heat: ColourScale) -> None:
     positions = [f"{position:,}" for position in view["edges"][:-1]]
     wide = max(map(len, positions))
     words, marks = (14, _MARKS) if console.width >= _WIDE else (6, _SHORT)
-    # The position, the token and the mark, with spaces between them.
+    # The widths of position, token and mark, with spaces between them.
     begin = wide + words + max(map(len, marks)) + 2
     side = _SIDE if console.width >= begin + _SIDE + len(mean) else 0
     room = max(1, console.width - begin - side)
-    # Of more layers than there is room for, some, the first and the last among them.
+    # If there is no room for all layers, evenly spread ones, including the first and the last.
     some = np.unique(np.linspace(0, len(mean) - 1, min(room, len(mean))).round().astype(int))
     each = max(1, min(3, room // len(some)))
     layers = [view["layers"][at] for at in some]

@@ -1,7 +1,7 @@
-"""Shards copied from one place to another: which of them, several at a time, verified, and stopped in the middle.
+"""Copy a store's shards between a folder and a bucket: choose them, verify them, several at a time.
 
-First it is found out what there is in both places, and whether what is there already is the same, so that a place of
-another store's is refused before anything is written to it. Then the others are copied.
+Both ends are listed first, and shards that both have are compared, so that a place that holds another store is refused
+before anything is written to it. Then the missing shards are copied.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ __all__ = ["Downloader", "Shard", "ShardCopier", "Uploader"]
 
 T = TypeVar("T")
 
-# Shards that are copied at a time, and that are looked at.
+# How many shards are copied at a time, and how many are compared at a time.
 _COPIES, _GLANCES = 3, 16
 
 
 class _StoppedError(Exception):
-    """Another shard failed, or the caller was interrupted: nobody waits for this one."""
+    """Another shard failed, or the caller was interrupted: this copy stops."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is to be copied: its bytes, and whether another one is in its place, which goes."""
+    """A shard to copy: its size in bytes, and whether it replaces one already at the target."""
 
     array: str
     slot: int
@@ -66,14 +66,14 @@ class Shard:
 
 
 class ShardCopier:
-    """What push and pull share.
+    """Base of push and pull.
 
     Args:
-        source: where shards are copied from,
-        target: and where to.
+        source: where shards are copied from.
+        target: where they are copied to.
         manifest: the store that is copied.
-        there: what counts at the target already; None for nothing.
-        progress: called with bytes that are done, and of how many, from several threads.
+        there: the root that the target has already; None if it has none.
+        progress: called with the bytes done and the total, from several threads.
     """
 
     copies = _COPIES
@@ -93,20 +93,20 @@ class ShardCopier:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._failure: BaseException | None = None
         self._corpus: Store | None = None
-        # Shards and bytes: that were copied, were there, that the source lacks, that are to be copied.
+        # Shards copied, found at the target and missing from the source; bytes copied and bytes to copy.
         self.copied = self.there = self.missing = self.bytes = self.bytes_to_copy = 0
 
     def key(self, array: str, slot: int, block: int) -> str:
-        """Name a shard's file from the store's folder."""
+        """The path of a shard's file, relative to the store's folder."""
         return f"{array}/{self._manifest.shard_key(array, block, slot)}"
 
     def plan(self, arrays: Iterable[str], blocks: Blocks) -> None:
-        """Find out which shards are to be copied, and compare those that are there. Nothing is written.
+        """Find the shards to copy, and compare those that the target has. Nothing is written.
 
         Raises:
-            StoreExistsError: another shard is there.
+            StoreExistsError: the target has another shard under the same name.
             IncompleteError: the source has lost tokens, flags or sequences.
-            CorruptError: a shard that is to be copied is damaged.
+            CorruptError: a shard to be copied is damaged.
         """
         for array in arrays:
             self._plan_array(array, blocks)
@@ -126,7 +126,7 @@ class ShardCopier:
                 f"no use: restore them; `mmcache verify` lists what is missing"
             )
         self.missing += missing
-        # A block of which more is going to count than there is must not stay as it is.
+        # The target's last counted block must be compared even if it was not asked for: more of its rows will count.
         edge = self._counts_there(array) // manifest.spec(array).shard_rows
         if self._grows(array, edge):
             wanted |= both & (found[:, 1] == edge)
@@ -140,7 +140,7 @@ class ShardCopier:
         self._todo[array] = [Shard(array, slot, block, size, taken) for (slot, block, size), taken in rest]
 
     def copy(self, arrays: Iterable[str]) -> None:
-        """Copy what `plan` found, an array after the other; blocks until then. Errors are those of `push` or `pull`."""
+        """Copy the shards that `plan` found, array by array; blocks until done. Raises as `push` or `pull`."""
         for array in arrays:
             sizes = self._each(self._carry, [(shard,) for shard in self._todo[array]], self.copies)
             self.copied += sum(size > 0 for size in sizes)
@@ -148,7 +148,7 @@ class ShardCopier:
             self.bytes += sum(sizes)
 
     def _each(self, work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], threads: int) -> list[T]:
-        """Do jobs, several at a time; the first failure stops the others, and is raised when they have ended."""
+        """Run jobs on several threads. The first failure stops the others, and is raised when they have ended."""
         crew, asked, results = ThreadPool(threads, "transfer"), deque[Future[T]](), list[T]()
 
         def guarded(*job: Any) -> T:
@@ -179,7 +179,7 @@ class ShardCopier:
         return results
 
     def _tell(self, count: int) -> None:
-        """Count bytes that are done, fewer than none to do some again; raises where nobody waits for it any more."""
+        """Add to the bytes done; negative where some are copied again. Raises _StoppedError after a failure."""
         if self._stop.is_set():
             raise _StoppedError
         with self._lock:
@@ -189,14 +189,14 @@ class ShardCopier:
             self._progress(done, self._total)
 
     def _exact(self, array: str) -> bool:
-        """Tell whether a shard has exactly the rows that count, and is never replaced by a longer one."""
+        """Whether a shard has exactly the rows that count, so that a longer one never replaces it."""
         return self._manifest.kind == "planned" and array in self._manifest.sites
 
     def _counts_there(self, array: str) -> int:
         return 0 if self._there is None else self._there.rows(array)
 
     def _counted(self, array: str, block: int) -> tuple[int, int]:
-        """Count the rows of a block that will count, and that count there already."""
+        """How many rows of a block will count after the copy, and how many count at the target already."""
         spec = self._manifest.spec(array)
         totals = self._manifest.rows(array), self._counts_there(array)
         return spec.rows_in_block(block, totals[0]), spec.rows_in_block(block, totals[1])
@@ -206,11 +206,11 @@ class ShardCopier:
         return not self._exact(array) and 0 < counted < need
 
     def _same(self, array: str, slot: int, block: int) -> bool:
-        """Tell whether a shard that is there need not be copied.
+        """Whether the target's shard can stay as it is.
 
         Raises:
-            StoreExistsError: it is another one, which must be kept.
-            CorruptError: the one to be copied is damaged.
+            StoreExistsError: it is another shard, and must be kept.
+            CorruptError: the source's shard has fewer rows than the store counts, or is damaged.
         """
         self._tell(0)
         ours = self._source.glance(self._manifest, array, slot, block)
@@ -227,25 +227,25 @@ class ShardCopier:
                 return True
         elif not exact and rows >= need and ours.agrees(theirs, min(rows, ours.layout.rows)):
             return True
-        # Rows that do not count there may be overwritten; those that do must be the same as ours.
+        # Rows that do not count at the target may be overwritten; those that do must equal ours.
         if exact or counted >= need or not ours.agrees(theirs, min(counted, rows)):
             self._refuse(array, slot, block)
         return False
 
     def _glance_there(self, array: str, slot: int, block: int) -> Glance | None:
-        """Look at the shard that is there; None where it is nothing that must be kept. Raises StoreExistsError."""
+        """The fingerprint of the target's shard; None if it may be replaced. Raises StoreExistsError."""
         raise NotImplementedError
 
     def _refuse(self, array: str, slot: int, block: int) -> None:
-        """Raise StoreExistsError if the shard that is there, another one than ours, must be kept."""
+        """Raise StoreExistsError if the target's shard, which differs from ours, must be kept."""
         raise NotImplementedError
 
     def _carry(self, shard: Shard) -> int:
-        """Copy a shard, and give its bytes; 0 where the same one came to be there meanwhile."""
+        """Copy a shard. Returns its bytes; 0 if an equal one has appeared at the target meanwhile."""
         raise NotImplementedError
 
     def _problem(self, folder: ShardFolder, slot: int, block: int, ids: str | None) -> str | None:
-        """Verify a shard, every byte of it: what is wrong with it, or None. Raises IncompleteError: it is gone."""
+        """Verify every byte of a shard: what is wrong, or None. Raises IncompleteError if it is gone."""
         try:
             wrong, _ = check_shard(folder, slot, block, full=True, ids=ids, tell=lambda _: self._tell(0))
         except CorruptError as error:
@@ -253,7 +253,7 @@ class ShardCopier:
         return wrong[0] if wrong else None
 
     def _ids(self, shard: Shard, path: Path) -> str | None:
-        """Hash the tokens that a shard's rows are of, from those in a folder; None where headers do not say them."""
+        """The digest of the token ids of a shard's rows, read from `path`; None if its header has no such digest."""
         if not self._exact(shard.array):
             return None
         if self._corpus is None:
@@ -265,7 +265,7 @@ class ShardCopier:
 
 
 class Uploader(ShardCopier):
-    """From a folder into a bucket; the other arguments are those of `ShardCopier`."""
+    """Copies from a folder into a bucket; the other arguments are those of `ShardCopier`."""
 
     def __init__(
         self,
@@ -313,14 +313,14 @@ class Uploader(ShardCopier):
         size, told = file.stat().st_size, -PART_BYTES
 
         def alive() -> None:
-            # Called before it begins, and before each part.
+            # Called before the upload begins, and before each part.
             nonlocal told
             step = min(PART_BYTES, size - max(told, 0)) if told >= 0 else 0
             told = max(told, 0) + step
             self._tell(step)
 
         while not self._bucket.upload(key, file, alive, replace=replace):
-            # Somebody else was quicker.
+            # Another process uploaded this object first.
             if self._same(array, slot, block):
                 size = 0
                 break
@@ -330,7 +330,7 @@ class Uploader(ShardCopier):
 
 
 class _Arriving(ShardFolder):
-    """An array's shards on their way here; errors name the object that one comes from."""
+    """The shards of an array that is being downloaded; errors name the object."""
 
     def __init__(self, path: Path, manifest: Manifest, array: str, object_at: str) -> None:
         super().__init__(path, manifest, array, manifest.rows(array))
@@ -341,9 +341,9 @@ class _Arriving(ShardFolder):
 
 
 class Downloader(ShardCopier):
-    """From a bucket into a folder; the other arguments are those of `ShardCopier`."""
+    """Copies from a bucket into a folder; the other arguments are those of `ShardCopier`."""
 
-    # Each comes by one stream.
+    # Each copy uses one of the writer's streams.
     copies = STREAMS
 
     def __init__(
@@ -359,10 +359,10 @@ class Downloader(ShardCopier):
         self._folder, self._bucket, self._landing = folder, bucket, StreamWriter(STREAMS)
 
     def stage(self, scratch: Path, sites: Sequence[str], *, sequences: bool) -> None:
-        """Fetch all but shards and root into a folder that is thrown away, and check it; also the table of sequences.
+        """Fetch all but shards and root into a temporary folder, and check it; with `sequences`, also their table.
 
         Raises:
-            CorruptError: it does not match its checksums, and did not when it was fetched again.
+            CorruptError: a file does not match its checksums, even after it was fetched again.
             IncompleteError: the sequences are gone.
         """
         for last in (False, True):
@@ -402,7 +402,7 @@ class Downloader(ShardCopier):
             return None
 
     def _check_ours(self, file: Path, error: CorruptError) -> None:
-        """Refuse to replace a shard that says that it is another store's; what is damaged may say anything."""
+        """Refuse to replace a shard whose header names another store; an unreadable header is no reason."""
         with contextlib.suppress(CorruptError, ValueError, KeyError, TypeError, RecursionError):
             fd, status = open_file(file, what="the shard")
             shard = FileBytes(fd, status.size)
@@ -417,7 +417,7 @@ class Downloader(ShardCopier):
 
     def _refuse(self, array: str, slot: int, block: int) -> None:
         folder = ShardFolder(self._folder, self._manifest, array, self._manifest.rows(array))
-        # One that is damaged is nobody's loss.
+        # A damaged shard may be replaced.
         if self._problem(folder, slot, block, None) is None:
             key = self.key(array, slot, block)
             raise StoreExistsError(
@@ -429,7 +429,7 @@ class Downloader(ShardCopier):
 
     def _carry(self, shard: Shard) -> int:
         key, problem = self.key(shard.array, shard.slot, shard.block), ""
-        # Once more: somebody may have put another one there since it was listed, or while it came.
+        # Twice: the object may have been replaced since it was listed, or during the download.
         for _ in range(2):
             try:
                 size, coming = self._bucket.whole(key)
@@ -445,7 +445,7 @@ class Downloader(ShardCopier):
         )
 
     def _fetch(self, shard: Shard, key: str, size: int, coming: Iterator[memoryview]) -> str:
-        """Put a shard in place as it comes, if every byte is what belongs there; what is wrong with it, or nothing."""
+        """Download a shard, and publish it if every byte is as expected. Returns what is wrong, or an empty string."""
         array, manifest = shard.array, self._manifest
         least = expected_bytes(manifest, array, shard.block)
         most = least if self._exact(array) else Layout(manifest.spec(array), manifest.spec(array).shard_rows).size

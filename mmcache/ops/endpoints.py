@@ -1,4 +1,4 @@
-"""The two ends of a transfer, behind the same questions: a store's files in a folder, its objects in a bucket."""
+"""The two ends of a transfer, a folder and a bucket, behind one interface."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ SUMMARY = ("dimensions/c/0/0/0", "dimensions/zarr.json", "layers/c/0/0", "layers
 
 @dataclass(frozen=True)
 class Glance:
-    """What tells a shard from another without its rows: its first page, and all from its checksums on."""
+    """Fingerprint of a shard without its rows: header page, chunk checksums, statistics and index."""
 
     layout: Layout
     head: bytes
     behind: bytes
 
     def agrees(self, other: Glance, rows: int) -> bool:
-        """Tell whether both have the same checksums of the whole inner chunks within the first `rows` rows."""
+        """Whether both have the same checksums for all whole inner chunks within the first `rows` rows."""
         stop = rows // self.layout.spec.chunk_rows * 4
         return self.behind[:stop] == other.behind[:stop]
 
 
 class Endpoint(Protocol):
-    """A folder or a bucket, as far as a store is copied from or to it."""
+    """A folder or a bucket that a store is copied from or to."""
 
     def where(self, key: str) -> str:
-        """Give the path or address of a file of the store."""
+        """The path or address of a file of the store, for messages."""
 
     def listed(self, manifest: Manifest, array: str) -> np.ndarray:
-        """List the shards of an array that are there: slot, block and bytes as `[n, 3]` int64."""
+        """The shards of an array that exist: `[n, 3]` int64, slot, block and bytes."""
 
     def glance(self, manifest: Manifest, array: str, slot: int, block: int) -> Glance:
-        """Look at a shard, with small reads. Raises CorruptError: it is none of this store under this name."""
+        """The fingerprint of a shard, by small reads. Raises CorruptError if it is not this store's shard."""
 
     def write(self, key: str, data: bytes) -> bool:
-        """Put a small file there, whole or not at all; False where exactly it is there already."""
+        """Write a small file atomically. Returns False if the same bytes are there already."""
 
 
 def expected_bytes(manifest: Manifest, array: str, block: int) -> int:
-    """Give the bytes of a shard that has exactly the rows that count."""
+    """The size in bytes of a shard that has exactly the rows that count."""
     spec = manifest.spec(array)
     return Layout(spec, spec.rows_in_block(block, manifest.rows(array))).size
 
@@ -81,7 +81,7 @@ class FolderEndpoint:
         return str(self._path / key)
 
     def listed(self, manifest: Manifest, array: str) -> np.ndarray:
-        """As `Endpoint.listed`; bytes are those that there should be."""
+        """As `Endpoint.listed`, with the bytes that each shard should have."""
         found = [np.zeros((2, 0), np.int64)]
         found += [np.stack(shards) for shards in listed_shards(self._path, manifest, array, manifest.rows(array))]
         slots, blocks = np.concatenate(found, axis=1)
@@ -91,7 +91,7 @@ class FolderEndpoint:
         return _sorted(np.stack([slots, blocks, sizes], axis=1))
 
     def glance(self, manifest: Manifest, array: str, slot: int, block: int) -> Glance:
-        """As `Endpoint.glance`. Raises IncompleteError where it is not there."""
+        """As `Endpoint.glance`. Raises IncompleteError if there is no such shard."""
         file = self._path / array / manifest.shard_key(array, block, slot)
         fd, status = open_file(file, what=f"shard {file.name} of {array}")
         shard = FileBytes(fd, status.size)
@@ -118,7 +118,7 @@ class FolderEndpoint:
 
 
 class BucketEndpoint:
-    """The prefix of a bucket below which a store's objects are."""
+    """A prefix of a bucket that holds a store's objects."""
 
     def __init__(self, bucket: ObjectStore) -> None:
         self._bucket = bucket
@@ -135,7 +135,7 @@ class BucketEndpoint:
             shards = []
             for key, size, _ in batch:
                 slot, block = _numbers_in(key.rpartition("/")[2], in_sites=array not in RESERVED)
-                # What has another name is no shard of it, whatever numbers are in it.
+                # Any other name is not a shard of this array, whatever numbers are in it.
                 own = slot < slots and block < blocks and key == f"{array}/{manifest.shard_key(array, block, slot)}"
                 shards += [(slot, block, size)] if own else []
             found.append(np.array(shards, np.int64).reshape(-1, 3))
@@ -145,7 +145,7 @@ class BucketEndpoint:
         """As `Endpoint.glance`; two requests. Errors as `ObjectStore.read`."""
         key = f"{array}/{manifest.shard_key(array, block, slot)}"
         size = self._bucket.size(key)
-        # Of an object without bytes no server gives the first ones.
+        # Servers refuse a range request for an empty object.
         head = bytes(self._bucket.read(key, 0, min(size, HEADER_BYTES))) if size else b""
         metadata = manifest.shard_metadata(array, block, slot)
         layout = parse_header(manifest.spec(array), head, size, metadata, where=self.where(key))
@@ -159,17 +159,18 @@ class BucketEndpoint:
         return self._bucket.put(key, data)
 
     def root(self) -> tuple[Manifest, bytes] | None:
-        """Read the root, and give its bytes too; None where there is none.
+        """The root and its bytes; None if there is none.
 
         Raises:
-            CorruptError, VersionError: it describes no store.
-            StoreNotFoundError: there is no such bucket. AccessError, RemoteError: as `ObjectStore.read`.
+            CorruptError, VersionError: it is not a valid root.
+            StoreNotFoundError: there is no such bucket.
+            AccessError, RemoteError: as `ObjectStore.read`.
         """
         text = read_if_there(self._bucket, ROOT)
         return None if text is None else (manifest_of(self._bucket, text), text)
 
     def fetch(self, key: str, folder: Path) -> bool:
-        """Put a small object into a folder that is thrown away, to be checked as a store's file; False if none."""
+        """Copy a small object into a temporary folder, to be checked like a store's file; False if there is none."""
         data = read_if_there(self._bucket, key)
         if data is None:
             return False
@@ -179,7 +180,7 @@ class BucketEndpoint:
 
     @contextlib.contextmanager
     def naming(self, folder: Path) -> Iterator[None]:
-        """Name the object, where an error is of the copy of it in a folder."""
+        """Errors about the copy in `folder` name the object instead."""
         try:
             yield
         except CorruptError as error:
@@ -187,14 +188,14 @@ class BucketEndpoint:
 
 
 def _numbers_in(name: str, *, in_sites: bool) -> tuple[int, int]:
-    """Read slot and block off a shard's name; any numbers off another."""
+    """Slot and block from a shard's file name; arbitrary numbers for any other name."""
     parts = [int(part) if part.isdecimal() and len(part) < 19 else 0 for part in name.split(".")]
     parts += [0, 0, 0]
     return (parts[1], parts[2]) if in_sites else (0, parts[1])
 
 
 def _sorted(shards: np.ndarray) -> np.ndarray:
-    """Put shards in order, by block; a listing that began anew may name some twice."""
+    """Sorted by block, then slot, without duplicates: a listing that was restarted may name a shard twice."""
     shards = shards[np.lexsort((shards[:, 0], shards[:, 1]))]
     again = (np.diff(shards[:, :2], axis=0) == 0).all(axis=1)
     once: np.ndarray = shards[np.concatenate([np.ones(min(1, len(shards)), bool), ~again])]
@@ -202,16 +203,16 @@ def _sorted(shards: np.ndarray) -> np.ndarray:
 
 
 def metadata(folder: Path, manifest: Manifest, sites: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Read all that a part of a store has beside shards and root: each file and its bytes, checked.
+    """Each file of a part of a store except shards and root, with its bytes, checked.
 
-    Merged statistics that are not of exactly these tokens are left out: nothing believes them.
+    Merged statistics that do not cover exactly these tokens are left out, since readers ignore them.
 
     Raises:
-        CorruptError: one of them is damaged, not this store's, or not there.
+        CorruptError: a file is damaged, missing or another store's.
     """
     for array in (*sites, *(RESERVED if manifest.has_tokens else ())):
         if not manifest.rows(array) and not (folder / array / ROOT).exists():
-            continue  # as before its first rows
+            continue  # before the first rows, an array has no metadata
         with _required(folder / array / ROOT):
             yield f"{array}/{ROOT}", _array_metadata(folder, manifest, array)
     kept = [site for site in sites if manifest.shard_tokens and load_summary(folder, manifest, site) is not None]
@@ -237,7 +238,7 @@ def _required(file: Path) -> Iterator[None]:
 
 
 def _array_metadata(folder: Path, manifest: Manifest, array: str) -> bytes:
-    """Read an array's metadata, and compare it with what the root says; it may be ahead of a grown store's commit."""
+    """The bytes of an array's metadata, compared with the root; a grown store's may be ahead of its commit."""
     if manifest.rows(array):
         return read_array(folder, manifest, array)
     return read_signed(folder / array / ROOT, ARRAY_LIMIT)[1]

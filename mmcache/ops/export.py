@@ -1,7 +1,7 @@
-"""A store, or a part of it, as files that need no mmcache: safetensors or npy, in a folder that appears whole.
+"""Export a store, or a part of it, as safetensors or npy files: a folder that appears atomically.
 
-Shards are safetensors files already: where a whole one is wanted, the export is a hard link to it, which takes no time
-and no room. FORMAT.md says what is in them; `index.json` says which file holds which site, layers and tokens.
+Shards are safetensors files already. A shard that is wanted as a whole becomes a hard link, which takes no time and no
+room. FORMAT.md in the package describes its content; `index.json` says which file holds which site, layers and tokens.
 
 Sources: the safetensors README, "Format" (https://github.com/huggingface/safetensors), and numpy's NEP 1.
 """
@@ -40,29 +40,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "Kind", "Selection", "bytes_of", "export", "npy_header", "safetensors_header"]
 
-# Rows that are under way, at a time.
+# How many bytes of rows are in memory at a time.
 _PIECE_BYTES = 32 << 20
 
 
 def bytes_of(rows: torch.Tensor) -> np.ndarray:
-    """Look at contiguous rows on the host as `[bytes]` uint8."""
+    """Contiguous rows in host memory as `[bytes]` uint8, without a copy."""
     found: np.ndarray = rows.reshape(-1).view(torch.uint8).numpy()
     return found
 
 
 class Selection:
-    """Some sites and layers of a store, all of whose rows are there.
+    """Some sites and layers of a store. None of their rows may be missing.
 
     Args:
         store: an open store.
-        sites: which of them; None for all.
-        layers: which of them, by the model's own numbers, in the order wanted; None for all.
-        dtype: what rows are cast to; None for the storage dtype.
+        sites: the sites to take; None for all.
+        layers: the layers to take, by the model's numbers, in this order; None for all.
+        dtype: the dtype that rows are cast to; None for the storage dtype.
 
     Raises:
-        UnknownSiteError, OutOfRangeError: a site or layer is not there.
+        UnknownSiteError, OutOfRangeError: there is no such site or layer.
         ArgumentError: nothing is selected, or a layer twice.
-        DtypeError: no dtype that activations may have.
+        DtypeError: activations cannot have this dtype.
         IncompleteError: shards of the selection are missing.
     """
 
@@ -86,27 +86,27 @@ class Selection:
             raise ArgumentError(f"nothing is selected: {len(self.views)} sites, {store.n_tokens} tokens")
         stored = BY_NAME[self.manifest.dtype or ""]
         self.dtype = stored if dtype is None else activation_dtype(dtype)
-        # Whether shards as they are hold exactly this.
+        # Whether the shards hold exactly the selection, so that they can be linked.
         self.whole = self.dtype == stored and (not self.deep or self.layers == list(store.layers))
         self._check_complete()
 
     @property
     def deep(self) -> bool:
-        """Whether a row of a shard is all layers of a token."""
+        """Whether a shard's row holds all layers of a token."""
         return self.manifest.layout == "token"
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens: all of the store's."""
+        """The number of tokens: always all of the store's."""
         return self.store.n_tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all selected rows, cast."""
+        """The bytes of all selected rows, after the cast."""
         return sum(view.d_model for view in self.views.values()) * len(self.layers) * self.dtype.size * self.n_tokens
 
     def groups(self) -> list[tuple[int, list[int]]]:
-        """Give the layers that lie in one file together, with their slot."""
+        """The layers that share a file, with their slot."""
         if self.deep:
             return [(0, self.layers)]
         return [(self.store.layers.index(layer), [layer]) for layer in self.layers]
@@ -124,9 +124,9 @@ class Selection:
     def pieces(
         self, view: SiteView, layers: list[int], start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read the rows from `start` to `stop` in pieces, not cast: first position and `[k, layers, d_model]`.
+        """The rows from `start` to `stop` in pieces, not cast: first position and `[k, layers, d_model]`.
 
-        A piece is valid until the next. Raises as `SiteView.gather`.
+        Each piece is valid until the next one is asked for. Raises as `SiteView.gather`.
         """
         stop = self.n_tokens if stop is None else stop
         row = len(layers) * view.d_model
@@ -138,7 +138,7 @@ class Selection:
             yield first, view.gather(range(first, first + count), layers=layers, out=rows)
 
     def columns(self, array: str) -> Iterator[np.ndarray]:
-        """Read `tokens` or `flags` in pieces, as `[bytes]` uint8, their checksums compared."""
+        """`tokens` or `flags` in pieces, as `[bytes]` uint8; checksums are checked."""
         folder = self.store.array(array)
         for start in range(0, self.n_tokens, folder.spec.shard_rows):
             yield bytes_of(folder.read(start, min(start + folder.spec.shard_rows, self.n_tokens)))
@@ -150,10 +150,10 @@ _PAGE = 4096
 def safetensors_header(
     tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]
 ) -> np.ndarray:
-    """Write the header of tensors that lie one behind the other, so that the first begins on a page: `[bytes]` uint8.
+    """The header of consecutive tensors, padded so that the first one starts on a page: `[bytes]` uint8.
 
     Args:
-        tensors: each one's dtype code, shape and bytes, in the order of the file.
+        tensors: dtype code, shape and bytes of each, in the order of the file.
         metadata: the strings of `__metadata__`.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -167,7 +167,7 @@ def safetensors_header(
 
 
 def npy_header(code: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Write the header of a C-ordered npy file, such as for `"<f4"`: `[bytes]` uint8."""
+    """The header of a C-ordered npy file; `code` is a dtype such as `"<f4"`: `[bytes]` uint8."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": code, "fortran_order": False, "shape": shape})
     return np.frombuffer(head.getvalue(), np.uint8)
@@ -179,7 +179,7 @@ _INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: the folder, its number of files, and bytes that were linked and that were written."""
+    """What `export` wrote: the folder, the number of files, and the bytes that were linked and written."""
 
     path: Path
     files: int
@@ -206,41 +206,43 @@ def export(
 ) -> Exported:
     """Write a store, or some of its sites and layers, as safetensors or npy files. Blocks until they are durable.
 
-    `safetensors`: `<site>/….safetensors`, a file a shard, its rows in the tensor `activations` (`[tokens, d_model]` of
-    one layer, or `[tokens, n_layers, d_model]`, as the store's layout is), and `tokens.safetensors` with `sequences`
-    `[n, 3]`, `tokens` `[n]` and `flags` `[n]`. A shard that is wanted as it is becomes a hard link, or a copy on
-    another file system. **A link is the store's own file**: read-only by mode; to edit it would damage the store.
+    `safetensors`: one file `<site>/….safetensors` per shard, with its rows in the tensor `activations`
+    (`[tokens, d_model]` of one layer, or `[tokens, n_layers, d_model]`, according to the store's layout), and
+    `tokens.safetensors` with `sequences` `[n, 3]`, `tokens` `[n]` and `flags` `[n]`. A shard that is wanted unchanged
+    becomes a hard link, or a copy on another file system. **A link is the store's own file.** It is read-only; editing
+    it would damage the store.
 
     `npy`: `<site>.npy`, `[n_layers, n_tokens, d_model]`, and `tokens.npy`, `flags.npy`, `sequences.npy`. numpy has no
-    bfloat16, so such a site is `<site>.bf16.npy`, its bits as uint16: `.view(ml_dtypes.bfloat16)` are the numbers.
+    bfloat16, so such a site is `<site>.bf16.npy`, with the bits as uint16; read them with `.view(ml_dtypes.bfloat16)`.
     `dtype="float32"` writes exactly the same numbers, for numpy alone, in twice the room.
 
-    `index.json` lists the files of each site with their layers and tokens, names the bits of the flags, and says where
-    the data came from. A cache has no tokens. The folder appears under its name when everything is in it; what an
-    export that was killed left is removed by the next one to the same place. It takes at most 256 MiB of memory.
-    Checksums of activations are not compared.
+    `index.json` lists the files of each site with their layers and tokens, the names of the flag bits, and the source
+    of the data. A cache has no tokens. The folder appears atomically, when everything is in it. If an export is killed,
+    the next one to the same place removes what it left. It uses at most 256 MiB of memory. Checksums of activations are
+    not checked.
 
     Args:
-        store: an open store, or its path; of a store that is not complete, what is asked for must be.
+        store: an open store, or its path. It may be incomplete, if the selection is complete.
         out: the folder to make.
         to: `"safetensors"` or `"npy"`.
-        sites: which of them; None for all.
-        layers: which of them, by the model's own numbers, in the order wanted; None for all.
-        dtype: what to cast to; None for the storage dtype.
-        progress: called with the bytes of rows that are done, of how many.
+        sites: the sites to export; None for all.
+        layers: the layers to export, by the model's numbers, in this order; None for all.
+        dtype: the dtype to cast to; None for the storage dtype.
+        progress: called with the bytes of rows done and the total.
 
     Raises:
-        StoreExistsError: there is something at `out`.
-        ArgumentError, DtypeError: the arguments make no sense.
-        UnknownSiteError, OutOfRangeError: a site or layer is not there.
-        StoreNotFoundError, IncompleteError, CorruptError: as `open`, and rows that were not written yet.
-        WriteError, DiskFullError: the disk refused; nothing is left behind.
+        StoreExistsError: `out` exists.
+        ArgumentError, DtypeError: an argument is invalid.
+        UnknownSiteError, OutOfRangeError: there is no such site or layer.
+        StoreNotFoundError, CorruptError: as `open`.
+        IncompleteError: rows of the selection are missing.
+        WriteError, DiskFullError: the write failed; nothing is left behind.
     """
     kinds: dict[str, type[_Export]] = {"safetensors": _Safetensors, "npy": _Npy}
     opened = store if isinstance(store, Store) else open_store(store, partial=True)
     selection = Selection(opened, sites, layers, dtype)
     folder = Path(out)
-    # Links that lead to themselves are no reason to stop: making the folder says so.
+    # A loop of symbolic links does not raise here; making the folder reports it.
     real = Path(os.path.realpath(folder))
     if Path(os.path.realpath(opened.path)) in (real, *real.parents):
         raise ArgumentError(f"{folder} lies in the store {opened.path}: export to a folder outside of it")
@@ -254,7 +256,7 @@ def export(
 
 
 class _Export:
-    """What the kinds of export share: room, progress, the index."""
+    """Base of both kinds of export: free space, progress, the index."""
 
     kind: Kind
     axes: tuple[str, ...]
@@ -270,14 +272,14 @@ class _Export:
         raise NotImplementedError
 
     def may_link(self) -> bool:
-        """Tell whether shards as they are will be linked to."""
+        """Whether shards will be linked instead of written."""
         return False
 
     def check_room(self) -> None:
-        """Refuse if the disk has no room for what will be written.
+        """Check that the disk has room for what will be written.
 
         Raises:
-            DiskFullError: with the bytes needed and free.
+            DiskFullError: it has not; the error names the bytes needed and free.
         """
         chosen = self.selection
         needed = 5 * chosen.n_tokens + (0 if self.may_link() else chosen.nbytes)
@@ -287,13 +289,13 @@ class _Export:
             raise DiskFullError(errno.ENOSPC, message, str(self.box.target))
 
     def advance(self, size: int) -> None:
-        """Say that so many bytes of rows more are done."""
+        """Add to the bytes of rows done, and report them."""
         self._done += size
         if self._progress is not None:
             self._progress(self._done, self.selection.nbytes)
 
     def index(self) -> dict[str, object]:
-        """Say what is in the folder: for `index.json`."""
+        """The content of `index.json`."""
         chosen, manifest = self.selection, self.selection.manifest
         return {
             "format": "mmcache-export/1",
@@ -347,11 +349,11 @@ class _Safetensors(_Export):
         return f"{layer}tokens-{start:0{digits}}-{stop:0{digits}}.safetensors"
 
     def _take(self, site: str, slot: int, block: int, name: str) -> bool:
-        """Link or copy a shard; False if it has more rows than count, as after a crash of who wrote it."""
+        """Link or copy a shard; False if it has more rows than count, as after a writer's crash."""
         store, manifest, box = self.selection.store, self.selection.manifest, self.box
         spec, key = manifest.spec(site), manifest.shard_key(site, block, slot)
         file = store.path / site / key
-        # Before the link: what is no shard of this store, such as another file of the user's, gets no second name.
+        # Check before linking, so that a file that is not a shard of this store gets no second name.
         fd, status = open_file(file, what=f"shard {key} of {site}")
         try:
             metadata = manifest.shard_metadata(site, block, slot)
@@ -359,7 +361,7 @@ class _Safetensors(_Export):
             if layout.rows != spec.rows_in_block(block, store.n_tokens):
                 return False
             linked = box.link(file, name)
-            # Under the shard's own name there may be another one by now.
+            # The shard may have been replaced since it was opened.
             if linked and (box.path / name).lstat().st_ino != status.inode:
                 box.unlink(name)
                 linked = False
@@ -390,7 +392,7 @@ class _Safetensors(_Export):
     def _write_tokens(self) -> None:
         chosen = self.selection
         spans, total = chosen.store.sequences.numpy(), chosen.n_tokens
-        # The widest first, so that each begins at a multiple of its element.
+        # Widest element first, so that each tensor starts at a multiple of its element size.
         tensors = {"sequences": ("I64", list(spans.shape), spans.nbytes)}
         tensors |= {"tokens": ("I32", [total], total * 4), "flags": ("U8", [total], total)}
         head = safetensors_header(tensors, {"store": chosen.manifest.store})
@@ -415,7 +417,7 @@ class _Npy(_Export):
             row = view.d_model * chosen.dtype.size
             with self._draft(name, code, (len(chosen.layers), chosen.n_tokens, view.d_model)) as (draft, begin):
                 for _, group in chosen.groups():
-                    # A block of tokens at a time: the store is read once, whichever its layout.
+                    # All layers of a piece of tokens at once, so that the store is read only once in either layout.
                     for start, rows in chosen.pieces(view, group):
                         for place, layer in enumerate(group):
                             data = bytes_of(rows[:, place].to(chosen.dtype.torch).contiguous())
@@ -428,7 +430,7 @@ class _Npy(_Export):
 
     @contextmanager
     def _draft(self, name: str, code: str, shape: tuple[int, ...]) -> Iterator[tuple[AtomicFile, int]]:
-        """Begin a file with numpy's header, and give where the numbers go."""
+        """Begin a file with numpy's header: the draft, and the offset of the numbers."""
         head = npy_header(code, shape)
         with self.box.draft(name, len(head) + math.prod(shape) * np.dtype(code).itemsize) as draft:
             draft.write(head, 0)

@@ -1,4 +1,4 @@
-"""Bad files of a store, set aside: what is left can be read, and `extract` makes the rest again."""
+"""Set a store's bad files aside, so that the rest can be read and `extract` can make them again."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = ["ASIDE", "Loss", "Repaired", "repair"]
 
-# Names that begin with a dot are no part of a store.
+# Names that begin with a dot are not part of a store.
 ASIDE = ".set-aside"
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Rows of a site that are not there any more.
+    """Rows of a site that are lost.
 
     Attributes:
-        site: which.
-        layers: of which layers, by the model's numbers.
-        tokens: positions, from the first to before the last.
-        sequences: the numbers of the first and the last sequence with such tokens; None where sequences cannot be read.
+        site: the site.
+        layers: the layers that lost them, by the model's numbers.
+        tokens: their positions, (first, stop).
+        sequences: the numbers of the first and last sequence with such tokens; None if sequences cannot be read.
     """
 
     site: str
@@ -54,12 +54,12 @@ class Repaired:
     """What `repair` did.
 
     Attributes:
-        report: what was found before.
-        aside: what was set aside: file, and where it is now, from the store's folder.
-        rewritten: metadata that was written anew.
-        lost: rows that are gone until they are made again.
-        left: findings that nothing could be done about: restore those files from a copy.
-        remade_by_extract: whether `extract`, with the store's own settings, makes again what is lost.
+        report: what was found before the repair.
+        aside: the files set aside: old and new path, relative to the store's folder.
+        rewritten: metadata files that were written again.
+        lost: rows that are missing until they are made again.
+        left: findings that could not be repaired: restore those files from a copy.
+        remade_by_extract: whether `extract`, with the store's own settings, makes the lost rows again.
     """
 
     report: Report
@@ -74,12 +74,12 @@ class Repaired:
 def repair(
     path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Repaired:
-    """Verify a store, and set aside what is bad of its sites: moved into `.set-aside`, never deleted.
+    """Verify a store, and move bad files of its sites into `.set-aside`. Nothing is deleted.
 
-    Shards that are set aside are missing from then on: `extract` makes them again in a store that it made. In any other
-    they are lost, and the rest is read with `mmcache.open(path, partial=True)`. Metadata of arrays is written anew, and
-    merged statistics are set aside, which come back by themselves. What only a copy brings back (the root's metadata,
-    tokens, flags, sequences) is left as it is and said. Blocks until all of it is durable.
+    Shards that are set aside are missing from then on. If `extract` made the store, it makes them again. In any other
+    store they are lost; `mmcache.open(path, partial=True)` reads the rest. Metadata of arrays is written again. Merged
+    statistics are set aside, and are computed again when needed. What only a copy can restore (the root's metadata,
+    tokens, flags, sequences) is left as it is and reported in `left`. Blocks until everything is durable.
 
     Args:
         path: the store's folder.
@@ -88,10 +88,10 @@ def repair(
 
     Raises:
         StoreNotFoundError, CorruptError, VersionError: there is no store, or its root cannot be read.
-        LockedError: a writer has it.
-        LinkError: a file or folder of it is a symbolic link. Nothing is moved then.
+        LockedError: a writer holds the store.
+        LinkError: a file or folder of the store is a symbolic link. Nothing is moved then.
         WriteError: a file cannot be moved.
-        ArgumentError: that is no folder's path.
+        ArgumentError: `path` is an address, not a folder.
     """
     if isinstance(folder := placed(path), str):
         raise ArgumentError(f"{folder} is an address: repair works on a folder; delete a bad object and push it again")
@@ -106,7 +106,7 @@ def repair(
         for finding in report.findings:
             file = finding.file
             if finding.kind == "missing" and finding.array in manifest.sites:
-                continue  # a loss, and nothing to move
+                continue  # lost, but there is nothing to move
             if file not in aside and _can_be_moved(folder, finding, manifest):
                 aside[file] = set_aside(folder, file, (PurePosixPath(ASIDE) / file).parent.as_posix())
             if _is_array_metadata(finding) and finding.array is not None:
@@ -125,7 +125,7 @@ def _is_array_metadata(finding: Finding) -> bool:
 
 
 def _can_be_moved(folder: Path, finding: Finding, manifest: Manifest) -> bool:
-    """Tell whether a file is there that can be moved away without losing more than is lost already."""
+    """Whether the file exists and can be moved without losing more than is lost already."""
     if finding.kind == "unreadable" or not os.path.lexists(folder / finding.file):
         return False
     shard_of_site = finding.array in manifest.sites and finding.kind in ("foreign", "damaged", "unexpected")
@@ -134,11 +134,11 @@ def _can_be_moved(folder: Path, finding: Finding, manifest: Manifest) -> bool:
 
 
 def _losses(folder: Path, manifest: Manifest, report: Report) -> tuple[Loss, ...]:
-    """Say what the shards of sites that are missing now held, each once."""
+    """The rows of the site shards that are now missing, each shard once."""
     try:
         sequences = Store(folder, manifest).sequences
     except (MmcacheError, OSError):
-        sequences = None  # which is a finding of its own
+        sequences = None  # a finding of its own
     lost = {}
     for finding in report.findings:
         if finding.array in RESERVED or finding.array is None or finding.tokens is None or finding.kind == "unreadable":

@@ -1,11 +1,11 @@
-"""Stores copied to and from object storage, whole or in part: gone on with where it stopped, and checked on the way.
+"""Copy stores to and from object storage, whole or in part: resumable, and verified during the copy.
 
-Whatever is copied comes before the root's `zarr.json`: until that is there, no reader believes any of it. What is there
-already is compared by small reads (size, first page, and all from the checksums on), and left alone.
+The root's `zarr.json` is written last; without it, readers ignore everything else. What the target has already is
+compared by small reads (size, header page, and everything from the checksums on), and not copied again.
 
-A part of a store: some of its sites, some blocks of its tokens, and the root that says so. Shards do not say which
-other sites there are, so those of a part are the whole store's, byte for byte; only the root differs, and lists fewer
-sites. Parts of the same store that meet in one place make a larger one.
+A part of a store is some of its sites, some blocks of its tokens, and a root that describes them. Shards do not name
+the store's other sites, so the shards of a part are byte for byte those of the whole store. Only the root differs: it
+lists fewer sites. Parts of the same store that are copied to one place combine into a larger part.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ __all__ = ["ALL", "Blocks", "Numbers", "Transferred", "blocks_of", "chosen_sites
 Numbers: TypeAlias = "tuple[int, int] | slice | range | Sequence[int]"
 
 _FIELDS = ("store", "kind", "layout", "has_tokens", "special_tokens", "uses", "dtype", "shard_tokens")
-# Of `source`: what decides on the bits of a row.
+# Fields of `source` that determine the bits of a row.
 _SOURCE = ("tokens", "numerics")
 _SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Some blocks of tokens, as stretches: `firsts` `[n]` ascending, `lasts` `[n]` the last block up to each."""
+    """Some blocks of tokens, as ranges: `firsts` `[n]`, ascending; `lasts` `[n]`, the last block up to each."""
 
     firsts: np.ndarray
     lasts: np.ndarray
 
     def of(self, blocks: np.ndarray) -> np.ndarray:
-        """Tell which of some blocks, `[n]`, are among these: `[n]` bool."""
+        """Which of the given blocks, `[n]`, are among these: `[n]` bool."""
         place = np.searchsorted(self.firsts, blocks, side="right") - 1
         return (place >= 0) & (self.lasts[place] >= blocks)
 
     def count(self, blocks: int) -> int:
-        """Count those below `blocks`."""
+        """The number of these below `blocks`."""
         lasts = np.minimum(self.lasts, blocks - 1)
         before = np.concatenate([[-1], lasts[:-1]])
         return int(np.maximum(0, lasts - np.maximum(before, self.firsts - 1)).sum())
@@ -82,10 +82,11 @@ ALL = Blocks(np.zeros(1, np.int64), np.full(1, 2**62))
 
 
 def chosen_sites(manifest: Manifest, sites: Sequence[str] | None, where: str) -> tuple[str, ...]:
-    """Give the sites asked for, each once; all of them for None.
+    """The sites asked for, each once; all of them for None.
 
     Raises:
-        UnknownSiteError: there is no such site. ArgumentError: none is named.
+        UnknownSiteError: there is no such site.
+        ArgumentError: `sites` is empty.
     """
     if sites is None:
         return tuple(manifest.sites)
@@ -99,16 +100,16 @@ def chosen_sites(manifest: Manifest, sites: Sequence[str] | None, where: str) ->
 
 
 def blocks_of(sequences: Sequences, asked: Numbers, shard_tokens: int) -> Blocks:
-    """Find the blocks of tokens in which some sequences lie.
+    """The blocks of tokens in which some sequences lie.
 
     Args:
         sequences: those of the store.
-        asked: from a number to before another, a slice, a range, or numbers of sequences.
-        shard_tokens: tokens a block.
+        asked: `(first, stop)`, a slice, a range, or numbers of sequences.
+        shard_tokens: tokens per block.
 
     Raises:
         OutOfRangeError: there is no such sequence.
-        ArgumentError: no numbers, or none at all.
+        ArgumentError: not numbers, or none at all.
     """
     spans = sequences.numpy()[_numbers(asked, len(sequences))]
     spans = spans[spans[:, 1] > spans[:, 0]]
@@ -123,7 +124,7 @@ def _numbers(asked: Numbers, total: int) -> np.ndarray:
         if len(asked) != 2:
             raise ArgumentError(f"sequences is {shown(asked)}: expected (first, stop), or a list of numbers")
         asked = range(*asked)
-    # Of a range the ends tell, however long it is.
+    # The ends of a range are enough to check it, however long it is.
     ends = asked if not isinstance(asked, range) else [asked[0], asked[-1]] if asked else []
     try:
         numbers = np.asarray(ends)
@@ -139,16 +140,17 @@ def _numbers(asked: Numbers, total: int) -> np.ndarray:
 
 
 def joined(ours: Manifest, sites: Sequence[str], there: Manifest | None, where: str) -> Manifest:
-    """Give the root of a place that gets some sites of a store, and has what another root says: None for nothing.
+    """The root of a place that gets some sites of a store, merged with the root that it has.
 
     Args:
         ours: the store that is copied.
         sites: which of its sites.
-        there: what the place holds already.
+        there: the root that the place has; None if it has none.
         where: the place, for the error.
 
     Raises:
-        StoreExistsError: it holds another store, or what would not be true any more; what differs is named.
+        StoreExistsError: it holds another store, or sites that the new root would no longer describe. The error names
+            the differences.
     """
     if there is None:
         return _narrowed(ours, ours, sites)
@@ -173,7 +175,7 @@ def _size(manifest: Manifest) -> tuple[int, int, int]:
 
 
 def _narrowed(ours: Manifest, there: Manifest, sites: Sequence[str]) -> Manifest:
-    """Write a root of some sites of two, in our order first: so that all of ours give our root."""
+    """A root for some sites of two roots, ours first: with all of our sites it equals our root."""
     names = [site for site in (*ours.sites, *(site for site in there.sites if site not in ours.sites)) if site in sites]
     source = dict(ours.source)
     modules, others = (_dict(manifest.source.get("modules")) for manifest in (ours, there))
@@ -196,7 +198,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _differences(ours: Manifest, there: Manifest) -> list[str]:
-    """Say in which fields two roots are not of the same store, or ours is behind: name, and both values."""
+    """The fields in which two roots differ or ours is behind: name, and both values."""
     fields = {name: (getattr(there, name), getattr(ours, name)) for name in _FIELDS}
     for name in _SOURCE:
         fields[name] = (there.source.get(name), ours.source.get(name))
@@ -208,14 +210,14 @@ def _differences(ours: Manifest, there: Manifest) -> list[str]:
         fields[f"inner_tokens of {site}"] = there.inner_tokens.get(site), ours.inner_tokens.get(site)
         fields[f"modules of {site}"] = modules[0], modules[1]
     if there.kind == "grown" and not there.n_tokens:
-        # Before its first rows a store has no geometry.
+        # A grown store has no geometry before its first rows.
         fields = {name: fields[name] for name in _FIELDS[:-2]}
     wrong = [f"{name}: {_short(a)} there, {_short(b)} here" for name, (a, b) in fields.items() if a != b]
     return wrong + _behind(ours, there)
 
 
 def _behind(ours: Manifest, there: Manifest) -> list[str]:
-    """Compare what counts: a plan has it from the beginning, what grows may only grow."""
+    """Differences in counts and layers: a plan's are final, a grown store's may only grow."""
     counts = {name: (getattr(there, name), getattr(ours, name)) for name in ("n_tokens", "n_sequences")}
     wrong = [
         f"{name}: {a} there, {b} here"
@@ -233,15 +235,15 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Transferred:
-    """What a push or a pull did.
+    """What `push` or `pull` did.
 
     Attributes:
-        source: what was copied from, a folder or an address.
-        destination: what it was copied to.
-        shards: shards that were copied, those of tokens, flags and sequences among them.
-        there: shards that were there already, and the same.
+        source: the folder or address that was copied from.
+        destination: the address or folder that was copied to.
+        shards: how many shards were copied, including those of tokens, flags and sequences.
+        there: how many equal shards the destination had already.
         bytes: bytes of all files that were copied.
-        missing: shards that were asked for, and that the source does not have (yet).
+        missing: how many of the shards asked for the source does not have (yet).
     """
 
     source: str
@@ -261,29 +263,31 @@ def push(
     sequences: Numbers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transferred:
-    """Copy a store, or a part of it, into object storage. Blocks until all of it is there.
+    """Copy a store, or a part of it, into object storage. Blocks until everything is there.
 
-    Called again, it goes on: shards that are there and the same are left alone, and sites or sequences that were not
-    copied before are added. Each shard is verified before it is sent, so that damage does not travel. A store that grew
-    is brought up to date. Of a store that is still being filled, what there is is copied. Killed in the middle of an
-    upload, it may leave an object below `.uploads/`, which nothing reads. It takes about 200 MiB of memory.
+    Run again to resume: equal shards are not copied again, and sites or sequences that were not copied before are
+    added. Each shard is verified before it is sent, so damaged shards are not copied. A copy of a store that grew is
+    brought up to date. Of a store that is still being filled, the shards that exist are copied. If killed during an
+    upload, it may leave an object below `.uploads/`, which nothing reads. It uses about 200 MiB of memory.
 
     Args:
         path: the store's folder.
-        url: the place, such as `s3://bucket/acts`; who reads it must not be given sites by two pushes at a time, since
-            the later one's root counts.
-        sites: which of them; None for all.
-        sequences: only the blocks of tokens in which these lie: `(first, stop)`, a slice, a range or numbers; None for
-            all. Positions stay what they were, and the copy is an incomplete store, for `partial=True`.
-        progress: called with the bytes of shards that are done, and of how many, from several threads.
+        url: the address, such as `s3://bucket/acts`. Do not push different sites to it from two processes at the same
+            time: the root that is written last counts.
+        sites: the sites to copy; None for all.
+        sequences: copy only the blocks of tokens in which these lie: `(first, stop)`, a slice, a range or numbers; None
+            for all. Positions do not change; the copy is an incomplete store, to be opened with `partial=True`.
+        progress: called with the bytes of shards done and the total, from several threads.
 
     Raises:
-        StoreExistsError: another store is there, or another shard under a shard's name; what differs is named.
+        StoreExistsError: `url` has another store, or another shard under a shard's name; the error names the
+            differences.
         StoreNotFoundError, VersionError: there is no store, or no bucket.
         IncompleteError: the store is still being planned, or has lost tokens, flags or sequences.
-        CorruptError: a file of it is damaged.
-        UnknownSiteError, OutOfRangeError, ArgumentError: there are no such sites or sequences; `url` is no address.
-        AccessError, RemoteError: the server refuses, or gives no answer.
+        CorruptError: a file of the store is damaged.
+        UnknownSiteError, OutOfRangeError: there are no such sites or sequences.
+        ArgumentError: `url` is not an address, or an argument is invalid.
+        AccessError, RemoteError: the server refuses the request, or does not answer.
     """
     if isinstance(folder := placed(path), str):
         raise ArgumentError(f"{folder} is an address: push copies from a folder, `mmcache pull` to one")
@@ -300,14 +304,14 @@ def push(
     joined(manifest, names, there, bucket.url)
     blocks = _blocks(Store(folder, manifest), sequences)
     for _ in metadata(folder, manifest, names):
-        pass  # damage in it is better met before the shards are sent
+        pass  # find damage in these files before sending any shard
     carrier = Uploader(folder, bucket, manifest, there, progress)
     arrays = _arrays(manifest, names)
     carrier.plan(arrays, blocks)
     carrier.copy(arrays)
     written = sum(len(data) for key, data in metadata(folder, manifest, names) if place.write(key, data))
     bucket.warn_of(bucket.refused)
-    # Others may have pushed other sites meanwhile.
+    # Read the root again: another process may have pushed other sites meanwhile.
     written += _commit(place, root(), manifest, text)
     return Transferred(str(folder), bucket.url, carrier.copied, carrier.there, carrier.bytes + written, carrier.missing)
 
@@ -323,26 +327,28 @@ def pull(
 ) -> Transferred:
     """Copy a store, or a part of it, from object storage into a folder. Blocks until all of it is durable.
 
-    Called again, it goes on, and adds, as `push`. Every checksum of a shard is compared before the shard gets its name;
-    one that does not match is fetched once more. Shards that are there, but damaged, are replaced. It takes about 200
-    MiB of memory.
+    Run again to resume, or to add sites or sequences, as `push`. Every checksum of a shard is checked before the shard
+    gets its name; one that does not match is fetched once more. Damaged shards in the folder are replaced. It uses
+    about 200 MiB of memory.
 
     Args:
         url: the store, such as `s3://bucket/acts`.
         path: the folder. It may hold other sites or sequences of the same store.
-        sites: which of them; None for all.
+        sites: the sites to copy; None for all.
         sequences: as in `push`: only the blocks of tokens in which these lie.
         progress: as in `push`.
 
     Raises:
-        StoreExistsError: another store is there, or a shard of one; what differs is named.
+        StoreExistsError: the folder has another store, or a shard of one; the error names the differences.
         StoreNotFoundError, VersionError: there is no store, or no bucket.
         IncompleteError: the store is still being planned, or has lost tokens, flags or sequences.
-        CorruptError: an object is damaged, and was when it was fetched again.
-        LockedError: a writer has the folder, or another pull. LinkError: in the folder there is a symbolic link.
-        DiskFullError: there is no room; the error says how much it takes, and how much is free.
-        UnknownSiteError, OutOfRangeError, ArgumentError: there are no such sites or sequences; `url` is no address.
-        AccessError, RemoteError: the server refuses, or gives no answer.
+        CorruptError: an object is damaged, even after it was fetched again.
+        LockedError: a writer or another pull holds the folder.
+        LinkError: the folder contains a symbolic link.
+        DiskFullError: there is not enough room; the error names the bytes needed and free.
+        UnknownSiteError, OutOfRangeError: there are no such sites or sequences.
+        ArgumentError: `url` or `path` is invalid, or another argument.
+        AccessError, RemoteError: the server refuses the request, or does not answer.
         WriteError: the disk refused.
     """
     if isinstance(folder := placed(path), str):
@@ -387,7 +393,7 @@ def pull(
 
 
 def _read_root(folder: Path) -> tuple[Manifest, bytes]:
-    """Read the root, and its bytes: both of the same commit, though a writer may be at work."""
+    """The root and its bytes, from the same commit even while a writer is at work."""
     manifest = read_manifest(folder)
     while True:
         text = read_file(folder / ROOT, METADATA_LIMIT)
@@ -403,7 +409,7 @@ def _planned(manifest: Manifest, where: str) -> Manifest:
 
 
 def _arrays(manifest: Manifest, sites: Sequence[str]) -> list[str]:
-    """List the arrays that have shards to be copied: first those of which every shard's tokens can be told."""
+    """The arrays that have shards: tokens, flags and sequences first, which the check of a site's shards needs."""
     names = [*(RESERVED if manifest.has_tokens else ()), *(sites if manifest.shard_tokens else ())]
     return [array for array in names if manifest.rows(array)]
 
@@ -436,7 +442,7 @@ def _unreadable(where: str, error: CorruptError) -> StoreExistsError:
 
 
 def _commit(place: BucketEndpoint | FolderEndpoint, root: Manifest, ours: Manifest, text: bytes) -> int:
-    """Write the root, which makes a store of what was copied; give its bytes, 0 where it says so already."""
+    """Write the root, which completes the store. Returns its bytes; 0 if the same root is there already."""
     data = text if root == ours else root.to_json()
     return len(data) if place.write(ROOT, data) else 0
 

@@ -1,6 +1,6 @@
-"""Everything that is wrong with a store, as a list of findings: all of it, not only the first.
+"""Verify a store: a list of everything that is wrong with it, not only the first problem.
 
-Quick: what is there, sizes, headers, indices and metadata. Full: every byte, each shard read once, at the disk's speed.
+Quick: presence, sizes, headers, indices and metadata. Full: every byte; each shard is read once, at the disk's speed.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ Kind = Literal["missing", "unreadable", "foreign", "damaged", "metadata", "seque
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with one file.
+    """One problem with one file.
 
     Attributes:
-        kind: `"missing"`: it is not there. `"unreadable"`: the system refuses to read it. `"foreign"`: it is not the
-            shard that belongs there: cut short or extended, with a damaged header, moved, another store's, or no plain
-            file. `"damaged"`: bytes that do not match their checksum. `"metadata"`: a `zarr.json` or the merged
-            statistics. `"sequences"`: they do not follow each other. `"unexpected"`: a shard that no plan
-            knows, or a key of a bucket that no store has.
-        file: which, from the store's folder.
+        kind: `"missing"`: there is no such file. `"unreadable"`: the system refuses to read it. `"foreign"`: it is not
+            the shard that belongs there: cut short or extended, with a damaged header, moved, another store's, or not a
+            regular file. `"damaged"`: bytes that do not match their checksum. `"metadata"`: a bad `zarr.json` or merged
+            statistics. `"sequences"`: they are not consecutive. `"unexpected"`: a shard that is not in the plan, or a
+            key of a bucket that no store has.
+        file: the file, relative to the store's folder.
         what: what was found, and what was expected.
         array: the site, or `tokens`, `flags` or `sequences`; None for the store's own files.
         shard: (slot, block) of a shard.
-        tokens: the positions that depend on it, from the first to before the last; None where that is not known.
-        layers: the layers that it holds rows of, by the model's numbers; empty for what is of no site.
+        tokens: the positions that depend on it, (first, stop); None if not known.
+        layers: the layers that it holds rows of, by the model's numbers; empty if it belongs to no site.
     """
 
     kind: Kind
@@ -79,10 +79,10 @@ class Report:
 
     Attributes:
         path: the store.
-        level: how closely it was looked at.
-        findings: all that is wrong, in the order of the store's arrays.
-        shards: shards that were looked at.
-        bytes: bytes that were read of them.
+        level: `"full"` or `"quick"`.
+        findings: everything that is wrong, in the order of the store's arrays.
+        shards: how many shards were checked.
+        bytes: how many of their bytes were read.
     """
 
     path: str
@@ -97,10 +97,11 @@ class Report:
         return not self.findings
 
 
-# One waits for the disk while another compares.
+# While one waits for the disk, another computes checksums.
 _THREADS = 3
 _AHEAD = 64
-# Shards that a root may count beyond all that is there: each of them becomes a finding.
+# A root may count this many shards, and 100 more per file; each missing one becomes a finding. If it counts more, the
+# root itself is wrong.
 _BELIEVABLE = 1 << 18
 
 
@@ -108,22 +109,22 @@ _BELIEVABLE = 1 << 18
 def verify(
     path: str | os.PathLike[str], level: Level = "full", *, progress: Callable[[int, int], None] | None = None
 ) -> Report:
-    """Look for everything that is wrong with a store. Nothing is written; blocks until all of it was looked at.
+    """List everything that is wrong with a store. Nothing is written; blocks until all of it was checked.
 
-    Full verify finds any bit that flipped in any file of the store, and any file that was cut short, extended, moved,
-    replaced by another store's, or removed. Another writer may be at work meanwhile: what is committed when this
-    begins is looked at.
+    Full verify finds any flipped bit in any file of the store, and any file that was cut short, extended, moved,
+    removed or replaced by another store's. A writer may be at work meanwhile: what is committed when `verify` begins is
+    checked.
 
     Args:
-        path: the store's folder, or its address in a bucket, of which every byte is read anew.
-        level: `"full"`: every byte. `"quick"`: presence, sizes, headers, indices and metadata: seconds for 10,000
+        path: the store's folder, or its address in a bucket, from which every byte is read again.
+        level: `"full"`: every byte. `"quick"`: presence, sizes, headers, indices and metadata; seconds for 10,000
             shards.
-        progress: called with the bytes that were looked at, and of how many, now and then.
+        progress: called now and then with the bytes checked and the total.
 
     Raises:
         StoreNotFoundError: there is no store.
         ArgumentError: no such level.
-        AccessError, RemoteError: object storage refuses, or gives no answer.
+        AccessError, RemoteError: object storage refuses the request, or does not answer.
     """
     place = placed(path)
     try:
@@ -131,13 +132,13 @@ def verify(
         folder = Path(place) if remote is None else remote.folder
         manifest = read_manifest(folder)
     except CorruptError as error:
-        # Another format version too: a bit that flipped there is as likely as a store from the future.
+        # An unknown format version too: it is as likely a flipped bit as a newer store.
         return Report(str(place), level, (Finding("metadata", ROOT, str(error)),), 0, 0)
     return _Verification(folder, manifest, level, progress, remote).run()
 
 
 class _Verification:
-    """One look at one store."""
+    """One run of `verify` on one store."""
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class _Verification:
         self._sequences: Sequences | None = None
 
     def _arrays(self) -> list[str]:
-        """List the arrays that have rows."""
+        """The arrays that have rows."""
         sites = list(self._manifest.sites) if self._manifest.shard_tokens is not None else []
         return [
             array for array in (*sites, *(RESERVED if self._manifest.has_tokens else ())) if self._manifest.rows(array)
@@ -167,7 +168,7 @@ class _Verification:
         for array in self._arrays():
             self._check_metadata(array)
         if self._level == "full" and self._manifest.kind == "planned" and self._manifest.n_tokens:
-            # What is wrong with them becomes a finding below.
+            # Damage in them becomes a finding below.
             with contextlib.suppress(MmcacheError, OSError):
                 self._sequences = self._store().sequences
         crew = ThreadPool(_THREADS, "verify")
@@ -187,7 +188,7 @@ class _Verification:
         return Report(self._where, self._level, tuple(self._findings), self._shards, self._bytes)
 
     def _find(self, kind: Kind, file: str, what: str, **where: Any) -> None:
-        # What errors say begins with the path, which a finding names already.
+        # Error messages begin with the path, which a finding has already.
         self._findings.append(
             Finding(
                 kind,
@@ -198,12 +199,12 @@ class _Verification:
         )
 
     def _check_metadata(self, array: str) -> None:
-        """Compare an array's `zarr.json` with what the root says; it may be ahead of a grown store's commit."""
+        """Compare an array's `zarr.json` with the root; a grown store's may be ahead of the commit."""
         try:
             check_path(self._path, array)
             read_array(self._path, self._manifest, array)
         except LinkError:
-            return  # which `_check_array` says
+            return  # `_check_array` reports it
         except (MmcacheError, OSError) as error:
             self._find("metadata", f"{array}/{ROOT}", str(error), array=array)
 
@@ -243,7 +244,7 @@ class _Verification:
         return Store(self._path, self._manifest, remote=self._remote)
 
     def _folder(self, array: str) -> ShardFolder:
-        # What is here of a bucket is not what is to be looked at.
+        # `fresh`: of a bucket, check the objects, not their cached copies.
         rows = self._manifest.rows(array)
         return ShardFolder(self._path, self._manifest, array, rows, remote=self._remote, fresh=True)
 
@@ -254,7 +255,7 @@ class _Verification:
         return check_shard(folder, slot, block, full=self._level == "full", ids=ids, tell=self._tell)
 
     def _ids_of(self, block: int, sequences: Sequences) -> str | None:
-        """Hash the tokens that a block's rows are of; None where they cannot be read, which is a finding of theirs."""
+        """The digest of the token ids of a block's rows; None if they cannot be read (their own finding)."""
         shard, total = self._manifest.shard_tokens or 1, self._manifest.n_tokens or 0
         context = sequences[sequences.find(block * shard)].start
         try:
@@ -264,12 +265,12 @@ class _Verification:
         return ids_digest(ids.numpy())
 
     def _tell(self, count: int) -> None:
-        # Of a quick look, whole arrays count.
+        # A quick check counts whole arrays instead.
         if self._level == "full":
             self._advance(count)
 
     def _advance(self, count: int) -> None:
-        # Several threads add to it, and one that is lost now and then does not matter.
+        # Not locked: several threads add to it, and an update that is lost does not matter.
         self._done += count
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
@@ -283,7 +284,7 @@ class _Verification:
         except CorruptError as error:
             self._find_shard("foreign", array, shard, str(error))
         except (AccessError, RemoteError):
-            # A server that is down says nothing about the store.
+            # An unreachable server says nothing about the store.
             raise
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "?")

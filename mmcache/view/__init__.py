@@ -1,11 +1,11 @@
-"""Looking into a store: each view is one function that gives arrays and labels, within a bounded number of bytes.
+"""Look into a store: each view is a function that returns arrays and labels, and reads a bounded number of bytes.
 
     store = mmcache.open("acts")
     mmcache.view.health(store, "mlp_out")["problems"]
     mmcache.view.norms(store, "mlp_out")              # in a notebook: the map
     mmcache.view.top(store, "mlp_out", 3, 17)["bands"][0]["examples"]
 
-Terminal, notebook, JSON and page are drawn from the same. What is sampled says so, in `sampled`.
+The terminal, notebooks, JSON and the page all show the same data. `sampled` says what a view left out.
 """
 
 from mmcache.read.describe import overview
@@ -19,7 +19,7 @@ from mmcache.view.search import find, top
 from mmcache.view.summary import layer_view, row_view, statistics_view
 from mmcache.view.tokens import Detokenizer, sequence, token
 
-# Its name before, which users' code has.
+# The old name, which users' code may import.
 Words = Detokenizer
 
 __all__ = [

@@ -1,14 +1,13 @@
-"""Which requests reach the page: those that have the secret, and those for its own files, made by no other web page.
+"""Access control of the page: only requests with the secret get data, and none made by another website.
 
-Addresses get around: into the history, the arguments of a browser, what others see of a screen. So what an address
-holds is worth nothing after its first use. The secret is in no address and in no cookie, which a browser would send to
-every port of this machine: who asks for data sends it as `Authorization: Bearer`.
+Addresses leak: into the browser's history, its command line, a shared screen. So the token in an address is valid only
+once. The secret is in no address and in no cookie, which a browser would send to every port of this machine. A request
+sends it as `Authorization: Bearer`.
 
-Which requests reach the page: those that have the secret, and those for its own files, made by no other web page. The
-page is on the loopback address, which every program and every web page on this machine can reach. Asked for are our own
-name as `Host` (else a name that was pointed at 127.0.0.1 would be us), no sign of another origin, no body, and the
-secret. Without it there are only the page's own files, which are the same for everybody and have nothing of the store;
-among them is the script that keeps the secret and sends it.
+The page listens on the loopback address, which every program and website on this machine can reach. A request must
+have our own name as `Host` (otherwise a website could point its name at 127.0.0.1: DNS rebinding), no other origin, no
+body, and the secret. Without the secret it gets only the page's own files. They are the same for everybody and hold
+nothing of the store; among them is the script that keeps the secret and sends it.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KNOWN", "SESSION", "Access", "TokenAuth"]
 
-# Where a token is exchanged for the secret.
+# Where a one-time token is exchanged for the secret.
 SESSION = "/session"
-# Said in the scope of a request that has the secret.
+# Set in the scope of a request that has the secret.
 KNOWN = "mmcache.known"
 _HEADERS = {
     "Content-Security-Policy": (
@@ -42,23 +41,23 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _REFUSED = "refused: open an address that `mmcache view` printed; each is good once, then the next one is printed\n"
-# Bytes of an answer that are written at once, so that one that is not read takes no more memory.
+# An answer is sent in pieces of this many bytes, so that one that is not read takes little memory.
 _PIECE = 1 << 16
 
 
 class TokenAuth:
-    """An ASGI app in front of another, which sees only what may come in; every answer gets the safe headers.
+    """An ASGI app that passes only permitted requests to another, and adds security headers to every response.
 
     Args:
-        app: what is behind.
-        port: ours.
-        access: who may see the store.
-        open_paths: of the page's own files, which need no secret; `"/"` is the page.
+        app: the app behind it.
+        port: the port of the page.
+        access: checks tokens and the secret.
+        open_paths: paths of the page's own files, which need no secret; `"/"` is the page.
     """
 
     def __init__(self, app: ASGIApp, *, port: int, access: Access, open_paths: Container[str]) -> None:
         self._app, self._access, self._open_paths = app, access, open_paths
-        # Browsers leave the port out of `Host` where it is that of http.
+        # For port 80, browsers leave the port out of `Host`.
         ends = (f":{port}", "") if port == 80 else (f":{port}",)
         self._hosts = {f"{name}{end}" for name in ("127.0.0.1", "localhost", "[::1]") for end in ends}
 
@@ -74,7 +73,7 @@ class TokenAuth:
                     headers[name] = value
                 headers.setdefault("Cache-Control", "no-store")
                 if message["status"] >= 400:
-                    # Whatever else comes on this connection is not read.
+                    # The rest of what comes on this connection is not read.
                     headers["Connection"] = "close"
             body = message.get("body", b"")
             last = max(0, len(body) - 1) // _PIECE * _PIECE
@@ -86,7 +85,7 @@ class TokenAuth:
         await (answer or self._app)(scope, receive, send_safely)
 
     def _answer(self, scope: Scope) -> Response | None:
-        """The answer to a request that must not come in, or asks for the secret; None lets it through."""
+        """The response to a request that is refused or asks for the secret; None to pass it on."""
         headers, path = Headers(scope=scope), scope["path"]
         if "transfer-encoding" in headers or int(headers.get("content-length", 0)):
             return PlainTextResponse("this page takes no body\n", 413)
@@ -103,14 +102,15 @@ class TokenAuth:
         if self._access.admits(authorization):
             scope[KNOWN] = True
         elif opened and path.endswith(".json"):
-            # Data in a tab of their own: the page asks for them with the secret, which a browser does not send itself.
+            # Data opened in a tab: the browser itself does not send the secret, so the page is sent, and requests the
+            # data.
             scope["path"] = "/"
         elif path not in self._open_paths:
             return PlainTextResponse(_REFUSED, 403)
         return None
 
     def _from_here(self, headers: Headers, opened: bool) -> bool:
-        """Whether a request is addressed to us by our own name, and made by no other site, but for opening the page."""
+        """Whether `Host` is our own name, and no other site made the request unless it opens the page."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             return False
@@ -123,10 +123,10 @@ _BYTES = 32
 
 
 class Access:
-    """The secret of one running page, and the tokens that are good once.
+    """The secret of one running page, and its one-time tokens.
 
     Attributes:
-        secret: what requests for data must have.
+        secret: what requests for data must send.
     """
 
     def __init__(self) -> None:
@@ -134,13 +134,13 @@ class Access:
         self._tokens: dict[str, Callable[[], object]] = {}
 
     def one_time_token(self, used: Callable[[], object]) -> str:
-        """A new token, good until it is exchanged; `used` is called then."""
+        """A new token, valid until it is exchanged; then `used` is called."""
         token = secrets.token_urlsafe(_BYTES)
         self._tokens[token] = used
         return token
 
     def exchange(self, authorization: list[str]) -> str | None:
-        """The secret for the `Authorization` of a request, whose token is then used up; None if it has none that is."""
+        """The secret, if the `Authorization` holds a valid token, which is used up; else None."""
         known = [token for token in self._tokens if _is(authorization, token)]
         for token in known:
             self._tokens.pop(token)()
@@ -152,5 +152,5 @@ class Access:
 
 
 def _is(authorization: list[str], token: str) -> bool:
-    # As bytes: texts that are not ASCII cannot be compared in constant time.
+    # Compared as bytes: `compare_digest` takes no non-ASCII text.
     return len(authorization) == 1 and secrets.compare_digest(authorization[0].encode(), f"Bearer {token}".encode())

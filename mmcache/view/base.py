@@ -1,4 +1,4 @@
-"""What a view returns, as plain data, and how much of a store it may read for that."""
+"""What a view returns (`View`), and bounded reads of a store's rows and statistics (`Sampler`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["BUDGET", "Name", "Sample", "Sampler", "View", "written"]
 
 
 class Name(str):
-    """The name of a variable, which is written as it is."""
+    """The name of a variable: its repr is the name itself."""
 
     __slots__ = ()
 
@@ -35,7 +35,7 @@ class Name(str):
 
 
 def written(view: Callable[..., View], *given: object, **named: object) -> str:
-    """Write the Python that makes a view: its arguments behind the store, in order, then those that are no defaults."""
+    """The Python call that makes a view: the given arguments, then the named ones that are not defaults."""
     usual = {name: parameter.default for name, parameter in inspect.signature(view).parameters.items()}
     more = [f"{name}={value!r}" for name, value in named.items() if value != usual[name]]
     return f"mmcache.view.{view.__name__}({', '.join(['store', *map(repr, given), *more])})"
@@ -43,15 +43,15 @@ def written(view: Callable[..., View], *given: object, **named: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Arrays and labels, and where they are from. In a notebook it shows its figure.
+    """Arrays and labels, and where they are from. A notebook shows its figure.
 
     Attributes:
-        name: what kind of view it is: the function of `mmcache.view` that made it.
+        name: the kind of view: the function of `mmcache.view` that made it.
         title: what it shows, for people.
-        python: the Python that makes it.
-        data: numpy arrays, numbers, texts, lists and dicts, by name; the function that made it says which.
-        sampled: None where everything was looked at; else what part of it was.
-        bytes_read: of activations and statistics, as they lie in the files.
+        python: the Python call that makes it.
+        data: numpy arrays, numbers, texts, lists and dicts, by name, as documented by the function that made it.
+        sampled: which part was read; None if all of it was.
+        bytes_read: bytes of activations and statistics that were read, as stored.
     """
 
     name: str
@@ -68,7 +68,7 @@ class View:
         return f"View({self.title!r}, {', '.join(self.data)}{', sampled' if self.sampled else ''})"
 
     def to_json(self) -> dict[str, Any]:
-        """Give all of it as what JSON can say; NaN and infinities as "NaN", "Infinity" and "-Infinity"."""
+        """All of it as JSON values; NaN and infinities as "NaN", "Infinity" and "-Infinity"."""
         about = {"view": self.name, "title": self.title, "python": self.python, "sampled": self.sampled}
         ready: dict[str, Any] = json_ready({**about, "bytes_read": self.bytes_read, "data": self.data})
         return ready
@@ -92,22 +92,22 @@ class View:
         return {"text/plain": repr(self), **bundle}
 
 
-# What a view reads at most, unless it is told otherwise.
+# How many bytes a view reads, unless told otherwise.
 BUDGET = 64 << 20
-# Rows that are looked at in a row, so that most of them have their neighbours.
+# Rows in a sampled run, so that most of them have their neighbours.
 _RUN = 64
-# Numbers that are widened to float64 at once.
+# How many numbers are converted to float64 at a time.
 _WIDE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens to look at.
+    """A choice of tokens.
 
     Attributes:
         positions: `[n]` int64, ascending: those that count in the statistics.
-        looked: how many were looked at, the others among them.
-        total: how many there are.
+        looked: how many tokens were chosen, including those that do not count.
+        total: how many tokens the store has.
     """
 
     positions: np.ndarray
@@ -116,25 +116,25 @@ class Sample:
 
     @property
     def said(self) -> str | None:
-        """What was left out, for people; None if nothing was."""
+        """Which part was read, for people; None if all of it was."""
         if self.looked == self.total:
             return None
         return f"{self.looked:,} of {self.total:,} tokens, evenly spread in runs of {_RUN}"
 
 
 class Sampler:
-    """One look at one site of a store. Not for several threads.
+    """Reads rows and statistics of one site for one view. Not thread-safe.
 
     Args:
         store: the store; shards may be missing.
         site: one of its sites.
         layers: the model's numbers; None for all.
-        budget: bytes of activations that may be read.
+        budget: how many bytes of activations may be read.
 
     Raises:
         UnknownSiteError, OutOfRangeError: there is no such site or layer.
         IncompleteError: it has no rows yet.
-        ArgumentError: a budget below 1, or layers twice.
+        ArgumentError: a budget below 1, no layers, or a layer twice.
     """
 
     def __init__(self, store: Store, site: str, layers: Sequence[int] | None = None, budget: int = BUDGET) -> None:
@@ -157,18 +157,18 @@ class Sampler:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes that are read for one token: of the layers asked for, or of all where they lie together."""
+        """The bytes read per token: the layers asked for, or all if the layout stores them together."""
         rows = 1 if self.store.layout == "token" else len(self.slots)
         return self.folder.spec.row_bytes * rows
 
     @cached_property
     def blocks(self) -> np.ndarray:
-        """Blocks of which the shards of all layers asked for are there: `[n]` int64, ascending."""
+        """The blocks whose shards exist for all layers asked for: `[n]` int64, ascending."""
         wanted = [0] if self.store.layout == "token" else self.slots
         return np.flatnonzero(self.folder.present()[wanted].all(axis=0))
 
     def span(self, start: int, stop: int | None) -> tuple[int, int]:
-        """Check a range of positions: `start` to before `stop`, None for the end."""
+        """The range of positions from `start` to `stop` (None for the end). Raises OutOfRangeError if it is invalid."""
         total = self.store.n_tokens
         stop = total if stop is None else stop
         if not 0 <= start < stop <= total:
@@ -176,10 +176,10 @@ class Sampler:
         return start, stop
 
     def sample(self, run: int = _RUN) -> Sample:
-        """Choose tokens that count in the statistics, as many as the budget has room for, in runs evenly spread.
+        """Choose tokens that count in the statistics: all if the budget allows it, else evenly spread runs.
 
         Raises:
-            IncompleteError: no shard is there.
+            IncompleteError: there are no shards yet.
         """
         shard, total = self.folder.spec.shard_rows, self.store.n_tokens
         if not len(self.blocks):
@@ -188,7 +188,7 @@ class Sampler:
         runs = [range(int(block) * shard, min((int(block) + 1) * shard, total)) for block in self.blocks]
         there = sum(map(len, runs))
         if there > room:
-            # Runs at even distances of what is there, from the first to the last.
+            # Evenly spaced runs over the rows that exist, from the first to the last.
             edges = np.concatenate([[0], np.cumsum([len(run) for run in runs])])
             starts = np.linspace(0, there - run, max(1, room // run)).astype(np.int64)
             within = np.searchsorted(edges, starts, side="right") - 1
@@ -198,20 +198,20 @@ class Sampler:
         return Sample(positions[self.counted(positions)], len(positions), total)
 
     def counted(self, positions: np.ndarray) -> np.ndarray:
-        """Tell which of some ascending positions count in the statistics: `[n]` bool."""
+        """Which of the given ascending positions count in the statistics: `[n]` bool."""
         return self._pick(positions, self.store.counted)
 
     def tokens(self, positions: np.ndarray) -> np.ndarray:
-        """Read the ids at some ascending positions: `[n]` int32."""
+        """The token ids at ascending positions: `[n]` int32."""
         return self._pick(positions, lambda start, stop: self.store.read_tokens(start, stop).numpy())
 
     def flags(self, positions: np.ndarray) -> np.ndarray:
-        """Read the flags at some ascending positions: `[n]` uint8."""
+        """The flags at ascending positions: `[n]` uint8."""
         return self._pick(positions, lambda start, stop: self.store.read_flags(start, stop).numpy())
 
     @staticmethod
     def _pick(positions: np.ndarray, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
-        # Stretches that are far from each other are read apart.
+        # Positions that are far apart are read separately.
         breaks = np.flatnonzero(np.diff(positions) > 1 << 12) + 1
         parts = []
         for part in np.split(positions, breaks):
@@ -221,18 +221,18 @@ class Sampler:
         return np.concatenate(parts) if parts else np.asarray(read(0, 0))
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Read rows in float64: `[n, layers, d_model]`. The caller sees to it that they fit into memory."""
+        """Rows in float64: `[n, layers, d_model]`. The caller makes sure that they fit into memory."""
         self.bytes_read += len(positions) * self.record_bytes
         found: np.ndarray = self.view.gather(positions, layers=self.layers).double().numpy()
         return found
 
     def scores(self, positions: np.ndarray, direction: np.ndarray | int | None) -> np.ndarray:
-        """Give a number for each row: `[n, layers]` float64. Rows are read some at a time.
+        """One number for each row: `[n, layers]` float64. Rows are read in pieces.
 
         Args:
             positions: `[n]` int64.
-            direction: a dimension; or `[d_model]`, or `[layers, d_model]`, of which the dot product is taken; None for
-                the Euclidean norm.
+            direction: a dimension, whose value is taken; a vector `[d_model]` or `[layers, d_model]`, for the dot
+                product; None for the Euclidean norm.
         """
         some = max(1, _WIDE // (len(self.slots) * self.view.d_model))
         out = np.empty((len(positions), len(self.slots)))
@@ -243,15 +243,15 @@ class Sampler:
             elif isinstance(direction, int):
                 out[start : start + some] = rows[:, :, direction]
             else:
-                # Zero times infinity: NaN says so.
+                # Zero times infinity becomes NaN, as it should.
                 with np.errstate(invalid="ignore"):
                     out[start : start + some] = (rows * direction).sum(axis=-1)
         return out
 
     def statistics(self) -> tuple[SiteStatistics, str | None]:
-        """Give the statistics of the site: merged once, or from the shards, or from as many of them as may be read.
+        """The statistics of all layers of the site, and what was left out, for people (None if nothing was).
 
-        All layers of the site, and what was left out, for people.
+        They are the merged ones if stored, else merged from the shards, or from as many as the budget allows.
         """
         found = load_summary(self.store.path, self.store.manifest, self.site)
         if found is not None:

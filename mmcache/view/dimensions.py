@@ -1,4 +1,4 @@
-"""The dimensions of a site: which stick out, how the values of one are spread, and directions in general."""
+"""Views of a site's dimensions: outliers, and the values of one; also directions, read from files and checked."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ _BARS = 80
 
 @public(store=a_store, site=a_name, layers=optional(layer_numbers), most=count(1))
 def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, most: int = 24) -> View:
-    """Find the outlier dimensions of each layer: those whose root mean square is many times the layer's median.
+    """The outlier dimensions of each layer: those whose root mean square is many times the layer's median.
 
-    From the statistics alone. `data`: `layers`; `median` `[L]`, of the dimensions' root mean squares; `outliers`, for
-    each layer its `most` largest: `layer`, `dimension`, `rms`, `ratio` (to the median), `mean`, `std`; `shown` `[K]`,
-    the dimensions that are among the `most` largest ratios of any layer, the largest first, and `ratios` `[L, K]`.
+    Computed from the statistics alone. `data`: `layers`; `median` `[L]`, of the dimensions' root mean squares;
+    `outliers`, the `most` largest of each layer: `layer`, `dimension`, `rms`, `ratio` (to the median), `mean`, `std`;
+    `shown` `[K]`, the `most` dimensions with the largest ratio in any layer, the largest first, and their `ratios`
+    `[L, K]`.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
         ArgumentError: `most` below 1.
     """
     look = Sampler(store, site, layers)
     found, sampled = look.statistics()
     mean, std = found.mean.numpy()[look.slots], found.std.numpy()[look.slots]
     rms = np.hypot(mean, std)
-    # NaN where no row of a layer counts.
+    # NaN if no row of a layer counts.
     median = np.median(rms, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # A layer whose median is zero has outliers without measure.
+        # If a layer's median is zero, the ratio is infinite.
         ratios = np.where(rms == 0, 0.0, rms / median[:, None])
     ranked = np.argsort(-np.nan_to_num(ratios, nan=-1.0), axis=1, kind="stable")[:, :most]
     outliers = [
@@ -71,14 +72,14 @@ def dimensions(store: Store, site: str, *, layers: Sequence[int] | None = None, 
 
 @public(store=a_store, site=a_name, layer=an_index, dimension=an_index, budget=count(1))
 def dimension(store: Store, site: str, layer: int, dimension: int, *, budget: int = BUDGET) -> View:
-    """Show how the values of one dimension are spread: mean and deviation of all tokens, and a histogram.
+    """The distribution of one dimension's values: mean and deviation of all tokens, and a histogram.
 
-    The histogram is of tokens that count, as many as `budget` bytes hold. `data`: `mean`, `std`, `count` (from the
+    The histogram covers tokens that count, as many as `budget` bytes hold. `data`: `mean`, `std`, `count` (from the
     statistics, of all tokens that count); `edges` `[81]` and `counts` `[80]`; `quantiles`, by name; `looked`, how many
-    values the histogram is of; `non_finite`, how many of them it leaves out.
+    values were read; `non_finite`, how many of them the histogram leaves out.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
     """
     look = Sampler(store, site, [layer], budget)
     check_dimension(look, dimension)
@@ -113,7 +114,7 @@ def dimension(store: Store, site: str, layer: int, dimension: int, *, budget: in
 
 
 def check_dimension(look: Sampler, dimension: int) -> None:
-    """Refuse a dimension that is not there.
+    """Check that a dimension exists.
 
     Raises:
         OutOfRangeError: it is not 0 to `d_model` - 1.
@@ -128,15 +129,15 @@ Direction = int | np.ndarray | torch.Tensor
 
 @public(file=a_path)
 def load_direction(file: str | os.PathLike[str]) -> np.ndarray:
-    """Read a direction from a `.npy` or `.safetensors` file that holds one array: float64, any shape.
+    """A direction from a `.npy` or `.safetensors` file that holds one array: float64, any shape.
 
     Raises:
-        ArgumentError: the file cannot be read as such, or holds several arrays.
+        ArgumentError: the file cannot be read, or holds several arrays.
     """
     path = Path(file)
     try:
         if path.suffix == ".npy":
-            # Never unpickled: what a file says is not run.
+            # Never unpickled: pickle can run code.
             return np.asarray(np.load(path, allow_pickle=False), np.float64)
         with safetensors.safe_open(path, "pt") as opened:
             names = list(opened.keys())
@@ -153,11 +154,11 @@ def load_direction(file: str | os.PathLike[str]) -> np.ndarray:
 
 
 def resolve_direction(look: Sampler, direction: Direction | None) -> np.ndarray | int | None:
-    """Check a direction against a site, and give it as `Sampler.scores` takes it.
+    """Check a direction against a site. Returns it in the form that `Sampler.scores` takes.
 
     Raises:
         OutOfRangeError: there is no such dimension.
-        ShapeError: a vector that is not `[d_model]`, or `[layers, d_model]` of the layers looked at.
+        ShapeError: a vector that is not `[d_model]`, or `[layers, d_model]` of the sampler's layers.
     """
     if direction is None:
         return None
@@ -176,5 +177,5 @@ def resolve_direction(look: Sampler, direction: Direction | None) -> np.ndarray 
 
 
 def named(direction: Direction | None) -> int | Name | None:
-    """Give what a view's Python says of a direction: a dimension's number, or the variable that the vector is in."""
+    """A direction in a view's Python call: a dimension's number, or the variable `direction`."""
     return direction if direction is None or isinstance(direction, int) else Name("direction")

@@ -1,4 +1,4 @@
-"""The figure of each view, drawn with plotly: in notebooks, and on the page."""
+"""The plotly figure of each view, for notebooks and the page."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ __all__ = [
     "token_label",
 ]
 
-# Letters of a text that a figure shows.
+# The longest text in a figure, in characters.
 _LONGEST = 120
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of a figure, as CSS writes them.
+    """Colours of a figure, as in CSS.
 
     Attributes:
-        paper: behind everything.
+        paper: background.
         ink: text.
         faint: grids and gaps.
         series: lines and bars.
-        scale: from low to high.
+        scale: plotly's name of the colour scale.
     """
 
     paper: str
@@ -62,19 +62,19 @@ DARK = Style("#16191d", "#d7dce2", "#2c3138", ("#6ea8e8", "#e39a55", "#74c088", 
 
 
 def label(text: object) -> str:
-    """Make a text of the store safe for plotly, which takes `<b>` and `<a>`, entities and TeX in every label."""
+    """A text of the store, escaped for plotly, which interprets HTML tags, entities and TeX in every label."""
     told = str(text)
     told = told if len(told) <= _LONGEST else told[: _LONGEST - 1] + "…"
     return escape(told, quote=False).replace("$", "&#36;")
 
 
 def token_label(text: str) -> str:
-    """Write a token so that its spaces and line ends are seen, safe for plotly."""
+    """A token with visible spaces and line ends, escaped for plotly."""
     return "'" + label(text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")) + "'"
 
 
 def layout(title: str, sampled: str | None, style: Style, more: dict[str, Any]) -> dict[str, Any]:
-    """Give what figures have in common, and `more`: axes are completed, other things replaced."""
+    """The layout of all figures, updated with `more`: its axes are completed, everything else replaced."""
     axis = {
         "gridcolor": style.faint, "linecolor": style.faint, "zerolinecolor": style.faint, "automargin": True,
         "ticks": "",
@@ -84,7 +84,7 @@ def layout(title: str, sampled: str | None, style: Style, more: dict[str, Any]) 
         told["subtitle"] = {"text": label(sampled)}
     base: dict[str, Any] = {
         "title": told,
-        # Ours says all that plotly's own would.
+        # This layout sets everything that plotly's template would.
         "template": "none",
         "paper_bgcolor": style.paper,
         "plot_bgcolor": style.paper,
@@ -103,13 +103,13 @@ def layout(title: str, sampled: str | None, style: Style, more: dict[str, Any]) 
 
 
 def logs(values: np.ndarray) -> np.ndarray:
-    """Give log10: NaN stays a gap, zero and less are minus infinity, for `log_range` to bound."""
+    """log10 of values: NaN stays a gap; zero and below become minus infinity, which `log_range` ignores."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(values <= 0, -np.inf, np.log10(values))
 
 
 def log_range(found: np.ndarray) -> tuple[float, float]:
-    """Give the lowest and highest of the finite ones, never the same."""
+    """The lowest and highest finite value, never equal."""
     finite = found[np.isfinite(found)]
     if not len(finite):
         return 0.0, 1.0
@@ -118,7 +118,7 @@ def log_range(found: np.ndarray) -> tuple[float, float]:
 
 
 def heat(z: np.ndarray, low: float, high: float, style: Style, **more: Any) -> dict[str, Any]:
-    """Make a heatmap whose colour is a log10: infinities take the ends of the scale, NaN is a gap."""
+    """A heatmap of log10 values: infinities get the colours of the ends, NaN is a gap."""
     return {
         "type": "heatmap", "z": np.clip(z, low, high).astype(np.float32), "zmin": low, "zmax": high,
         "colorscale": style.scale, "hoverongaps": False, **more,
@@ -126,7 +126,7 @@ def heat(z: np.ndarray, low: float, high: float, style: Style, **more: Any) -> d
 
 
 def colourbar(low: float, high: float, title: str) -> dict[str, Any]:
-    """Make a bar for a log10 colour scale that says the values themselves."""
+    """A colour bar for a log10 scale, labelled with the values themselves."""
     ticks = [
         math.log10(step) + decade
         for decade in range(math.floor(low), math.ceil(high) + 1)
@@ -141,18 +141,18 @@ def colourbar(low: float, high: float, title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# What a figure is made of: traces, and what its layout has of its own.
+# A figure's traces, and its additions to the layout.
 _Parts = tuple[list[dict[str, Any]], dict[str, Any]]
 _APART = {0: "", 1: "BOS or special", 2: "first of its sequence", 3: "first of its sequence, BOS or special"}
 _LAYER = {"title": {"text": "layer"}, "type": "category"}
 
 
 def draw(view: View, *, dark: bool = False) -> Figure:
-    """Draw a view. Texts of the store are shown as they are: none of them is taken as markup.
+    """The figure of a view. Texts of the store are escaped, so that none is taken as markup.
 
     Args:
         view: made by a function of `mmcache.view`.
-        dark: light on dark, rather than dark on light.
+        dark: light on dark instead of dark on light.
 
     Raises:
         ArgumentError: views of this kind have no figure.
@@ -166,7 +166,7 @@ def draw(view: View, *, dark: bool = False) -> Figure:
 
 
 def plotly_js() -> tuple[str, bytes]:
-    """Give plotly.js as the Python package brings it, 5 MB, and its version."""
+    """The version of plotly.js in the Python package, and its text (5 MB)."""
     return get_plotlyjs_version(), get_plotlyjs().encode()
 
 
@@ -210,7 +210,7 @@ def _norms(view: View, style: Style) -> _Parts:
             "mean %{customdata[0]:.5g}<br>from %{customdata[1]:.5g} to %{customdata[2]:.5g}"
             "<br>rows that count: %{customdata[3]:,.0f}"
         )
-    # At most one gap between two tokens: their middles, so that a click says which one.
+    # For single tokens, x has the centres of the cells, so that a click names the token.
     x = edges[:-1] if single else edges
     traces = [
         heat(
@@ -233,7 +233,7 @@ def _norms(view: View, style: Style) -> _Parts:
 
 
 def _marks(edges: np.ndarray, apart: np.ndarray, said: Sequence[str], style: Style) -> dict[str, Any]:
-    """Mark the columns of first and special tokens, on a line of its own above the map."""
+    """A line above the map that marks the columns of first and special tokens."""
     return {
         "type": "heatmap", "x": edges[:-1], "y": ["apart"], "z": np.where(apart, 1.0, np.nan)[None], "yaxis": "y2",
         "colorscale": [[0, style.series[1]], [1, style.series[1]]], "showscale": False, "hovertext": [list(said)],
@@ -322,7 +322,7 @@ def _token(view: View, style: Style) -> _Parts:
 
 
 def _contexts(rows: Sequence[tuple[str, int, dict[str, Any]]], first: str, style: Style) -> _Parts:
-    """List tokens in their contexts: what is told first of each, its position, and the text."""
+    """A table of tokens in context: a text for the first column, the position, and the passage."""
     columns = [
         [label(told) for told, _, _ in rows],
         [f"{position:,}" for _, position, _ in rows],

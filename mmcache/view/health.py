@@ -1,4 +1,4 @@
-"""What is wrong with the activations: NaN, infinities, rows of zeros, dimensions that never change, rows far off."""
+"""What is wrong with the activations: NaN, infinities, rows of zeros, dead dimensions, rows of very large norm."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 __all__ = ["FAR", "far_rows", "health"]
 
-# As many times the median norm: of ordinary rows few reach three times it, attention sinks reach hundreds.
+# Times the median norm. Few ordinary rows reach three times it; attention sinks reach hundreds.
 FAR = 20
-# Bytes of rows that are read for the medians, in runs of so many; and of stretches that have such rows.
+# Bytes of rows read for the medians; rows per run of that sample; bytes of rows read to count the far ones.
 _MEDIAN_BYTES, _RUN, _BYTES = 8 << 20, 4, 32 << 20
-# Shards whose norms are looked at; in a bucket each is a request.
+# How many shards' norms are read; in a bucket, each is a request.
 _MOST_FAR_SHARDS, _MOST_REQUESTS = 1024, 64
-# Positions that are listed, of each layer.
+# How many positions, places and dead dimensions are listed per layer.
 _MOST = 100
 
 
 def far_rows(look: Sampler, found: SiteStatistics) -> tuple[list[dict[str, Any]], str | None]:
-    """Layers that have rows far from the rest, among those that count; and what was left out, for people.
+    """Layers with rows that count but are far from the rest, and what was left out, for people (None if nothing was).
 
-    That a layer has none is exact, but for the median, which is of a sample: the statistics know the largest norm. Of
-    layers that have some, the statistics of inner chunks say which of these have such rows, and those are read.
+    The largest norm comes from the statistics, so no such layer is missed, except that the median is of a sample. For
+    the layers found, the statistics of inner chunks show which chunks have such rows; only those chunks are read.
 
-    Each record: `layer`; `median`, `max_norm`; `rows`, how many are over `FAR` times the median, `exact` or at least so
-    many; `first`, the position of the first one that was found, or -1; `starts`, how many of them begin a sequence;
-    `positions`, 100 at most; `chunks`, how many inner chunks have such rows, and `tokens`, the first of these (from, to
-    before).
+    Each record: `layer`; `median`, `max_norm`; `rows`, how many are over `FAR` times the median, a lower bound unless
+    `exact`; `first`, the position of the first one found, or -1; `starts`, how many of them begin a sequence;
+    `positions`, 100 at most; `chunks`, how many inner chunks have such rows, and `tokens`, the first of these, (first,
+    stop).
     """
     if not len(look.blocks):
         return [], None
@@ -58,12 +58,12 @@ def far_rows(look: Sampler, found: SiteStatistics) -> tuple[list[dict[str, Any]]
     ]  # fmt: skip
     _read(narrow, limits, chunks, records)
     look.bytes_read += narrow.bytes_read
-    # Of shards that hold more than counts, the statistics may be of rows that do not.
+    # If a shard holds more rows than count, its statistics may be of rows that do not.
     return [one for one in records if one["rows"] or not one["exact"]], said
 
 
 def _medians(look: Sampler) -> np.ndarray:
-    """The median norm of a sample of rows that count: `[layers]`, NaN where none is finite."""
+    """The median norm of a sample of rows that count: `[layers]`, NaN if none is finite."""
     some = Sampler(look.store, look.site, None, _MEDIAN_BYTES)
     norms = some.scores(some.sample(_RUN).positions, None)
     look.bytes_read += some.bytes_read
@@ -75,7 +75,7 @@ def _medians(look: Sampler) -> np.ndarray:
 
 
 def _chunks(look: Sampler, limits: np.ndarray) -> tuple[list[np.ndarray], str | None]:
-    """Numbers of the inner chunks of each layer that have a norm above its limit, as the shards' statistics say."""
+    """For each layer, the inner chunks with a norm above its limit, by the statistics; and what was left out."""
     files = 1 if look.store.layout == "token" else len(look.slots)
     most = max(1, (_MOST_FAR_SHARDS if look.store.url is None else _MOST_REQUESTS) // files)
     blocks = look.blocks
@@ -98,9 +98,9 @@ def _chunks(look: Sampler, limits: np.ndarray) -> tuple[list[np.ndarray], str | 
 
 
 def _read(look: Sampler, limits: np.ndarray, chunks: Sequence[np.ndarray], records: list[dict[str, Any]]) -> None:
-    """Count the rows of these chunks that are far: of the first one of each layer, then of others while there is room.
+    """Count the far rows in these chunks: first in each layer's first chunk, then in others within the budget.
 
-    Fills in the records.
+    The records are updated.
     """
     spec, starts = look.folder.spec, np.asarray(look.store.sequences)[:, 0]
     room = max(1, _BYTES // (spec.chunk_rows * look.record_bytes))
@@ -125,31 +125,30 @@ def _read(look: Sampler, limits: np.ndarray, chunks: Sequence[np.ndarray], recor
             record["first"] = record["positions"][0] if record["positions"] else -1
 
 
-# Places that are listed, of each layer, and dimensions.
-# Shards that are asked where; each takes a few KiB, and a tenth of a millisecond.
+# How many shards are asked for their counts; each takes a few KiB and 0.1 ms.
 _MOST_SHARDS = 1 << 14
 
 
 @public(store=a_store, site=a_name)
 def health(store: Store, site: str) -> View:
-    """Say what is wrong with a site's values, and where: from the shards' statistics.
+    """What is wrong with a site's values, and where, from the shards' statistics.
 
-    Rows are read, within bounds, for the median norm, and where the statistics know of norms over 20 times that.
+    Some rows are read too: a sample for the median norm, and inner chunks with norms over 20 times the median.
 
     `data`: `layers`, one record each: `layer`, `rows` (that count), `non_finite` (rows with NaN or infinity),
     `first_non_finite` (a position, or -1), `zero_rows`, `overflow` (values that became infinite in the cast), `dead`
     (dimensions that are the same in every row, 100 at most, each with its `value`), `n_dead` and `n_far` (rows);
-    `places`, where rows that are not finite or are all zeros lie: `layer`, `tokens` (from, to before), `non_finite`,
-    `first_non_finite`, `zero_rows`; `far`, layers of which some rows that count are far from the rest: `layer`,
-    `median`, `max_norm`, `rows` (how many norms are over 20 times the median; at least so many unless `exact`), `first`
+    `places`, the shards with rows that are not finite or all zeros: `layer`, `tokens` (first, stop), `non_finite`,
+    `first_non_finite`, `zero_rows`; `far`, the layers with rows that count but are far from the rest: `layer`,
+    `median`, `max_norm`, `rows` (how many norms are over 20 times the median; a lower bound unless `exact`), `first`
     (position of the first one, or -1), `starts` (how many begin a sequence), `positions` (100 at most), `chunks` (how
-    many inner chunks have such rows) and `tokens` (the first of these, from, to before); `left_out`, how many tokens
-    are flagged `first`, where the store flags them; and `problems`, sentences for people, none if all is well.
+    many inner chunks have such rows) and `tokens` (the first of these, (first, stop)); `left_out`, how many tokens are
+    flagged `first`, if the store flags them; and `problems`, sentences for people, none if all is well.
 
     Raises:
         UnknownSiteError: there is no such site.
         IncompleteError: no shard is there yet.
-        CorruptError: a shard is not what belongs there.
+        CorruptError: a shard is not this store's.
     """
     look = Sampler(store, site)
     found, sampled = look.statistics()
@@ -158,7 +157,7 @@ def health(store: Store, site: str) -> View:
     if any(one["non_finite"] or one["zero_rows"] for one in layers) or sampled:
         places, asked = _places(look)
         if sampled:
-            # More shards were asked for their counts than for all of their statistics.
+            # The counts come from more shards than the statistics do.
             for one in layers:
                 _recount(one, [place for place in places if place["layer"] == one["layer"]])
         sampled = ", ".join(part for part in (sampled, asked) if part) or None
@@ -194,7 +193,7 @@ def _layer(found: SiteStatistics, slot: int, layer: int) -> dict[str, Any]:
 
 
 def _places(look: Sampler) -> tuple[list[dict[str, Any]], str | None]:
-    """Ask the shards which of them have such rows."""
+    """The shards with rows that are not finite or all zeros; and what was left out, for people."""
     there = look.folder.present()
     shards = np.flatnonzero(there)
     chosen = shards
@@ -224,7 +223,7 @@ def _places(look: Sampler) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _counted_anew(look: Sampler, slot: int, block: int) -> dict[str, np.ndarray]:
-    """Count the bad rows of a shard in which a crash left more rows than count: its statistics are of all of them."""
+    """The bad rows of a shard with more rows than count (after a crash), whose statistics cover all of its rows."""
     values = look.folder.open(slot, block).view(-1, look.folder.spec.stat_layers, look.view.d_model)
     look.bytes_read += values.nbytes
     broken = ~values.isfinite().all(dim=-1).numpy()
@@ -261,7 +260,7 @@ def _problems(layers: list[dict[str, Any]], places: list[dict[str, Any]]) -> lis
 
 
 def _far(one: dict[str, Any], *, flagged: bool) -> str:
-    """Say in a sentence which rows of a layer are far from the rest."""
+    """A sentence about a layer's rows that are far from the rest."""
     where, usual = f"layer {one['layer']}", f"{FAR} times the median ({one['median']:.4g})"
     if not one["rows"]:
         start, stop = one["tokens"] or (0, 0)

@@ -1,4 +1,4 @@
-"""The logit lens: what a model's own head would make of a row at each layer.
+"""The logit lens: the model's own head applied to a row at each layer.
 
 After nostalgebraist, "interpreting GPT: the logit lens" (2020).
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Unembedding", "lens"]
 
-# What model families call the norm behind their last layer.
+# Names of the final norm in model families.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
@@ -37,11 +37,11 @@ class Unembedding:
     """The end of a model: its final norm and its head.
 
     Attributes:
-        head: from `[n, d_model]` to logits `[n, vocabulary]`.
-        norm: what rows go through before; None for nothing.
-        softcap: logits are bounded to it by tanh, as in Gemma-2; None for no bound.
-        d_model: numbers a row.
-        dtype: what both compute in.
+        head: maps `[n, d_model]` to logits `[n, vocabulary]`.
+        norm: applied to rows before the head; None for none.
+        softcap: bound of the logits, by tanh, as in Gemma-2; None for no bound.
+        d_model: the width of a row.
+        dtype: the dtype of the computation.
     """
 
     head: Callable[[torch.Tensor], torch.Tensor]
@@ -52,10 +52,10 @@ class Unembedding:
 
     @classmethod
     def of(cls, model: nn.Module) -> Unembedding:
-        """Take it from a transformers model; it shares the model's memory.
+        """The head of a transformers model, whose memory it shares.
 
         Raises:
-            UnsupportedModelError: the model has no head, or no final norm by a name that is known.
+            UnsupportedModelError: the model has no head, or no final norm of a known name.
         """
         find: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = find()
@@ -77,11 +77,11 @@ class Unembedding:
 
     @classmethod
     def load(cls, name: str, *, trust_remote_code: bool = False) -> Unembedding:
-        """Load a model (a folder, a name on the hub, or `demo`), and take it from that; blocks meanwhile.
+        """Load a model (a folder, a name on the hub, or `demo`), and take its head; blocks meanwhile.
 
         Args:
-            name: of the model.
-            trust_remote_code: run the Python code that its folder brings along.
+            name: the model's name.
+            trust_remote_code: run Python code from the model's folder.
 
         Raises:
             UnsupportedModelError: there is no such model, or it has no head.
@@ -89,7 +89,7 @@ class Unembedding:
         return cls.of(load_model(name, None, trust_remote_code=trust_remote_code))
 
     def logits(self, rows: np.ndarray) -> torch.Tensor:
-        """Give the logits of rows `[n, d_model]`: float32 `[n, vocabulary]`."""
+        """The logits of rows `[n, d_model]`: float32 `[n, vocabulary]`."""
         with torch.inference_mode():
             wide = torch.from_numpy(rows).to(self.dtype)
             found = self.head(wide if self.norm is None else self.norm(wide)).float()
@@ -115,26 +115,27 @@ def lens(
     k: int = 8,
     words: Detokenizer | None = None,
 ) -> View:
-    """Show what the model's head makes of one token's row at every layer: its likeliest next tokens.
+    """The likeliest next tokens according to the model's head, from one token's row at every layer.
 
-    Meant for the residual stream (`resid_post`, `resid_mid`, `resid_pre`), whose last layer gives what the model said.
+    Meant for the residual stream (`resid_post`, `resid_mid`, `resid_pre`), whose last layer gives the model's
+    prediction.
 
     Args:
         store: the store.
         site: one of its sites.
-        position: of the token; negative from the end.
-        unembedding: the head of the model that the store is of.
+        position: of the token; negative counts from the end.
+        unembedding: the head of the model that made the store.
         layers: the model's numbers; None for all.
-        k: tokens at each layer.
-        words: the store's tokens as text, if it was read already.
+        k: tokens per layer.
+        words: the store's detokenizer, if it was read already.
 
-    `data`: `position`, `token`, `before`, `text`, `after`; `next`, the token that really comes next in the sequence
-    (-1: none), and `next_text`; `layers`; `tokens` `[L, k]` ids and `texts`, the likeliest first; `probabilities` `[L,
-    k]`; `next_rank` `[L]`, from 0 (-1: none); `entropy` `[L]` in nats. NaN where a row is not finite.
+    `data`: `position`, `token`, `before`, `text`, `after`; `next`, the token that comes next in the sequence (-1:
+    none), and `next_text`; `layers`; `tokens` `[L, k]` ids and `texts`, the likeliest first; `probabilities` `[L, k]`;
+    `next_rank` `[L]`, from 0 (-1: none); `entropy` `[L]` in nats. NaN if a row is not finite.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
-        ShapeError: the unembedding is of another width.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
+        ShapeError: the unembedding has another width.
         ArgumentError: `k` is not 1 to the size of the vocabulary.
     """
     look = Sampler(store, site, layers)

@@ -1,4 +1,4 @@
-"""The norm map: layers by stretches of tokens, from the whole store down to single tokens."""
+"""The norm map, from the whole store down to single tokens; and the norms of first and special tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["apart", "norms"]
 
-# Shards whose norms are read for one map: a few KiB and a tenth of a millisecond each.
+# How many shards' norms are read for one map: a few KiB and 0.1 ms each.
 _MOST_SHARDS = 1024
-# A map goes down to single tokens where all of their rows are no more than that.
+# A map shows single tokens if their rows take no more bytes than this.
 _ROW_BYTES = 16 << 20
-# Tokens of a kind that are read to set them apart.
+# How many tokens of each kind `apart` reads.
 _APART = 64
 
 
@@ -48,27 +48,27 @@ def norms(
     bins: int = 240,
     words: Detokenizer | None = None,
 ) -> View:
-    """Map the Euclidean norms of rows: layers by stretches of tokens.
+    """A map of the rows' Euclidean norms: layers by ranges of tokens.
 
-    Stretches are inner chunks, one or several, and their norms come from the shards' statistics, which leave out BOS,
-    special and first tokens and rows that are not finite; no row is read. Where few tokens are asked for, each is a
-    stretch of its own, and their rows are read.
+    A range is one or several inner chunks. Its norms come from the shards' statistics, which leave out BOS, special and
+    first tokens and rows that are not finite; no row is read. If few tokens are asked for, each is its own range, and
+    their rows are read.
 
     Args:
-        store: the store; a stretch of which nothing is there is NaN.
+        store: the store; a range without any shard is NaN.
         site: one of its sites.
         layers: the model's numbers; None for all.
-        start: the first position,
-        stop: and the one behind the last; None for the end. Stretches are widened to whole inner chunks.
-        bins: stretches at most.
-        words: the store's tokens as text, if it was read already.
+        start: the first position.
+        stop: the position after the last; None for the end. Ranges are widened to whole inner chunks.
+        bins: the largest number of ranges.
+        words: the store's detokenizer, if it was read already.
 
-    `data`: `layers`; `edges` `[B + 1]`, positions; `mean`, `min`, `max` `[L, B]`; `rows` `[L, B]` that count; `level`,
-    "chunks" or "tokens". Of tokens also `tokens` `[B]` ids, `texts`, and `apart` `[B]`: 1 BOS or special, 2 the first
-    of its sequence, 3 both, 0 neither.
+    `data`: `layers`; `edges` `[B + 1]`, positions; `mean`, `min`, `max` `[L, B]`; `rows` `[L, B]`, how many count;
+    `level`, "chunks" or "tokens". For tokens also `tokens` `[B]` ids, `texts`, and `apart` `[B]`: 1 BOS or special, 2
+    the first of its sequence, 3 both, 0 neither.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
         ArgumentError: `bins` below 1.
     """
     if bins < 1:
@@ -112,7 +112,7 @@ def _of_chunks(look: Sampler, start: int, stop: int, bins: int) -> tuple[dict[st
     files = 1 if look.store.layout == "token" else len(look.slots)
     bins = max(1, min(bins, _MOST_SHARDS // files))
     first, last = start // spec.chunk_rows, -(-stop // spec.chunk_rows)
-    # A whole number of inner chunks each, so that none is cut.
+    # Each range is a whole number of inner chunks.
     each = -(-(last - first) // bins)
     n_bins = -(-(last - first) // each)
     edges = np.minimum((first + each * np.arange(n_bins + 1)) * spec.chunk_rows, total)
@@ -125,7 +125,7 @@ def _of_chunks(look: Sampler, start: int, stop: int, bins: int) -> tuple[dict[st
         for at, slot in enumerate([0] if look.store.layout == "token" else look.slots):
             brief, rows = brief_statistics(look.folder, slot, block)
             look.bytes_read += sum(array.nbytes for array in brief.values())
-            # Of a shard that is ahead of the commit, only inner chunks that count whole.
+            # If a shard is ahead of the commit, only inner chunks whose rows all count are used.
             whole = -(-rows // spec.chunk_rows)
             if rows > spec.rows_in_block(block, total):
                 whole = spec.rows_in_block(block, total) // spec.chunk_rows
@@ -152,13 +152,13 @@ def _of_chunks(look: Sampler, start: int, stop: int, bins: int) -> tuple[dict[st
 
 
 def _chosen(look: Sampler, first: int, last: int, each: int) -> tuple[list[int], int | None]:
-    """Choose the blocks whose norms are read, some for each stretch; and of how many, if not all of them."""
+    """The blocks whose norms are read, some for each range; and the number of all blocks, or None if all are read."""
     chunks = look.folder.spec.chunks_per_shard
     files = 1 if look.store.layout == "token" else len(look.slots)
     there = look.blocks[(look.blocks >= first // chunks) & (look.blocks <= (last - 1) // chunks)]
     if len(there) * files <= _MOST_SHARDS:
         return there.tolist(), None
-    # The stretch that each block's middle lies in, and as many of each as there is room for.
+    # The range that holds each block's middle, and how many blocks each range gets.
     stretch = (there * chunks + chunks // 2 - first) // each
     room = max(1, _MOST_SHARDS // (files * len(np.unique(stretch))))
     chosen: list[int] = []
@@ -169,23 +169,23 @@ def _chosen(look: Sampler, first: int, last: int, each: int) -> tuple[list[int],
 
 @public(store=a_store, site=a_name, layers=optional(layer_numbers))
 def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> View:
-    """Compare the norms of first and of special tokens, at which attention sinks sit, with those of the others.
+    """The norms of first and of special tokens, where attention sinks are, compared with those of other tokens.
 
-    Of the first tokens of sequences, and of tokens flagged BOS or special, up to 64 rows each are read, evenly spread
-    over what is there; the others' mean is from the statistics, which leave out what is flagged.
+    Of the first tokens of sequences, and of tokens flagged BOS or special, up to 64 rows each are read, evenly spread.
+    The mean of the others is from the statistics, which leave out flagged tokens.
 
-    `data`: `layers`; `others` `[L]`, mean norms; `first` and `special`, each with `tokens`, how many were read, and
-    `mean`, `max` `[L]` (NaN where there are none).
+    `data`: `layers`; `others` `[L]`, mean norms; `first` and `special`, each with `tokens`, how many were read, `of`,
+    how many were found, and `mean`, `max` `[L]` (NaN if there are none).
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
     """
     look = Sampler(store, site, layers)
     found, sampled = look.statistics()
     starts = np.asarray(store.sequences)[:, 0]
     shard = look.folder.spec.shard_rows
     starts = starts[np.isin(starts // shard, look.blocks)]
-    # As many tokens as the sequences they are looked for in.
+    # Special tokens are looked for at the beginnings of some sequences only.
     special = _special(look, starts)
     kinds = {}
     for name, positions in (("first", starts), ("special", special)):
@@ -214,7 +214,7 @@ def apart(store: Store, site: str, *, layers: Sequence[int] | None = None) -> Vi
 
 
 def _special(look: Sampler, starts: np.ndarray) -> np.ndarray:
-    """Find tokens flagged BOS or special, in stretches of a thousand tokens behind some sequences' beginnings."""
+    """Tokens flagged BOS or special among the first 1,024 tokens from the starts of up to 64 sequences."""
     some = starts[np.unique(np.linspace(0, len(starts) - 1, _APART).astype(int))] if len(starts) else starts
     stretches = [np.arange(start, min(start + 1024, look.store.n_tokens)) for start in some]
     positions = np.unique(np.concatenate(stretches)) if stretches else np.empty(0, np.int64)

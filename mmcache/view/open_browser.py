@@ -1,7 +1,7 @@
-"""Opening the page in the browser, so that nobody else on the machine can open it.
+"""Open the page in the browser, so that no other user of the machine can open it.
 
-What a browser is told to open is among its arguments, which every user can list. So it is told to open a file, which
-only its own user can read, and which leads on to the page.
+The address that a browser is told to open is one of its command-line arguments, which every user can list. So the
+browser opens a file instead, which only its own user can read, and which redirects to the page.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def open_browser(
     """Open an address in the browser, in the background.
 
     Args:
-        new_url: gives the address, and calls what it is given when the address was used.
-        tidy: removes the file that leads there, where it was not used.
-        tell: is called with a sentence where there is no browser, or the file cannot be written.
+        new_url: returns the address; calls its argument once the address was used.
+        tidy: removes the redirect file at exit, if it is still there.
+        tell: called with a sentence if there is no browser, or the file cannot be written.
     """
     try:
         folder = _private_place() / f"mmcache-{secrets.token_hex(8)}"
         remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-        # Before it is there, so that no moment is left in which it would stay.
+        # Registered before the folder is made, so that it is always removed.
         tidy.callback(remove)
         folder.mkdir(mode=0o700)
         file = _redirect(folder / "open.html", new_url(remove))
@@ -54,12 +54,12 @@ def open_browser(
             remove()
             tell("no browser can be opened here: open the address yourself, or say --no-browser")
 
-    # Some browsers keep who opens them waiting until they are closed.
+    # Some browsers keep the caller waiting until they are closed.
     threading.Thread(target=opened, daemon=True).start()
 
 
 def _private_place() -> Path:
-    """The folder of this user's running programs, or that of temporary files."""
+    """The user's runtime folder, or the folder of temporary files."""
     own = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nothing")
     with contextlib.suppress(OSError):
         if own.is_absolute() and own.stat().st_uid == os.getuid():

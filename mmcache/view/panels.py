@@ -1,4 +1,4 @@
-"""What the page can be asked for: each panel is a view, and a table says which parameters it takes."""
+"""The panels of the page: each is a view, and a table lists its parameters."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAWING", "PANELS", "Panel", "Parameter", "Source", "parse"]
 
-# Tokens that a norm map shows one by one, at most.
+# The largest number of tokens that a norm map shows one by one.
 _MOST_TOKENS = 240
-# Bytes of rows for which `norms` does so.
+# Bytes of rows up to which `norms` does so.
 _TOKEN_BYTES = 16 << 20
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FAR = 10**18
 
 
 class Source:
-    """A store that is looked at, and what was given with it. Safe from several threads.
+    """A store, and what was given with it. Thread-safe.
 
     Args:
         path: the store's folder, or its address in a bucket; shards may be missing.
         direction: a file that `load_direction` reads.
         unembedding: the name of the model whose head the lens uses.
-        trust_remote_code: run the Python code that the model's folder brings along.
+        trust_remote_code: run Python code from the model's folder.
 
     Raises:
         MmcacheError: one of them cannot be read.
@@ -77,26 +77,26 @@ class Source:
 
     @property
     def words(self) -> Detokenizer:
-        """The store's tokens as text: read when they are first needed."""
+        """The store's detokenizer, read when first needed."""
         with self._lock:
             if self._words is None:
                 self._words = Detokenizer(self.store)
             return self._words
 
     def site(self, name: str | None) -> str:
-        """Give a site's name: the first one for None."""
+        """A site's name; the first site for None. Raises IncompleteError if there is none yet."""
         if name is None and not self.store.sites:
             raise IncompleteError(f"{self.path} has no sites yet")
         return self.store.sites[0] if name is None else name
 
     def layer(self, number: int | None) -> int:
-        """Give a layer's number: the first one for None."""
+        """A layer's number; the first layer for None. Raises IncompleteError if there is none yet."""
         if number is None and not self.store.layers:
             raise IncompleteError(f"{self.path} has no layers yet")
         return self.store.layers[0] if number is None else number
 
     def facts(self) -> dict[str, Any]:
-        """Say what the page has to know from the beginning. Reads no data."""
+        """What the page needs at its start. Reads no data."""
         return {
             "name": Path(self.path).resolve().name if self.store.url is None else self.path,
             "layers": list(self.store.layers),
@@ -115,7 +115,7 @@ class Source:
         if width is None or not self.store.layers:
             return {"d_model": 0, "chunk_tokens": 0, "map_tokens": 0}
         look = Sampler(self.store, site)
-        # How many tokens a map may show one by one, or it shows none so.
+        # How many tokens a map may show one by one.
         room = min(_MOST_TOKENS, _TOKEN_BYTES // look.record_bytes)
         return {"d_model": width, "chunk_tokens": look.folder.spec.chunk_rows, "map_tokens": room}
 
@@ -126,10 +126,10 @@ class Parameter:
 
     Attributes:
         kind: `"text"`, `"integer"` or `"flag"` (0 or 1).
-        default: where it is not given.
-        low: the least that an integer may be,
-        high: and the most; of a text, the most letters.
-        choices: what a text may be; empty for anything.
+        default: the value if it is not given.
+        low: the lowest integer.
+        high: the highest integer, or the longest text in characters.
+        choices: the texts allowed; empty for any.
     """
 
     kind: str
@@ -139,10 +139,10 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
     def read(self, name: str, text: str) -> Any:
-        """Read it from what the address says.
+        """The value that the address gives.
 
         Raises:
-            ArgumentError: it is something else.
+            ArgumentError: it is not valid.
         """
         if self.kind == "text":
             if len(text) > self.high or (self.choices and text not in self.choices):
@@ -160,10 +160,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Panel:
-    """A view that the page can be asked for.
+    """A view that the page can request.
 
     Attributes:
-        make: gives the view, from the source and the parameters.
+        make: makes the view from the source and the parameters.
         parameters: by name.
     """
 
@@ -172,10 +172,10 @@ class Panel:
 
 
 def parse(given: list[tuple[str, str]], wanted: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Read the parameters of an address; empty ones are not given.
+    """The values of an address's parameters; empty ones count as not given.
 
     Raises:
-        ArgumentError: one is not known, given twice, or not what it should be.
+        ArgumentError: a parameter is unknown, given twice, or invalid.
     """
     found: dict[str, Any] = {}
     for name, text in given:
@@ -198,7 +198,7 @@ def _health(source: Source, asked: dict[str, Any]) -> View:
 
 def _norms(source: Source, asked: dict[str, Any]) -> View:
     start, stop, bins = asked["start"], asked["stop"], asked["bins"]
-    # Words only where single tokens may be shown: the first sight of a store waits for no tokenizer.
+    # The detokenizer is read only if single tokens may be shown, so that the first view is fast.
     near = (source.store.n_tokens if stop is None else stop) - start <= bins
     words = source.words if near else None
     return norms(source.store, source.site(asked["site"]), start=start, stop=stop, bins=bins, words=words)
@@ -270,7 +270,7 @@ _POSITION = _SITE | {"position": Parameter("integer", 0)}
 _CONTEXT = {"context": Parameter("integer", 12, 0, 200)}
 _START = {"start": Parameter("integer", 0, 0)}
 _BY = Parameter("text", "norm", choices=("norm", "dimension", "direction", "difference"))
-# What every panel can be asked besides: its figure, for a dark page, and its data without tables, which figures have.
+# Further parameters of every panel: add its figure, draw it for a dark page, leave out tables, which figures have.
 DRAWING = {name: Parameter("flag", default=False) for name in ("figure", "dark", "brief")}
 PANELS: dict[str, Panel] = {
     "overview": Panel(_overview),

@@ -1,4 +1,4 @@
-"""Search: where a text stands in a store, and at which tokens a dimension or a direction is largest."""
+"""Search: where a text occurs in a store, and at which tokens a dimension or a direction is largest."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["find", "top"]
 
-# Tokens that are searched unless told otherwise: 40 MB of ids.
+# How many tokens are searched by default: 40 MB of ids.
 _MOST_TOKENS = 10_000_000
-# Tokens that are looked at together.
+# How many tokens are searched at a time.
 _PIECE = 1 << 18
 
 
@@ -48,26 +48,26 @@ def find(
     context: int = 12,
     words: Detokenizer | None = None,
 ) -> View:
-    """Search the store's tokens for a text, upper and lower case told apart, or for a token.
+    """Search the store's tokens for a text (case-sensitive) or for a token.
 
-    A text may begin and end within tokens, and matches that overlap count each; it is not found across the end of a
-    sequence. A token is found by its id.
+    A text may begin and end within tokens. Matches that overlap are counted separately. A match never crosses the end
+    of a sequence. A token is found by its id.
 
     Args:
         store: the store.
-        text: what to look for,
-        token: or the id.
-        start: the first position to look at.
-        most_tokens: how many tokens are looked at.
-        most: matches that are listed; all are counted.
-        context: tokens before and behind each that are shown.
-        words: the store's tokens as text, if it was read already.
+        text: the text to search for.
+        token: the id to search for, instead of a text.
+        start: the first position to search.
+        most_tokens: how many tokens to search.
+        most: how many matches to list; all are counted.
+        context: tokens of context before and after each match.
+        words: the store's detokenizer, if it was read already.
 
     `data`: `count`, `sequences` (how many have a match), `looked` (tokens), and `matches`: `position` (of the token in
     which it begins), `tokens` (how many it touches), `sequence`, `offset`, `before`, `text`, `after`.
 
     Raises:
-        ArgumentError: neither or both of text and token; an empty text; a text, while the store keeps no tokenizer; a
+        ArgumentError: neither or both of text and token; an empty text; a text, but the store has no tokenizer; a
             number below 0.
         CorruptError: tokens or sequences are damaged.
     """
@@ -107,10 +107,10 @@ def find(
 def _matches(
     store: Store, words: Detokenizer, needle: Any, start: int, stop: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Give, piece by piece, its first position, the tokens in which matches begin, and how many each touches."""
+    """For each piece: its first position, the tokens in which matches begin, and how many tokens each touches."""
     ends = np.asarray(store.sequences)[:, 1]
     while start < stop:
-        # A piece ends where a sequence ends, so that no match is cut; or, of a longer one, where it must.
+        # A piece ends at the end of a sequence, so that no match is cut; a sequence longer than `_PIECE` is one piece.
         last = min(start + _PIECE, stop)
         end = int(ends[np.searchsorted(ends, start, side="right")])
         whole = ends[(ends > start) & (ends <= last)]
@@ -125,13 +125,13 @@ def _matches(
 
 
 def _in_text(words: Detokenizer, tokens: np.ndarray, needle: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find a text in tokens: in which token each match begins, and how many it touches."""
+    """Find a text in tokens: the token in which each match begins, and how many it touches."""
     table, starts = words.table
     known = (tokens >= 0) & (tokens < words.size)
     ids = np.where(known, tokens, 0)
     lengths = np.where(known, starts[ids + 1] - starts[ids], 0)
     edges = np.concatenate([[0], np.cumsum(lengths)])
-    # Each byte's place in the table: its token's first byte, and how far behind that it is.
+    # Each byte's index in the table: the start of its token there, plus its offset within the token.
     whole = table[np.repeat(starts[ids] - edges[:-1], lengths) + np.arange(edges[-1])].tobytes()
     found, at = [], whole.find(needle)
     while at >= 0:
@@ -140,7 +140,7 @@ def _in_text(words: Detokenizer, tokens: np.ndarray, needle: bytes, ends: np.nda
     places = np.array(found, np.int64)
     first = np.searchsorted(edges, places, side="right") - 1
     last = np.searchsorted(edges, places + len(needle) - 1, side="right") - 1
-    # Not across the end of a sequence.
+    # Drop matches that cross the end of a sequence.
     within = np.searchsorted(ends, first, side="right") == np.searchsorted(ends, last, side="right")
     return first[within], (last - first + 1)[within]
 
@@ -151,7 +151,7 @@ def _place(store: Store, words: Detokenizer, position: int, width: int, context:
     return {"position": position, "tokens": width, "sequence": place.sequence, "offset": place.offset, **said}
 
 
-# From which part of the values on each band is; the first is the very top.
+# The quantiles that each band lies between; the first is the top.
 _BANDS = (("top", 1.0, 1.0), ("99 to 100 %", 0.99, 1.0), ("90 to 99 %", 0.9, 0.99), ("50 to 90 %", 0.5, 0.9),
           ("0 to 50 %", 0.0, 0.5))  # fmt: skip
 
@@ -170,27 +170,27 @@ def top(
     budget: int = BUDGET,
     words: Detokenizer | None = None,
 ) -> View:
-    """Find the tokens with the largest values of a dimension or direction, and examples from each band of quantiles.
+    """The tokens with the largest values of a dimension or direction, and examples from each band of quantiles.
 
-    Looked at are the tokens that count in the statistics (not BOS, special or first), as many as `budget` bytes hold.
-    Examples of a band are evenly spread over it, by rank, so that nothing is picked by hand.
+    Only tokens that count in the statistics (not BOS, special or first) are read, as many as `budget` bytes hold. The
+    examples of a band are evenly spread over its ranks.
 
     Args:
         store: the store.
         site: one of its sites.
         layer: the model's number.
-        direction: a dimension's number, or a vector `[d_model]` of which the dot product is taken.
+        direction: a dimension's number, or a vector `[d_model]`, for the dot product.
         k: examples at the top, and in each band.
-        context: tokens before and behind each.
-        budget: bytes of activations that may be read.
-        words: the store's tokens as text, if it was read already.
+        context: tokens of context before and after each.
+        budget: how many bytes of activations may be read.
+        words: the store's detokenizer, if it was read already.
 
-    `data`: `looked`, how many values there are; `non_finite`, how many of them are left out; `bands`, each with `name`,
+    `data`: `looked`, how many values were read; `non_finite`, how many of them are left out; `bands`, each with `name`,
     `low`, `high` (values), `tokens` (how many are in it) and `examples`: `position`, `sequence`, `offset`, `token`,
-    `value`, `before`, `text`, `after`, the largest first, of equal ones the earlier.
+    `value`, `before`, `text`, `after`, the largest first; among equal ones, the earlier first.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
         ShapeError: the direction does not fit.
         ArgumentError: `k` below 1, `context` below 0.
     """
@@ -220,7 +220,7 @@ def top(
 
 
 def _bands(order: np.ndarray, k: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Cut a ranking into bands: name, the ranks in it, and which of those are shown."""
+    """The bands of a ranking: name, the band's part of `order`, and which of its entries are shown."""
     found = []
     n = len(order)
     for name, low, high in _BANDS:

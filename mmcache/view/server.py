@@ -1,7 +1,7 @@
-"""The page: a store, looked at in the browser. Served on the loopback address alone, to who has the secret.
+"""The page's HTTP server: a store in the browser, served on the loopback address to those who have the secret.
 
-Every panel's data is at `/<panel>.json`, as the view of that name gives it. Nothing is written but the file that opens
-the browser, and no file but the store's, and those given at the start, is read.
+The data of each panel is at `/<panel>.json`, as the view of that name returns it. The only file written is the one that
+opens the browser. The only files read are the store's, the page's own, and those given at the start.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ __all__ = ["LimitedConnection", "Page", "serve"]
 
 
 class LimitedConnection(H11Protocol):
-    """One HTTP connection, which is cut when its other end is slow; and the oldest one, when there are too many.
+    """One HTTP connection. It is closed if the client is slow; if there are too many, the oldest one is closed.
 
-    Those that wait for a request and those that are answered are counted apart, so that half requests, of which anybody
-    can send many, end no answer. What a request may send, beside its headers, is `TokenAuth`'s to say. Computing an
-    answer may take any time.
+    Waiting connections and those being answered are counted separately, so that incomplete requests, which any program
+    can send, never end an answer. `TokenAuth` decides what a request may send besides headers. Computing an answer may
+    take any time.
     """
 
-    # Seconds in which a request must be there, from the connection or the last answer on.
+    # Seconds from the connection, or the last answer, until the request must be complete.
     patience: ClassVar[float] = 5.0
-    # Seconds in which some of an answer must be read.
+    # Seconds within which the client must read some of an answer.
     stalled: ClassVar[float] = 20.0
-    # Connections on which no request had the secret: so many that wait, and so many that are answered.
+    # The largest number of connections without the secret: waiting, and being answered, each.
     most: ClassVar[int] = 64
 
     def __init__(self, *given: Any, **options: Any) -> None:
@@ -69,41 +69,41 @@ class LimitedConnection(H11Protocol):
         self._since = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Start the deadline of the first request."""
         super().connection_made(transport)
         self._cut_after(self.patience)
         self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
+        """Cancel the deadline."""
         super().connection_lost(exc)
         self._stop_waiting()
 
     def handle_events(self) -> None:
-        """Wait no longer when a request is there."""
+        """Cancel the deadline once a request is complete."""
         answering = self.is_answering()
         super().handle_events()
-        # What comes while it is answered is no sign that the answer is read.
+        # Data that arrives during an answer is no sign that the answer is being read.
         if self.is_answering() and not answering:
             self._stop_waiting()
             self._since = self.loop.time()
             self._make_room()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Start the deadline of the next request."""
         self._known = self._known or self._has_secret()
-        # Before what is there already is looked at.
+        # Before `super()`, which may begin the next request.
         self._since = self.loop.time()
         self._cut_after(self.patience)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Wait for the other end to read."""
+        """Start the deadline for the client to read."""
         super().pause_writing()
         self._cut_after(self.stalled)
 
     def resume_writing(self) -> None:
-        """Wait no longer for that: it has read."""
+        """The client has read: cancel that deadline."""
         super().resume_writing()
         if self.is_answering():
             self._stop_waiting()
@@ -111,15 +111,15 @@ class LimitedConnection(H11Protocol):
             self._cut_after(self.patience)
 
     def is_answering(self) -> bool:
-        """Whether a request is there that has no whole answer yet."""
+        """Whether a request has arrived and is not fully answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def is_strange(self) -> bool:
-        """Whether no request on it had the secret."""
+        """Whether no request on this connection had the secret."""
         return not (self._cut or self._known or self._has_secret())
 
     def cut(self) -> None:
-        """End it at once, whatever is unsent."""
+        """Close the connection at once; unsent data is lost."""
         self._cut = True
         self.transport.abort()
 
@@ -145,16 +145,16 @@ class LimitedConnection(H11Protocol):
 _ADDRESS = "127.0.0.1"
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# Connections that wait to be taken on, all of which may be at once.
+# How many connections may wait to be accepted.
 _BACKLOG = 64
-# Views that are computed at once.
+# How many views are computed at a time.
 _AT_ONCE = 2
-# Of gzip: higher ones take much longer for a few percent.
+# gzip's level: higher ones take much longer for a few percent.
 _LEVEL = 6
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to who runs it."""
+    """Leaves signals to its caller."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -166,15 +166,15 @@ class Page:
 
     Args:
         source: the store, and what was given with it.
-        port: to serve on; 0 for one that is free.
+        port: the port to serve on; 0 for any free one.
 
     Attributes:
-        port: the one that was taken.
-        root: the address of the page, for who has the secret.
-        access: who has it.
+        port: the port in use.
+        root: the page's address, without a token.
+        access: checks tokens and the secret.
 
     Raises:
-        ArgumentError: the port is taken, or may not be used.
+        ArgumentError: the port is in use, or not permitted.
     """
 
     def __init__(self, source: Source, *, port: int = 0) -> None:
@@ -197,7 +197,7 @@ class Page:
         app = GZipMiddleware(app, minimum_size=500, compresslevel=_LEVEL)
         open_paths = {"/", "/plotly.js", *(f"/{name}" for name in _files())}
         gate = TokenAuth(app, port=self.port, access=self.access, open_paths=open_paths)
-        # What others send is no news for the terminal: errors are only those of ours.
+        # Clients' errors are not shown in the terminal, only our own.
         config = uvicorn.Config(
             gate, http=LimitedConnection, ws="none", lifespan="off", backlog=_BACKLOG, log_level="error",
             access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=1,
@@ -207,7 +207,7 @@ class Page:
     def one_time_url(self, used: Callable[[], object] = lambda: None) -> str:
         """An address that opens the page once; `used` is called when it has done so.
 
-        The token in it is behind the `#`, which browsers send to nobody: the page's script takes it from there.
+        The token follows the `#`. Browsers do not send that part to any server; the page's script reads it.
         """
         return f"{self.root}#token={self.access.one_time_token(used)}"
 
@@ -219,7 +219,7 @@ class Page:
             self._socket.close()
 
     def stop(self) -> None:
-        """Let `run` come to its end. May be called from any thread."""
+        """Make `run` return. Thread-safe."""
         self._server.should_exit = True
 
     async def _facts(self, _request: Request) -> Response:
@@ -240,11 +240,11 @@ class Page:
     @staticmethod
     async def _plotly(request: Request) -> Response:
         _, plain, packed = await run_sync(_packed_plotly)
-        # Its address changes with its version.
+        # Cached forever: the address changes with the version.
         headers = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
         if "gzip" in request.headers.get("accept-encoding", ""):
             return Response(packed, media_type="text/javascript", headers=headers | {"Content-Encoding": "gzip"})
-        # Said, so that it is not packed again.
+        # Set explicitly, so that the middleware does not compress it again.
         return Response(plain, media_type="text/javascript", headers=headers | {"Content-Encoding": "identity"})
 
 
@@ -252,11 +252,11 @@ def _listening(port: int) -> socket.socket:
     if not 0 <= port < 1 << 16:
         raise ArgumentError(f"port is {port}: expected 0 to 65535")
     listener = socket.socket()
-    # So that a page that just ended leaves its port to the next one.
+    # So that the next page can use the port of one that just ended.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((_ADDRESS, port))
-        # From now on requests wait until they are served.
+        # From now on, connections queue until they are served.
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
@@ -272,7 +272,7 @@ def _packed_plotly() -> tuple[str, bytes, bytes]:
 
 @functools.cache
 def _files() -> dict[str, tuple[bytes, str]]:
-    """Read the files of the page: what is not among them cannot be asked for."""
+    """The page's own files; no others can be requested."""
     return {file.name: (file.read_bytes(), _TYPES[file.suffix]) for file in _STATIC.iterdir() if file.suffix in _TYPES}
 
 
@@ -284,7 +284,7 @@ async def _file(request: Request, name: str | None = None) -> Response:
 
 
 def _drawn(make: Callable[[], View], asked: dict[str, Any]) -> bytes:
-    """Compute a view, and write it as JSON with what was asked for."""
+    """Compute a view, and write it as JSON, with what else was requested."""
     view = make()
     shown = view
     if asked["brief"]:
@@ -305,7 +305,7 @@ async def _refused(_request: Request, error: Exception) -> Response:
 
 
 async def _failed(_request: Request, _error: Exception) -> Response:
-    # The server's log has the traceback; who asks gets none of it.
+    # The server's log has the traceback; the client gets none of it.
     return _json({"error": "this failed inside mmcache: the terminal says how"}, 500)
 
 
@@ -325,31 +325,31 @@ def serve(
 
     Args:
         path: the store's folder, or its address in a bucket; shards may be missing.
-        tidy: gets what is to be removed then.
-        port: 0 for one that is free.
-        open_browser: open the page in it.
-        direction: a file that `load_direction` reads, for the panels that take one.
+        tidy: removes temporary files at exit.
+        port: the port to serve on; 0 for any free one.
+        open_browser: whether to open the page in the browser.
+        direction: a file that `load_direction` reads, for the panels that take a direction.
         unembedding: the name of the model whose head the lens uses.
-        trust_remote_code: run the Python code that the model's folder brings along.
-        announce: is called with an address that opens the page once, and the secret, for scripts; and again with
-            another address when that one was used.
-        tell: is called with sentences for who reads the terminal.
+        trust_remote_code: run Python code from the model's folder.
+        announce: called with an address that opens the page once, and the secret, for scripts; called again with a new
+            address whenever one was used.
+        tell: called with messages for the terminal.
 
     Raises:
         MmcacheError: the store, the direction or the model cannot be read.
-        ArgumentError: the port is taken.
+        ArgumentError: the port is in use.
     """
     source = Source(path, direction, unembedding, trust_remote_code=trust_remote_code)
     page = Page(source, port=port)
 
     def invite() -> None:
-        # Whoever read the terminal may have gone, which is no matter for those who look at the page.
+        # The terminal may be closed, while the page is still in use.
         with contextlib.suppress(OSError):
             announce(page.one_time_url(invite), page.access.secret)
 
     invite()
     tell("Press Ctrl-C to end.")
-    # Figures take a while to get ready, and the first one need not wait for that.
+    # Compress plotly.js in the background, so that the first figure need not wait for it.
     threading.Thread(target=_packed_plotly, daemon=True).start()
     if open_browser:
         open_in_browser(page.one_time_url, tidy, tell)

@@ -1,4 +1,4 @@
-"""A layer, a row and a site's statistics in a few numbers each."""
+"""A layer, a row and a site's statistics, in a few numbers each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS_READ = 1 << 14
 
 
 def _summary(rows: torch.Tensor) -> dict[str, Any]:
-    """Describe rows `[n, d_model]`: of the values and of the norms of those that are finite."""
+    """Statistics of rows `[n, d_model]`: of the values and norms of the finite rows."""
     wide = rows.double()
     finite = wide.isfinite().all(dim=-1)
     wide = wide[finite]
@@ -41,10 +41,10 @@ def _summary(rows: torch.Tensor) -> dict[str, Any]:
 
 @public(store=a_store, site=a_name, layer=an_index)
 def layer_view(store: Store, site: str, layer: int) -> dict[str, Any]:
-    """Summarise one layer from its first rows, 16,384 at most; `sampled` says whether there are more.
+    """A summary of one layer, from its first rows, 16,384 at most; `sampled` says whether there are more.
 
     Raises:
-        OutOfRangeError, UnknownSiteError, IncompleteError, CorruptError: as reading does.
+        OutOfRangeError, UnknownSiteError, IncompleteError, CorruptError: as for reads.
     """
     rows = store[site][layer, :_ROWS_READ]
     return {
@@ -58,7 +58,7 @@ def layer_view(store: Store, site: str, layer: int) -> dict[str, Any]:
 
 @public(store=a_store, site=a_name, layer=an_index, position=an_index)
 def row_view(store: Store, site: str, layer: int, position: int) -> dict[str, Any]:
-    """Show one row: where it lies, what it sums up to, its largest dimensions, and all of its values."""
+    """One row: its place, a summary, its largest dimensions, and all of its values."""
     row = store[site].get_position(layer, position)
     place = store.locate(position)
     position %= store.n_tokens
@@ -80,9 +80,9 @@ def row_view(store: Store, site: str, layer: int, position: int) -> dict[str, An
 
 @public(store=a_store, site=a_name)
 def statistics_view(store: Store, site: str) -> dict[str, Any]:
-    """Give the statistics of each layer of a site, merged from its shards, or from as many of them as 64 MiB hold.
+    """The statistics of each layer of a site, merged from its shards, or from as many as 64 MiB allow.
 
-    Reads no activations; `sampled` says what was left out, or is None.
+    Reads no activations. `sampled` says what was left out, or is None.
     """
     found, sampled = Sampler(store, site).statistics()
     scales = found.normalizer("scalar")[1][:, 0]
@@ -100,7 +100,7 @@ def statistics_view(store: Store, site: str) -> dict[str, Any]:
                 "mean": float(found.mean[slot].mean()),
                 "std": float(std.mean()),
                 "largest_std": {"dimension": int(std.argmax()), "value": float(std.max())},
-                # One row alone says nothing about what never changes.
+                # With one row, every dimension would count as dead.
                 "dead_dimensions": int(((std == 0) & (found.count[slot] > 1)).sum()),
                 "zero_rows": int(found.zero_rows[slot]),
                 "non_finite": int(found.non_finite[slot]),

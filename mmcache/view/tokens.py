@@ -1,4 +1,4 @@
-"""Tokens as text, by the tokenizer that the store keeps: a sequence, and one token through the layers."""
+"""Tokens as text, by the store's own tokenizer; views of a sequence, and of one token at every layer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Detokenizer", "a_words", "sequence", "surroundings", "token"]
 
-# A token's text is cut behind so many bytes: none is that long but in a file that was made to take memory.
+# A token's text is cut after this many bytes: only a file made to exhaust memory has longer ones.
 _LONGEST = 1 << 10
-# Nor is one decoded that a decoder's replacements may make longer than this.
+# A token that a decoder's replacements could make longer than this is not decoded.
 _LARGEST_JSON = 1 << 20
 
 
 def _byte_level() -> dict[str, int]:
-    """Give the letters by which byte-level tokenizers write bytes (GPT-2's `bytes_to_unicode`), and the bytes."""
+    """The letters that byte-level tokenizers use for bytes (GPT-2's `bytes_to_unicode`), with their bytes."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
@@ -41,10 +41,10 @@ class Detokenizer:
     """The text of each token of a store, as the bytes that it adds.
 
     Args:
-        store: its tokenizer is read at once.
+        store: its tokenizer is read when this is made.
 
     Raises:
-        CorruptError, StoreNotFoundError: the store's tokenizer is damaged, or gone.
+        CorruptError, StoreNotFoundError: the store's tokenizer is damaged or missing.
     """
 
     @public(store=a_store)
@@ -65,22 +65,22 @@ class Detokenizer:
             decoder = json.loads(text).get("decoder")
             self._letters = _byte_level() if _is_byte_level(decoder) else None
             self._growth = growth(decoder)
-        except Exception as error:  # it raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise CorruptError(f"{store.where}: the tokenizer that it keeps cannot be read ({error})") from error
         self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     @property
     def known(self) -> bool:
-        """Whether there is a tokenizer; else texts are ids."""
+        """Whether there is a tokenizer; if not, texts are ids."""
         return self._tokenizer is not None
 
     @property
     def size(self) -> int:
-        """How many ids have a text."""
+        """How many ids have a text; 0 without a tokenizer."""
         return int(self._tokenizer.get_vocab_size()) if self.known else 0
 
     def bytes_of(self, token: int) -> bytes:
-        """Give the bytes that a token adds to the text; its id between angle brackets where that is not known."""
+        """The bytes that a token adds to the text; its id in angle brackets if unknown."""
         found = self._pieces.get(token)
         if found is None:
             found = self._pieces[token] = self._bytes_of(token)[:_LONGEST]
@@ -98,7 +98,7 @@ class Detokenizer:
             return bytes([int(name[3:5], 16)])
         if len(name) * self._growth > _LARGEST_JSON:
             return str(name).encode()
-        # What it adds behind another, since some decoders take the space off the first.
+        # The text that the token adds after another one: some decoders strip the space of the first.
         try:
             with panics_as_errors():
                 once, twice = self._tokenizer.decode_batch([[token], [token, token]], skip_special_tokens=False)
@@ -109,19 +109,19 @@ class Detokenizer:
         return str(twice[len(once) :]).encode()
 
     def texts(self, tokens: Iterable[int]) -> list[str]:
-        """Give the text of each token; of one that is a part of a letter, the replacement character."""
+        """The text of each token; the replacement character for a part of a character."""
         return [self.bytes_of(int(token)).decode(errors="replace") for token in tokens]
 
     @cached_property
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes of all ids, one after the other, and where each begins: `[bytes]` uint8, `[size + 1]` int64."""
+        """The bytes of all ids, concatenated, and the start of each: `[bytes]` uint8, `[size + 1]` int64."""
         pieces = [self.bytes_of(token) for token in range(self.size)]
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
         return np.frombuffer(b"".join(pieces), np.uint8), starts
 
 
 def _is_byte_level(decoder: Any) -> bool:
-    """Tell whether a tokenizer's decoder is the byte-level one, alone or among others."""
+    """Whether a tokenizer's decoder is byte-level, or one of several that it applies is."""
     if not isinstance(decoder, dict):
         return False
     inner = decoder.get("decoders", [])
@@ -132,7 +132,7 @@ a_words = instance(Detokenizer, "mmcache.view.Detokenizer(store)")
 
 
 def surroundings(store: Store, position: int, context: int, words: Detokenizer, width: int = 1) -> dict[str, str]:
-    """Give the text of some tokens, and of those around them in the same sequence.
+    """The text of some tokens, and of those around them in the same sequence.
 
     Raises:
         ArgumentError: `context` below 0.
@@ -147,7 +147,7 @@ def surroundings(store: Store, position: int, context: int, words: Detokenizer, 
     return {name: b"".join(part).decode(errors="replace") for name, part in parts.items()}
 
 
-# Tokens of a sequence that are shown at once.
+# How many tokens of a sequence are shown at a time.
 _MOST = 1024
 _LARGEST = 10
 
@@ -172,24 +172,24 @@ def sequence(
     start: int = 0,
     words: Detokenizer | None = None,
 ) -> View:
-    """Show the text of a sequence, and a number for each of its tokens.
+    """The text of a sequence, and a number for each of its tokens.
 
     Args:
         store: the store.
         site: one of its sites.
         layer: the model's number.
-        number: of the sequence, from 0; negative from the end.
-        by: `"norm"`; `"value"`, of the dimension or the dot product with the vector that `direction` gives; or
-            `"difference"`, the norm of what this layer's row differs by from that of the layer before it in the store.
+        number: of the sequence, from 0; negative counts from the end.
+        by: `"norm"`; `"value"`, of the dimension `direction`, or the dot product with that vector; or `"difference"`,
+            the norm of the difference between this layer's row and that of the layer before it in the store.
         direction: a dimension's number, or a vector `[d_model]`.
-        start: from which of its tokens on; 1,024 are shown at most.
-        words: the store's tokens as text, if it was read already.
+        start: the first token to show; 1,024 are shown at most.
+        words: the store's detokenizer, if it was read already.
 
-    `data`: `sequence`, `document`, `length`, `start`; of each token shown `positions`, `tokens`, `texts`, `flags` and
-    `values` `[n]`; and `flag_bits`, the bits of the flags that the store names.
+    `data`: `sequence`, `document`, `length`, `start`; for each token shown `positions`, `tokens`, `texts`, `flags` and
+    `values` `[n]`; and `flag_bits`, the names and bits of the store's flags.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
         ArgumentError: another `by`; `"difference"` in the first layer; `"value"` without a direction.
         ShapeError: the direction does not fit.
     """
@@ -240,7 +240,7 @@ def _values(look: Sampler, positions: np.ndarray, by: str, direction: Direction 
         return look.scores(positions, resolve_direction(look, direction))[:, 0]
     if by == "difference":
         rows = look.rows(positions)
-        # Of infinities there is none, which is what NaN says.
+        # The difference of two infinities is NaN, as it should be.
         with np.errstate(invalid="ignore"):
             found: np.ndarray = np.linalg.norm(rows[:, 1] - rows[:, 0], axis=-1)
         return found
@@ -249,21 +249,21 @@ def _values(look: Sampler, positions: np.ndarray, by: str, direction: Direction 
 
 @public(store=a_store, site=a_name, position=an_index, context=count(0), words=optional(a_words))
 def token(store: Store, site: str, position: int, *, context: int = 12, words: Detokenizer | None = None) -> View:
-    """Show one token at every layer: how long its row is, how far it turns, and its largest dimensions.
+    """One token at every layer: its row's norm, the cosine with the layer before, and its largest dimensions.
 
     Args:
         store: the store.
         site: one of its sites.
-        position: of the token; negative from the end.
-        context: tokens before and behind it whose text is shown.
-        words: the store's tokens as text, if it was read already.
+        position: of the token; negative counts from the end.
+        context: tokens of context before and after it.
+        words: the store's detokenizer, if it was read already.
 
-    `data`: `position`, `sequence`, `offset`, `token`, `text`, `before`, `after`, `flagged` (names), `counts` (in the
-    statistics); `layers`; `norm`, `mean`, `std` `[L]`; `cosine` `[L]`, with the layer before (NaN for the first); and
-    `largest`, for each layer its 10 largest dimensions by magnitude, `dimension` and `value`.
+    `data`: `position`, `sequence`, `offset`, `token`, `text`, `before`, `after`, `flagged` (names), `counts` (whether
+    it counts in the statistics); `layers`; `norm`, `mean`, `std` `[L]`; `cosine` `[L]`, with the layer before (NaN for
+    the first); and `largest`, for each layer the 10 largest dimensions by magnitude, `dimension` and `value`.
 
     Raises:
-        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as reading does.
+        UnknownSiteError, OutOfRangeError, IncompleteError, CorruptError: as for reads.
         ArgumentError: `context` below 0.
     """
     look = Sampler(store, site)
@@ -271,7 +271,7 @@ def token(store: Store, site: str, position: int, *, context: int = 12, words: D
     position %= store.n_tokens
     rows = look.rows(np.array([position]))[0]
     norm = np.linalg.norm(rows, axis=-1)
-    # Rows of zeros or infinities have no cosine, those of infinities no deviation: NaN says so.
+    # NaN where it is undefined: the cosine of zero or infinite rows, the deviation of infinite rows.
     with np.errstate(divide="ignore", invalid="ignore"):
         mean, std = rows.mean(axis=-1), rows.std(axis=-1)
         cosine = np.concatenate([[np.nan], (rows[1:] * rows[:-1]).sum(axis=-1) / (norm[1:] * norm[:-1])])

@@ -1,1 +1,1 @@
-"""What scripts/bench.py measures, a module a subject."""
+"""The benchmarks of scripts/bench.py, one module per subject."""

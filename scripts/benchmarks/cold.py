@@ -1,4 +1,4 @@
-"""Cold means cold: nothing of a file in the page cache, which is made so, and then checked."""
+"""Drop files from the page cache, and check that they are cold; or warm them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["files_of", "make_cold", "make_durable", "make_warm", "resident_bytes
 
 _DROP = Path("/proc/sys/vm/drop_caches")
 _PIECE = 8 << 20
-# The kernel may keep a page that something else just looked at.
+# The kernel may keep a page that another process just used.
 _TOLERATED = 0.002
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,12 +25,12 @@ _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 def files_of(folder: Path) -> list[Path]:
-    """List every file below a folder."""
+    """Every file below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def resident_bytes(path: Path) -> int:
-    """Give how many bytes of a file are in the page cache, through a mapping that is never touched."""
+    """The bytes of a file that are in the page cache, found by a mapping that is never touched."""
     size = path.stat().st_size
     if not size:
         return 0
@@ -44,14 +44,14 @@ def resident_bytes(path: Path) -> int:
 
 
 def make_cold(files: Iterable[Path], *, names: bool = False) -> None:
-    """Drop files from the page cache. Whoever maps them must have let go: mapped pages stay, and are found here.
+    """Drop files from the page cache. Unmap them first: mapped pages stay, and are detected here.
 
     Args:
         files: the files.
-        names: forget names and inodes too, where we may (root only).
+        names: also drop names and inodes, if permitted (root only).
 
     Raises:
-        RuntimeError: they are not cold afterwards, so that a warm cache is never called the disk's speed.
+        RuntimeError: they are not cold afterwards; so a warm cache is never reported as the disk's speed.
     """
     files = list(files)
     for path in files:
@@ -79,7 +79,7 @@ def make_warm(files: Iterable[Path]) -> None:
 
 
 def make_durable(folder: Path) -> None:
-    """Sync every file and folder below `folder`, as somebody who wants the data to be there after a power cut does."""
+    """Sync every file and folder below `folder`, as needed for data to survive a power cut."""
     for path in [*folder.rglob("*"), folder]:
         fd = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Beside a busy Python thread: one that never lets go of the interpreter by itself."""
+"""Speed while another Python thread is busy and never releases the GIL by itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GATHERED = 4096
 
 @contextmanager
 def busy() -> Iterator[None]:
-    """Keep a thread in pure Python for as long as the block lasts."""
+    """Run a thread of pure Python for as long as the `with` statement lasts."""
     stopped = False
 
     def spin() -> None:
@@ -53,7 +53,7 @@ def _quiet_and_busy(work: Callable[[], float], repeats: int) -> tuple[list[float
 
 
 def crowded(plan: Plan) -> Iterator[Row]:
-    """What a gather, a row and the feed keep of their speed."""
+    """The share of their speed that a gather, a row and the feed keep."""
     store = rows_store(plan)
     view, tokens = store["x"], warm_share(store)
     make_warm(data_files(store, "x")[: tokens // (store.shard_tokens or 1)])

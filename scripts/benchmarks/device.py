@@ -1,4 +1,4 @@
-"""On a GPU: from the device to the disk, what the forward pass pays for it, and rows on to the device."""
+"""On a GPU: writes from the device to disk, their cost for the forward pass, and reads of rows to the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GATHERED = 4096
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Time a call, with all that it left under way on the device."""
+    """Time a call, including its work on the device."""
 
     def whole() -> None:
         work()
@@ -36,7 +36,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _model(layers: int) -> Any:
-    """Build a Llama of 4,096-wide layers with random weights, on the device, in bfloat16."""
+    """A Llama of 4,096-wide layers with random weights, on the device, in bfloat16."""
     from transformers import LlamaConfig, LlamaModel  # noqa: PLC0415 -- an extra, and slow to import
 
     config = LlamaConfig(
@@ -135,7 +135,7 @@ def _onto(plan: Plan) -> Iterator[Row]:
 
 
 def on_device(plan: Plan) -> Iterator[Row | Skip]:
-    """Measure what needs a GPU, or say that there is none."""
+    """Measure everything that needs a GPU, or report that there is none."""
     if not torch.cuda.is_available():
         yield Skip("gpu", "torch.cuda.is_available() is false")
         return

@@ -1,7 +1,7 @@
-"""Extraction beside the bare forward pass, and beside SAELens's CacheActivationsRunner on the same model and text.
+"""Extraction compared with the bare forward pass, and with SAELens's CacheActivationsRunner on the same input.
 
-A job is a few percent of forward passes that differ by as much among themselves. So each job is run between two bare
-passes, and its time beyond them is its own less their mean: what speeds up or slows down steadily is in neither.
+A job's own time is a few percent of the forward passes, which vary by as much themselves. So each job runs between two
+bare passes, and its own time is its total minus their mean, which cancels any steady drift.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ __all__ = ["against_saelens", "extraction"]
 _LENGTH, _BATCH, _LAYER = 512, 4, 6
 _HOOK = f"transformer.h.{_LAYER}"
 _SIDE = Path(__file__).with_name("saelens_side.py")
-# Below this nothing is measured, and no ratio means anything.
+# Times below this are noise, and ratios of them mean nothing.
 _LEAST_MS = 1.0
-# glibc's options M_TRIM_THRESHOLD and M_MMAP_MAX, and the variables that say the same to another process.
+# glibc's options M_TRIM_THRESHOLD and M_MMAP_MAX, and the environment variables that set them in another process.
 _STEADY = {-1: ("MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1), -4: ("MALLOC_MMAP_MAX_", 0)}
 
 
 def _model(plan: Plan) -> nn.Module:
-    """Build a model of GPT-2 small's shape, or a tiny one where a run is only to be tried; random weights."""
+    """A model of GPT-2 small's shape, or a tiny one for trial runs; random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 -- an extra, and slow to import
 
     torch.manual_seed(0)
-    # What a tiny run, such as a test's, can afford.
+    # A size that a tiny run, such as a test's, can afford.
     tiny = {"n_embd": 64, "n_head": 4, "n_layer": 8} if plan.tokens < _LENGTH * _BATCH else {}
     model: nn.Module = GPT2LMHeadModel(GPT2Config(**tiny)).eval()
     return model
@@ -63,7 +63,7 @@ def _texts(plan: Plan) -> list[np.ndarray]:
 
 
 def extraction(plan: Plan) -> Iterator[Row]:
-    """`extract` of every layer's mlp_in and mlp_out, beside the forward passes alone."""
+    """`extract` of every layer's mlp_in and mlp_out, compared with the forward passes alone."""
     model, tokenizer, device, texts = _model(plan), load_tokenizer("demo"), torch.device("cpu"), _texts(plan)
     ours, bare, full = [], [], []
     path = plan.folder / "extracted"
@@ -95,7 +95,7 @@ def extraction(plan: Plan) -> Iterator[Row]:
 
 
 def _steady() -> None:
-    """Have freed memory kept, on both sides alike: fresh memory costs a forward pass up to a tenth."""
+    """Make malloc keep freed memory, on both sides alike: fresh memory slows a forward pass by up to a tenth."""
     with suppress(OSError, AttributeError):
         for option, (_, value) in _STEADY.items():
             ctypes.CDLL(None).mallopt(option, value)
@@ -115,16 +115,16 @@ class _Taken:
         self.bare.append((before + bare()) / 2)
 
     def beyond(self) -> list[float]:
-        """Give each job's milliseconds beyond the bare passes."""
+        """Each job's milliseconds beyond the bare passes."""
         return [(job - bare) * 1000 for job, bare in zip(self.jobs, self.bare, strict=True)]
 
     def share(self) -> float:
-        """Give the percentage of the bare passes that jobs take beyond them."""
+        """The time of the jobs beyond the bare passes, in percent of these."""
         return statistics.median(self.beyond()) / statistics.median(self.bare) / 10
 
 
 class _Saelens:
-    """A process of SAELens's own environment, which waits while we measure."""
+    """A process in SAELens's own environment, which waits while we measure."""
 
     def __init__(self, python: str, folder: Path, out: Path) -> None:
         self._errors = folder / "errors.txt"
@@ -142,28 +142,28 @@ class _Saelens:
         self._process.communicate()
 
     def answer(self) -> str:
-        """Wait for a line; raises RuntimeError where the process failed."""
+        """The next line of output; waits for it. Raises RuntimeError if the process failed."""
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
             raise RuntimeError((self._errors.read_text().strip().splitlines() or ["it said nothing"])[-1])
         return line
 
     def ask(self, what: str, how: str) -> float:
-        """Have it run a job or the bare passes, stopped early or whole: seconds."""
+        """Run a job or the bare passes there, stopped early or whole: seconds."""
         if self._process.stdin is not None:
             print(what, how, file=self._process.stdin, flush=True)
         return float(self.answer())
 
 
 class _Ours:
-    """Our side of it, in this process."""
+    """Our side of the comparison, in this process."""
 
     def __init__(self, plan: Plan) -> None:
         self.model, self.tokenizer, self.texts = _model(plan), load_tokenizer("demo"), _texts(plan)
         self._path = plan.folder / "one-layer"
 
     def bare(self) -> float:
-        """Run the model alone, as far as the layer that is wanted."""
+        """Run the model alone, up to the layer wanted: seconds."""
         gc.collect()
         began = time.perf_counter()
         with capture(self.model, ("resid_post",), [_LAYER], stop=True) as captured:
@@ -173,7 +173,7 @@ class _Ours:
         return time.perf_counter() - began
 
     def job(self) -> float:
-        """Run a job whose model is loaded and checked already, as SAELens's is."""
+        """Run a job whose model is already loaded and checked, as SAELens's is: seconds."""
         job = Extraction(
             self.model, self.tokenizer, self._path, sites=("resid_post",), layers=[_LAYER], context_length=_LENGTH,
             batch_size=_BATCH, dtype=torch.float32,
@@ -200,7 +200,7 @@ def against_saelens(plan: Plan) -> Iterator[Row | Skip]:
     try:
         with _Saelens(python, folder, plan.folder / "saelens") as theirs:
             versions = json.loads(theirs.answer())
-            # The first time of everything imports, compiles and takes memory.
+            # The first runs import, compile and allocate memory.
             ours.job()
             theirs.ask("run", "whole")
             for turn in range(plan.repeats):
@@ -217,9 +217,9 @@ def against_saelens(plan: Plan) -> Iterator[Row | Skip]:
 
 
 def _rows(name: str, total: int, beside: str, ours: _Taken, theirs: _Taken) -> Iterator[Row]:
-    """Make the rows of both sides' speed, and of what each takes beyond bare passes as far as the layer wanted.
+    """The rows of both sides' speed, and of their time beyond bare passes up to the layer wanted.
 
-    SAELens runs models of Hugging Face to their logits; how it does where it is stopped as early as ours is told apart.
+    SAELens runs Hugging Face models up to their logits; its time when stopped as early as ours is a separate row.
     """
     what = f"extract, one site and layer, float32, {total:,} tokens"
     rates = [[total / taken for taken in side.jobs] for side in (ours, theirs)]
@@ -238,9 +238,9 @@ def _middle(beyond: Sequence[float]) -> float:
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Give the ratio of two medians, and the interquartile range of it over resamples of the repeats.
+    """The ratio of two medians, and its interquartile range over resamples of the repeats.
 
-    Not the median of ratios: a difference of two passes may be next to nothing, or below it, and its ratio anything.
+    Not the median of ratios: a difference of two passes may be near zero or negative, and its ratio anything.
     """
     rng = np.random.default_rng(0)
     picked = rng.integers(0, len(ours), (1000, len(ours)))

@@ -1,4 +1,4 @@
-"""The training feed, cold and warm, beside the device and memcpy, and beside peers' loaders at the same job."""
+"""The training feed, cold and warm, compared with the device, memcpy, and peers' loaders at the same job."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["delivered", "feeds", "loaders"]
 
 _BATCH = 1024
-# What one site holds of a token: the record that the device is asked for.
+# The bytes that one site holds for a token: the record that is read from the device.
 _RECORD = CLT_LAYERS * CLT_WIDTH * 2
 
 
@@ -36,7 +36,7 @@ def _batches(plan: Plan, store: Store) -> int:
 
 
 def delivered(plan: Plan, store: Store, seed: int, *, cold: bool) -> float:
-    """Iterate over a fresh dataset, from the begin of the epoch to the last batch: GB/s."""
+    """Iterate over a fresh dataset, from the start of the epoch to the last batch: GB/s."""
     files = [path for site in store.sites for path in data_files(store, site)]
     if cold:
         store.close()
@@ -45,7 +45,7 @@ def delivered(plan: Plan, store: Store, seed: int, *, cold: bool) -> float:
 
 
 def _rate(plan: Plan, data: mmcache.ActivationDataset) -> float:
-    """Iterate over a dataset's next epoch, from its begin to the last batch: GB/s."""
+    """Iterate over a dataset's next epoch, from its start to the last batch: GB/s."""
     store, threads = data.store, threading.active_count()
     data.set_epoch(data.epoch + 1)
     began, size = time.perf_counter(), 0
@@ -55,7 +55,7 @@ def _rate(plan: Plan, data: mmcache.ActivationDataset) -> float:
         size += sum(batch[site].nbytes for site in store.sites)
     taken = time.perf_counter() - began
     del batches, batch
-    # What was being fetched ahead still reads: it must not warm up what is measured next.
+    # Wait for prefetches that are still reading: they must not warm up what is measured next.
     while threading.active_count() > threads:
         time.sleep(0.001)
     return size / taken / 1e9
@@ -80,7 +80,7 @@ def feeds(plan: Plan) -> Iterator[Row]:
     yield compare("cold feed", f"{what}, cold", beside, "GB/s", found["ours"], found["device"], goal=0.9)
     make_warm(files)
     piece = _BATCH * _RECORD * 2
-    # The memory of its batches is touched after the first epoch, as that of memcpy is.
+    # The memory of its batches has been touched after the first epoch, as that of memcpy has.
     data = mmcache.ActivationDataset(store, batch_size=_BATCH, shuffle="global")
     _rate(plan, data)
     found = in_turn(
@@ -135,7 +135,7 @@ def loaders(plan: Plan) -> Iterator[Row | Skip]:
 
 
 def _mapped(store: Store, folder: Path) -> dict[str, torch.Tensor]:
-    """Give every site's rows `[n_tokens, n_layers, d_model]` as files that are mapped and have no names any more."""
+    """Every site's rows `[n_tokens, n_layers, d_model]` as mapped files that are already unlinked."""
     found = {}
     for site in store.sites:
         path = folder / f"{site}.rows"

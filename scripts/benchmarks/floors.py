@@ -1,4 +1,4 @@
-"""The ratios that were reached before, and whether they still are."""
+"""The lowest acceptable ratio of each benchmark row, recorded from earlier runs, and the check against it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
 
 
 def record(path: Path, mode: str, rows: Sequence[Row]) -> None:
-    """Keep each row's ratio, less its spread, as its floor in that mode; other rows' floors stay.
+    """Record each row's ratio, less its spread, as its floor in that mode; other rows' floors stay.
 
-    What was measured only once has no spread, and gets none.
+    A row that was measured only once has no spread, and gets no floor.
     """
     floors = _read(path)
     found = {row.name: float(f"{max(0.0, row.ratio - row.spread):.3g}") for row in rows if len(row.all_ours) > 1}
@@ -31,7 +31,7 @@ def record(path: Path, mode: str, rows: Sequence[Row]) -> None:
 
 
 def check(path: Path, mode: str, rows: Sequence[Row]) -> list[str]:
-    """Say which rows are below their floor by more than their spread. A row without a floor passes."""
+    """The rows that are below their floor by more than their spread. A row without a floor passes."""
     floors = _read(path).get(mode, {})
     return [
         f"slower: {row.name} is {row.ratio:.3g} (spread {row.spread:.2g}), its floor {floors[row.name]:.3g}"

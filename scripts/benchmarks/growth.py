@@ -1,6 +1,6 @@
-"""How cost grows: with the number of shards, the length of a sequence, the number of layers.
+"""How costs grow with the number of shards, the length of a sequence and the number of layers.
 
-Stores of thousands of shards are sparse files: true headers, and holes where the rows would be.
+Stores of thousands of shards are sparse files: real headers, and holes instead of rows.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def _random(store: Store, count: int, seed: int = 0) -> list[int]:
 
 
 def many_shards(plan: Plan) -> Iterator[Row]:
-    """Open and read a store of very many shards, beside one with as many rows in one shard as are read."""
+    """Open and read a store of very many shards, compared with a store of one shard."""
     shards = _counts(plan)[-1]
     many, one = plan.folder / "many", plan.folder / "one"
     sparse_store(many, shards)
-    # As large as shards are by default; large enough that as many pages are touched.
+    # As large as default shards, so that as many pages are touched.
     sparse_store(one, 1, 131_072)
     metadata = [path for folder in (many, one) for path in folder.rglob("zarr.json")]
 
@@ -90,7 +90,7 @@ def many_shards(plan: Plan) -> Iterator[Row]:
     count = 500 if plan.quick else 5000
     stores = {"many": mmcache.open(many), "one": mmcache.open(one)}
     sides = {name: partial(_row_cost, store, _random(store, count)) for name, store in stores.items()}
-    in_turn(sides, 2)  # meets the shards, and faults the pages in
+    in_turn(sides, 2)  # opens the shards, and faults the pages in
     found = in_turn(sides, plan.repeats)
     yield compare(
         f"row of {shards} shards", f"get_position, warm, random on {shards:,} shards", "random on one shard", "us",
@@ -103,7 +103,7 @@ def many_shards(plan: Plan) -> Iterator[Row]:
 
 
 def _push_shards(plan: Plan, shards: int) -> float:
-    """Write a cache of so many small shards: ms each, to durable."""
+    """Write a cache of `shards` small shards: ms each, until durable."""
     layer, path = torch.randn(_SHARD_ROWS * shards, 64).bfloat16(), plan.folder / "pushed"
 
     def work() -> None:
@@ -116,7 +116,7 @@ def _push_shards(plan: Plan, shards: int) -> float:
 
 
 def by_shards(plan: Plan) -> Iterator[Series]:
-    """Open, info, a row, a gather and a push, against the number of shards."""
+    """Open, info, a row, a gather and a push, by the number of shards."""
     found: dict[str, list[float]] = {name: [] for name in ("open", "info", "4,096 rows gathered")}
     rows: list[float] = []
     counts = _counts(plan)
@@ -145,7 +145,7 @@ def by_shards(plan: Plan) -> Iterator[Series]:
 
 
 def by_length(plan: Plan) -> Iterator[Series]:
-    """Push a layer and read a row, against the length of the sequence."""
+    """Push a layer and read a row, by the length of the sequence."""
     lengths = tuple(1 << power for power in range(10, 17 if plan.quick else 21, 2))
     pushed, read = [], []
     path = plan.folder / "long"
@@ -169,7 +169,7 @@ def by_length(plan: Plan) -> Iterator[Series]:
 
 
 def by_layers(plan: Plan) -> Iterator[Series]:
-    """Push layers and gather all of them, against their number."""
+    """Push layers and gather all of them, by their number."""
     counts = (1, 4, 16) if plan.quick else (1, 4, 16, 64, 128)
     layer = torch.randn(2048, _WIDTH).bfloat16()
     pushed, gathered = [], []

@@ -1,4 +1,4 @@
-"""Stores of a terabyte that take no room: true headers and statistics, and holes where the rows would be."""
+"""Stores of a terabyte that take no room: real headers and statistics, and holes instead of rows."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def huge_store(
     layout: Literal["layer", "token"] = "token",
     tokens: bool = True,
 ) -> Path:
-    """Make a store of so many shards, of one site, `x`: by default 1.0 TB of 41 million tokens.
+    """Make a store of one site, `x`, with `shards` shards: by default 1.0 TB of 41 million tokens.
 
-    The statistics of each shard are those that its rows could have; dimension 7 is an outlier in layer 1, dimension 5
-    never changes in layer 0, and block 3 has a NaN in its first layer.
+    The statistics of each shard are plausible; dimension 7 is an outlier in layer 1, dimension 5 never changes in layer
+    0, and block 3 has a NaN in its first layer.
     """
     blocks = shards if layout == "token" else shards // layers
     total = blocks * shard_tokens
@@ -63,12 +63,12 @@ def _shard(folder: Path, manifest: Manifest, slot: int, block: int) -> None:
         file.write(layout.header(manifest.shard_metadata("x", block, slot)))
         file.truncate(layout.size)
         file.seek(layout.data_end)
-        # Of rows that are holes: their checksums would be those of zeros.
+        # The rows are holes, so their checksums are left 0, not computed.
         file.write(layout.tail([0] * layout.chunks, statistics_of(layout, slot, block)))
 
 
 def statistics_of(layout: Layout, slot: int, block: int) -> dict[str, np.ndarray]:
-    """Make up the statistics of one shard."""
+    """Invent the statistics of one shard."""
     spec = layout.spec
     dice = np.random.default_rng(zlib.crc32(f"{slot} {block}".encode()))
     deep, width = spec.stat_layers, spec.row_shape[-1]

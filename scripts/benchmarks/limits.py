@@ -1,4 +1,4 @@
-"""What the hardware does, with nothing of mmcache in between: the limits that stand beside."""
+"""The hardware's limits: raw reads, writes and copies, without mmcache."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _WRITE = 8 << 20
 
 
 def aligned(size: int) -> np.ndarray:
-    """Give page-aligned memory that was touched: `[size]` uint8."""
+    """Page-aligned memory that was touched: `[size]` uint8."""
     memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
     memory[:] = 1
     return memory
 
 
 def raw_write(folder: Path, total: int) -> float:
-    """Write `total` bytes past the page cache, 8 MiB at a time, one thread, into reserved space; sync: GB/s.
+    """Write `total` bytes past the page cache, 8 MiB at a time, on one thread, into reserved space; sync: GB/s.
 
     The time ends when the data and the file's name are durable.
     """
@@ -75,7 +75,7 @@ def raw_preads(path: Path, size: int, offsets: Sequence[int]) -> list[float]:
 
 
 def reader_name() -> str:
-    """Say what `random_reads` runs."""
+    """What `random_reads` runs."""
     fio = shutil.which("fio")
     if fio is None:
         return "libaio loop in Python (fio is not installed)"
@@ -84,9 +84,9 @@ def reader_name() -> str:
 
 
 def random_reads(files: Sequence[Path], size: int, count: int, *, depth: int = 32, jobs: int = 1) -> float:
-    """Read `count` random blocks of `size` bytes from files, past the page cache, at a queue depth: bytes/s.
+    """Read `count` random pieces of `size` bytes from files, past the page cache, at a queue depth: bytes/s.
 
-    By fio where it is installed, else by our own loop, which takes `jobs` for one.
+    With fio if it is installed, else with our own loop, which always runs one job.
     """
     if shutil.which("fio") is None:
         return _random_reads(files, size, count, depth)
@@ -136,7 +136,7 @@ def _random_reads(files: Sequence[Path], size: int, count: int, depth: int) -> f
 
 
 def memcpy(total: int, piece: int) -> float:
-    """Copy `total` bytes of a large source, in pieces, into one touched buffer, one thread: bytes/s."""
+    """Copy `total` bytes of a large source, in pieces, into one touched buffer, on one thread: bytes/s."""
     source, target = aligned(max(piece, min(total, 1 << 30))), aligned(piece)
     steps = len(source) // piece
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Peers' ways to read random tokens, all layers of all sites, as their users write them: a Dataset in a DataLoader.
 
-Where a format has no bfloat16 the same bits are kept as int16, which costs it nothing, or float16.
+If a format has no bfloat16, the same bits are stored as int16, which costs it nothing, or float16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class Loader:
-    """One peer: how it keeps `{site: [n, n_layers, d_model]}` in a folder, and reads a list of tokens from there."""
+    """One peer: how it stores `{site: [n, n_layers, d_model]}` in a folder, and reads a list of tokens from there."""
 
     name: str
     package: str
@@ -38,7 +38,7 @@ class Loader:
 
 
 class _Tokens(Dataset[Any]):
-    """Opens in each worker, as files and handles want it, and reads a batch at a time."""
+    """Opens the files in each worker, since handles cannot be shared, and reads a batch at a time."""
 
     def __init__(self, loader: Loader, folder: Path) -> None:
         self._loader, self._folder = loader, folder
@@ -52,10 +52,10 @@ class _Tokens(Dataset[Any]):
 
 def batches_of(loader: Loader, folder: Path, tokens: int, batch: int, most: float) -> float:
     """Load random batches with two workers for `most` seconds at most: tokens/s, from when the workers are ready."""
-    # With nothing to read, each starts up, imports and opens. A first batch would be far too much to leave out: what
-    # reads ahead has a small file in memory behind it.
+    # Empty batches make each worker start up, import and open the files. Leaving out a real first batch would favour
+    # loaders that read ahead: on a small file they would have most of it in memory.
     sampler: list[list[int]] = [[]] * _WORKERS + list(BatchSampler(RandomSampler(range(tokens)), batch, drop_last=True))
-    # Not forked from this process: some formats' threads do not survive that. The server has what takes long to import.
+    # Not forked from this process: some formats' threads do not survive a fork. The server preloads the slow imports.
     multiprocessing.set_forkserver_preload(["torch.utils.data", "mmcache", "mmcache.cli"])
     feed = DataLoader(
         _Tokens(loader, folder),
@@ -65,7 +65,7 @@ def batches_of(loader: Loader, folder: Path, tokens: int, batch: int, most: floa
         multiprocessing_context="forkserver",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about forks beside threads, and formats' own
+        warnings.simplefilter("ignore")  # about forks beside threads, and the formats' own warnings
         batches = iter(feed)
         for _ in range(_WORKERS):
             next(batches)
@@ -163,7 +163,7 @@ def _open_hdf5(folder: Path) -> Any:
 
 
 def _read_hdf5(file: Any, tokens: list[int]) -> dict[str, torch.Tensor]:
-    # It wants ascending indices, each once.
+    # h5py needs ascending indices without duplicates.
     order, back = np.unique(tokens, return_inverse=True)
     return {site: torch.from_numpy(file[site][order][back]) for site in file}
 

@@ -1,4 +1,4 @@
-"""Looking into a terabyte: what the command, the first map and a zoom take, and how many bytes they read."""
+"""Looking into a terabyte: the time of the command, the first map and a zoom, and the bytes that they read."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["looks"]
 
 
 def _process(*arguments: str) -> float:
-    """Time a process of its own, in milliseconds."""
+    """Time a separate process, in milliseconds."""
     return seconds(lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)) * 1e3  # noqa: S603
 
 
 def _read_bytes() -> int:
-    """Give what this process made the disk read, in bytes."""
+    """The bytes that this process has made the disk read."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 

@@ -1,4 +1,4 @@
-"""What was measured on: the machine, the disk, the versions."""
+"""Description of the machine, the disk and the versions of a benchmark run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["block_device", "describe", "has", "read_ahead_kb", "version_of"]
 
 
 def version_of(package: str) -> str:
-    """Give an installed package's name and version."""
+    """An installed package's name and version."""
     return f"{package} {version(package)}"
 
 
 def has(package: str) -> bool:
-    """Tell whether a package is installed."""
+    """Whether a package is installed."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -28,18 +28,18 @@ def has(package: str) -> bool:
 
 
 def block_device(folder: Path) -> Path | None:
-    """Give the entry in /sys of the block device that a folder is on; None where there is none, such as for tmpfs."""
+    """The entry in /sys of a folder's block device; None if it has none, as on tmpfs."""
     number = folder.stat().st_dev
     entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not entry.exists():
         return None
-    # A partition's queue is its disk's.
+    # A partition uses its disk's queue.
     entry = entry.resolve()
     return entry if (entry / "queue").exists() else entry.parent
 
 
 def read_ahead_kb(folder: Path) -> str:
-    """Give what the kernel reads ahead on that disk, in KiB."""
+    """The kernel's read-ahead on a folder's disk, in KiB."""
     device = block_device(folder)
     return "unknown" if device is None else (device / "queue" / "read_ahead_kb").read_text().strip()
 
@@ -56,7 +56,7 @@ def _file_system(folder: Path) -> str:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Describe the machine, as far as Linux tells."""
+    """A description of the machine, as far as Linux reports it."""
     device = block_device(folder)
     packages = ("mmcache", "torch", "numpy", "zarr")
     return {

@@ -1,4 +1,4 @@
-"""Rows of the benchmark: two sides measured in turn, and the ratio of their speeds with its spread."""
+"""Rows of the benchmark: two sides measured alternately, and the ratio of their speeds with its spread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Kind", "Plan", "Row", "Series", "Skip", "compare", "in_turn", "seconds"]
 
-# What stands beside: the hardware or the bare operation, others' software, or we ourselves elsewhere.
+# What ours is compared with: the hardware or the bare operation, others' software, or ourselves in another case.
 Kind = Literal["limit", "peer", "self"]
 
 
@@ -22,8 +22,8 @@ Kind = Literal["limit", "peer", "self"]
 class Row:
     """One comparison. `ratio` is our speed over the other's: above 1 we are faster, whatever the unit.
 
-    It is the median of the ratios of paired repeats, and `spread` their interquartile range. `goal` is what `ratio`
-    shall be at least; `limit`, where there is one, what `ours` itself shall be at most (or at least, for a rate).
+    It is the median of the ratios of paired repeats, and `spread` their interquartile range. `goal` is the least that
+    `ratio` should be; `limit`, if given, is the most that `ours` itself should be (or the least, for a rate).
     """
 
     name: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether its goals are met; None where it has none."""
+        """Whether the goals are met; None if there are none."""
         if self.goal is None and self.limit is None:
             return None
         rate = _is_rate(self.unit)
@@ -73,7 +73,7 @@ class Series:
 class Plan:
     """How much is measured, and where.
 
-    `size` is the bytes of the stores that are read; half of it is written. `peer_size` is what peers' loaders read.
+    `size` is the bytes of the stores that are read; half as much is written. `peer_size` is what peers' loaders read.
     """
 
     folder: Path
@@ -91,14 +91,14 @@ def _is_rate(unit: str) -> bool:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Time one call."""
+    """The seconds that one call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def in_turn(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure every side once a turn, in alternating order: what slows the machine down slows all of them."""
+    """Measure every side once per turn, in alternating order, so that a slow phase affects all of them."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats):
         order = list(sides)
@@ -120,7 +120,7 @@ def compare(
     goal: float | None = None,
     limit: float | None = None,
 ) -> Row:
-    """Make a row of paired repeats. Units that end in `/s`, and shares, are better if more; all others are costs."""
+    """A row of paired repeats. For units that end in `/s`, and shares, more is better; all others are costs."""
     rate = _is_rate(unit)
     ratios = [a / b if rate else b / a for a, b in zip(ours, theirs, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3

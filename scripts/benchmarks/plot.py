@@ -27,7 +27,7 @@ def _logarithmic(axes: Any, which: str) -> None:
 def _ratios(axes: Any, rows: Sequence[Row], title: str, *, logarithmic: bool) -> None:
     colours = {"limit": _OURS, "peer": _PEER, "self": _SELF}
     for place, row in enumerate(reversed(rows)):
-        # Where the scale is logarithmic, from 1 to either side.
+        # On a logarithmic scale, bars start from 1, to either side.
         start = 1.0 if logarithmic else 0.0
         axes.barh(place, row.ratio - start, left=start, color=colours[row.kind], height=0.62)
         axes.errorbar(row.ratio, place, xerr=row.spread / 2, color="#1a202c", capsize=2, linewidth=1)
@@ -51,12 +51,12 @@ def _grown(axes: Any, series: Series) -> None:
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, frameon=False)
     low, high = axes.get_ylim()
-    # A cost that stays the same shall look like it.
+    # Wide limits, so that a constant cost looks constant.
     axes.set_ylim(low / 3, high * 3)
 
 
 def draw(path: Path, rows: Sequence[Row], series: Sequence[Series]) -> None:
-    """Draw to a file, PNG or SVG by its name.
+    """Write the picture to a file, PNG or SVG by its name.
 
     Raises:
         ImportError: matplotlib is not installed (the extra `bench`).
@@ -68,7 +68,7 @@ def draw(path: Path, rows: Sequence[Row], series: Sequence[Series]) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "mmcache"
     panels = [
-        # What has no goal for its ratio, but a limit for itself, is no comparison of speeds.
+        # A row with a limit but no goal for its ratio is not a comparison of speeds.
         (
             [row for row in rows if row.kind != "peer" and (row.limit is None or row.goal is not None)],
             "the limit",

@@ -1,4 +1,4 @@
-"""Rows and gathers, cold and warm, beside raw reads of the device and copies in memory."""
+"""Rows and gathers, cold and warm, compared with raw reads of the device and copies in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["cold_gathers", "cold_rows", "rows_in_memory", "warm_gathers", "warm_
 
 _ROW_BYTES = ROW_WIDTH * 2
 _GATHERED = 4096
-_DATA = 4096  # where a shard's data begin
+_DATA = 4096  # where a shard's data starts
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def _make_cold(store: Store, files: list[Path]) -> None:
 
 
 def cold_rows(plan: Plan) -> Iterator[Row]:
-    """One row from a store that is open, and whose shards were met before, beside one direct read in this process."""
+    """One row from an open store whose shards were read before, compared with one direct read."""
     store = rows_store(plan)
     view, files, per_shard = store["x"], data_files(store, "x"), _shard_rows(store)
     buffer, random = aligned(_ROW_BYTES), np.random.default_rng(0)
@@ -68,7 +68,7 @@ def cold_rows(plan: Plan) -> Iterator[Row]:
             if held > 0.05 * store.n_tokens * _ROW_BYTES:
                 raise RuntimeError(f"{held} bytes came into the page cache by meeting {len(files)} shards: not cold")
             taken: tuple[list[float], list[float]] = ([], [])
-            # None of those just met, and none near them.
+            # None of the rows just read, and none near them.
             within = random.integers(min(64, per_shard // 2), per_shard, (count, 2))
             for (shard, other), (row, elsewhere) in zip(
                 random.integers(0, len(files), (count, 2)).tolist(), within.tolist(), strict=True
@@ -97,7 +97,7 @@ def _memmap_gather(files: list[Path], per_shard: int, positions: np.ndarray, mos
 
 
 def cold_gathers(plan: Plan) -> Iterator[Row]:
-    """4,096 random rows at a time, beside fio at queue depth 32, and np.memmap."""
+    """4,096 random rows at a time, compared with fio at queue depth 32, and np.memmap."""
     store = rows_store(plan)
     view, files, per_shard = store["x"], data_files(store, "x"), _shard_rows(store)
     random = np.random.default_rng(1)
@@ -110,7 +110,7 @@ def cold_gathers(plan: Plan) -> Iterator[Row]:
         return calls * _GATHERED / seconds(lambda: [view.gather(some, out=out) for some in positions])
 
     def device() -> float:
-        # Else fio would spend its time on dropping what others left in the page cache.
+        # Otherwise fio would spend its time on dropping pages that the other side left in the page cache.
         _make_cold(store, files)
         return random_reads(files, _ROW_BYTES, calls * _GATHERED) / _ROW_BYTES
 
@@ -119,26 +119,26 @@ def cold_gathers(plan: Plan) -> Iterator[Row]:
         positions = random.integers(0, store.n_tokens, 512 if plan.quick else _GATHERED)
         return _memmap_gather(files, per_shard, positions, 2.0 if plan.quick else 10.0)
 
-    # More turns than elsewhere: a turn takes a third of a second, and the device is not the same from one to the next.
+    # More turns than elsewhere: a turn takes a third of a second, and the device varies from one to the next.
     found = in_turn({"ours": ours, "device": device}, plan.repeats * 3)
     what = "gather(out=), cold, 4,096 random rows of 8 KiB"
     beside = f"{reader_name()}, randread 8 KiB, queue depth 32"
     yield compare("cold gather", what, beside, "rows/s", found["ours"], found["device"], goal=0.95)
-    # By itself: it makes the device read megabytes for each row, and what comes right behind it finds it slower.
+    # Measured separately: it makes the device read megabytes per row, which slows whatever comes next.
     found = in_turn({"ours": ours, "memmap": memmap}, plan.repeats)
     beside = f"np.memmap ({version_of('numpy')}), rows one by one, read_ahead_kb {read_ahead_kb(plan.folder)}"
     yield compare("cold gather, memmap", what, beside, "rows/s", found["ours"], found["memmap"], kind="peer", goal=50)
 
 
 def warm_share(store: Store) -> int:
-    """Give how many tokens of a store can be in memory twice: in the page cache, and as a tensor."""
+    """How many tokens of a store fit into memory twice: in the page cache, and as a tensor."""
     per_shard = _shard_rows(store)
     fits = available_memory() * 4 // 10 // _ROW_BYTES // per_shard
     return min(store.n_tokens, max(1, fits) * per_shard)
 
 
 def rows_in_memory(tokens: int) -> torch.Tensor:
-    """Make a tensor like the rows: `[tokens, 4096]` bfloat16, touched."""
+    """A tensor like the rows: `[tokens, 4096]` bfloat16, touched."""
     rows = torch.empty(tokens, ROW_WIDTH, dtype=torch.bfloat16)
     piece = torch.randn(min(tokens, 4096), ROW_WIDTH).bfloat16()
     for start in range(0, tokens, len(piece)):
@@ -147,10 +147,10 @@ def rows_in_memory(tokens: int) -> torch.Tensor:
 
 
 def warm_gathers(plan: Plan) -> Iterator[Row]:
-    """The same rows again, all in the page cache, beside `index_select` on a tensor in memory."""
+    """The same rows again, all in the page cache, compared with `index_select` on a tensor in memory."""
     store = rows_store(plan)
     view, tokens = store["x"], warm_share(store)
-    # Whatever was read of it before, and in which pieces: it is read in one go.
+    # Dropped and read again in one go, whatever was read of it before, and in which pieces.
     _make_cold(store, data_files(store, "x"))
     make_warm(data_files(store, "x")[: tokens // _shard_rows(store)])
     memory = rows_in_memory(tokens)
@@ -175,7 +175,7 @@ def warm_gathers(plan: Plan) -> Iterator[Row]:
     beside = f"torch.index_select(out=), {tokens * _ROW_BYTES / 2**30:.1f} GiB in memory"
     what = f"gather(out=), warm, 4,096 random rows of 8 KiB in {shards} shards"
     found = in_turn({"first": first, "ours": gather, "select": select}, plan.repeats)
-    # The first turn faults in what the others find mapped; turns alternate, so that is a turn of its own.
+    # The first gather faults in pages for the others; turns alternate, so it is a turn of its own.
     gather()
     again = in_turn({"ours": gather, "select": select}, plan.repeats)
     yield compare("warm gather", what, beside, "GB/s", again["ours"], again["select"], goal=0.9)
@@ -184,7 +184,7 @@ def warm_gathers(plan: Plan) -> Iterator[Row]:
 
 
 def warm_rows(plan: Plan) -> Iterator[Row]:
-    """One row in the page cache, beside cloning a row of a mapped tensor."""
+    """One row in the page cache, compared with cloning a row of a mapped tensor."""
     store = rows_store(plan)
     view, path, per_shard = store["x"], data_files(store, "x")[0], _shard_rows(store)
     make_warm([path])

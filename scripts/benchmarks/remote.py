@@ -1,7 +1,7 @@
-"""A store in a bucket beside the bare client: from a real S3 server process on this machine's loopback.
+"""A store in a bucket compared with the bare client, from a real S3 server process on this machine's loopback address.
 
-Server, network and reader share the machine, so that its cores are the limit, and whatever is done beside the client's
-own work costs time.
+Server, network and reader share the machine, so its cores are the limit, and any work beyond the client's own costs
+time.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ __all__ = ["from_a_bucket"]
 
 _SIZE, _QUICK_SIZE = 1 << 30, 128 << 20
 _BESIDE = "obstore, the same objects"
-# Objects that the bare client gets at a time, in the second comparison.
+# How many objects the bare client gets at a time, in the second comparison.
 _THREADS = 4
 _ROWS = 200
 _SIDES = ("bare", "together", "brought", "gathered", "pulled", "epoch")
 
 
 def from_a_bucket(plan: Plan) -> Iterator[Row]:
-    """Bring a store here, read it through for an epoch, read single rows, send it: each beside the client alone."""
+    """Cache a store, read an epoch of it, gather its rows, pull it: each compared with the client alone."""
     sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
     serve_s3 = importlib.import_module("fake_s3").serve_s3
     local = clt_store(plan, _QUICK_SIZE if plan.quick else _SIZE)
@@ -51,9 +51,9 @@ def from_a_bucket(plan: Plan) -> Iterator[Row]:
 
 
 class _Sides:
-    """What is measured: the bare client and the library, on the same objects, each from nothing.
+    """What is measured: the bare client and the library, on the same objects, each without a cache.
 
-    Each gives GB/s.
+    Each method returns GB/s.
     """
 
     def __init__(self, cache: Path, local: Store, url: str) -> None:
@@ -66,7 +66,7 @@ class _Sides:
         self._out = torch.zeros(local.n_tokens, local.n_layers, local[local.sites[0]].d_model, dtype=torch.bfloat16)
 
     def opened(self) -> Store:
-        """Open the store with nothing of it here."""
+        """Open the store with an empty cache."""
         shutil.rmtree(self._cache, ignore_errors=True)
         return mmcache.open(self._url, cache_dir=self._cache, cache_bytes=4 * self.total)
 
@@ -81,12 +81,12 @@ class _Sides:
         return self._rate(lambda: [self._get(key) for key in self._keys])
 
     def together(self) -> float:
-        """Get some at a time."""
+        """Get several objects at a time."""
         with ThreadPoolExecutor(_THREADS) as threads:
             return self._rate(lambda: list(threads.map(self._get, self._keys)))
 
     def brought(self) -> float:
-        """Bring all shards into the cache."""
+        """Download all shards into the cache."""
         with self.opened() as store:
 
             def bring() -> None:
@@ -108,7 +108,7 @@ class _Sides:
         return self._rate(lambda: mmcache.pull(self._url, folder))
 
     def epoch(self) -> float:
-        """Go through an epoch."""
+        """Iterate over an epoch."""
         with self.opened() as store:
             data = ActivationDataset(store, batch_size=1024, shuffle="block", buffer_bytes=self.total // 4)
             return self._rate(lambda: [batch.positions for batch in data])

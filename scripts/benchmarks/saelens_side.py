@@ -1,10 +1,10 @@
-"""SAELens's side of a comparison, run by a Python that has sae-lens: does what it is asked, line by line. No mmcache.
+"""SAELens's side of a comparison, run by a Python that has sae-lens: executes requests, line by line. No mmcache.
 
 Usage: python saelens_side.py MODEL_FOLDER OUT HOOK BATCH THREADS        (MODEL_FOLDER/texts.npy: token ids [n, length])
 
-Says its versions as a line of JSON. Then each line of its input is `bare` or `run`, and `stop` or `whole`: the model
-alone or a job to the end of its sync, as far as the layer that is wanted or to the logits, as SAELens runs it. Each is
-answered by its seconds.
+Prints its versions as a line of JSON. Each line of its input is then `bare` or `run`, and `stop` or `whole`: the model
+alone, or a job to the end of its sync; up to the layer wanted, or to the logits, as SAELens runs it. The answer to each
+is its seconds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 
 
 class _StopError(Exception):
-    """The layer that is wanted is done."""
+    """The layer wanted is done."""
 
 
 def _bare(model: Any, module: Any, texts: np.ndarray, batch: int, *, early: bool) -> None:
-    """Run the model alone, as far as the layer that is wanted or to its end."""
+    """Run the model alone, up to the layer wanted or to its end."""
 
     def stop(*_: object) -> None:
         if early:
@@ -51,7 +51,7 @@ def _sync(folder: Path) -> None:
 
 
 def _runner(folder: Path, hook: str, batch: int, texts: np.ndarray) -> Any:
-    """Make a runner of the whole corpus, in one buffer: it fills whole ones, whatever `training_tokens` says."""
+    """A runner of the whole corpus, in one buffer: it fills whole buffers, whatever `training_tokens` says."""
     import sae_lens  # noqa: PLC0415 -- not ours, and slow
     from datasets import Dataset  # noqa: PLC0415
 
@@ -76,9 +76,9 @@ def _runner(folder: Path, hook: str, batch: int, texts: np.ndarray) -> Any:
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     folder, out, hook, batch = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    # What libraries print goes elsewhere.
+    # stdout is for answers: what libraries print goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(int(sys.argv[5]))
@@ -94,7 +94,7 @@ def main() -> None:
     layer = int(hook.rsplit(".", 1)[1])
     for line in sys.stdin:
         what, early = line.split()[0], line.split()[1] == "stop"
-        # What its own models of TransformerLens do by the hook's name, and Hugging Face's do not.
+        # What it does by the hook's name for models of TransformerLens, but not for those of Hugging Face.
         last = layer + 1 if early else None
         activations_store.extract_stop_at_layer_from_tlens_hook_name = lambda _name, last=last: last
         gc.collect()

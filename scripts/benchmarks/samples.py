@@ -1,4 +1,4 @@
-"""The stores that are read: made once a run, by mmcache itself, of random numbers."""
+"""The stores that are read: made once per run, by mmcache itself, from random numbers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["CLT_LAYERS", "CLT_WIDTH", "ROW_WIDTH", "clt_store", "data_files", "rows_store"]
 
-# A row of 8 KiB in bfloat16.
+# The width of a row of 8 KiB in bfloat16.
 ROW_WIDTH = 4096
-# GPT-2 small's: 12 layers of 768, MLP in and out.
+# The shape of GPT-2 small: 12 layers of 768, MLP in and out.
 CLT_LAYERS, CLT_WIDTH = 12, 768
 _SHARDS = 32
 _PIECE_BYTES = 64 << 20
 
 
 def data_files(store: Store, site: str) -> list[Path]:
-    """List the shard files of a site, in the order of its tokens."""
+    """The shard files of a site, in the order of its tokens."""
     return sorted((store.path / site).glob("c.*"), key=lambda path: [int(part) for part in path.name.split(".")[1:]])
 
 
@@ -44,7 +44,7 @@ def rows_store(plan: Plan) -> Store:
     """Open the store of `plan.size` bytes in rows of 8 KiB: one layer, one site `x`, 32 shards."""
     path = plan.folder / "rows"
     if "rows" not in plan.kept:
-        # A power of two of at least 1 MiB, as every store's geometry wants it.
+        # A power of two of at least 1 MiB, as every store's geometry requires.
         shard = max(128, 1 << (plan.size // (ROW_WIDTH * 2) // _SHARDS).bit_length() - 1)
         _fill(path, {"x": ROW_WIDTH}, 1, shard * _SHARDS, layout="layer", shard_tokens=shard)
         plan.kept["rows"] = len(files_of(path))

@@ -1,6 +1,6 @@
 """Peers' ways to write layers to disk, as their users write them.
 
-bfloat16 goes in as the same bits in int16 where a format has none; Hugging Face datasets gets float16.
+If a format has no bfloat16, the same bits are stored as int16; Hugging Face datasets gets float16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Layers = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class PeerWriter:
-    """One peer: how it writes layers `[tokens, d_model]` bfloat16 into a folder. `share` of them, where it is slow."""
+    """One peer: how it writes layers `[tokens, d_model]` bfloat16 into a folder; a `share` of them if slow."""
 
     name: str
     package: str

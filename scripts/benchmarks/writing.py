@@ -1,4 +1,4 @@
-"""Writes, counted until they are durable: ours, the raw device's, peers'. And what a push takes, and holds."""
+"""Writes, timed until durable: ours, the raw device's, peers'. Also the time of a push itself, and its memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _scratch(plan: Plan) -> Iterator[Path]:
 
 
 def _layers(plan: Plan, share: float = 1.0) -> Layers:
-    """Make layers that are `plan.size` bytes / 2 together: the writes are half as large as the stores that are read."""
+    """Layers of `plan.size` / 2 bytes in all: the writes are half as large as the stores that are read."""
     tokens = max(128, int(plan.size * share) // 2 // (_LAYERS * _WIDTH * 2))
     piece = torch.randn(min(tokens, 4096), _WIDTH).bfloat16()
     layers = []
@@ -60,7 +60,7 @@ def _size(layers: Layers) -> int:
 
 
 def _push(plan: Plan, layers: Layers) -> float:
-    """Push layers, and close: GB/s until they are durable."""
+    """Push layers, and close: GB/s until durable."""
 
     def work() -> None:
         with mmcache.FullActivationCache.with_capacity(len(layers), path / "cache") as cache:
@@ -72,7 +72,7 @@ def _push(plan: Plan, layers: Layers) -> float:
 
 
 def _append(plan: Plan, layout: Literal["token", "layer"], total: int) -> float:
-    """Append batches of 8 x 512 tokens of two sites, and close: GB/s until they are durable."""
+    """Append batches of 8 x 512 tokens of two sites, and close: GB/s until durable."""
     tokens = torch.randint(0, 50_000, (8, 512))
     batch = {site: list(torch.randn(_CLT_LAYERS, 8, 512, _CLT_WIDTH).bfloat16()) for site in _SITES}
     size = sum(map(_size, batch.values()))
@@ -95,7 +95,7 @@ def _raw(plan: Plan, total: int) -> float:
 
 
 def writes(plan: Plan) -> Iterator[Row]:
-    """`push`, and `append` in both layouts, beside the raw device; statistics and checksums on."""
+    """`push`, and `append` in both layouts, compared with the raw device; statistics and checksums on."""
     layers = _layers(plan)
     total = _size(layers)
     found = in_turn(
@@ -129,7 +129,7 @@ def _peer(plan: Plan, write: object, layers: Layers) -> float:
 
 
 def peer_writes(plan: Plan) -> Iterator[Row | Skip]:
-    """`push` beside what peers write, every file and folder of theirs synced too."""
+    """`push` compared with peers' writes, with every file and folder of theirs synced too."""
     for peer in WRITERS:
         if not has(peer.package):
             yield Skip(f"write, {peer.name}", f"{peer.package} is not installed")
@@ -144,7 +144,7 @@ def peer_writes(plan: Plan) -> Iterator[Row | Skip]:
             },
             1 if plan.quick else min(plan.repeats, 3),
         )
-        # Twice the peer, where the device has it in it; ahead of it everywhere.
+        # Twice the peer's speed if the device allows it; in any case faster than the peer.
         twice = sorted(found["raw"])[len(found["raw"]) // 2] >= 2.4 * sorted(found["theirs"])[len(found["theirs"]) // 2]
         beside = f"{peer.name} ({version_of(peer.package)}): {peer.how}, synced"
         what = f"push to durable, {total / 2**30:.2f} GiB"
@@ -154,7 +154,7 @@ def peer_writes(plan: Plan) -> Iterator[Row | Skip]:
 
 
 def staging(plan: Plan) -> Iterator[Row]:
-    """Time `push` alone, while nothing else is under way, for a layer that fits its ring."""
+    """Time `push` alone, with nothing else in progress, for a layer that fits its ring."""
     layer = torch.randn(min(_STAGED, plan.size // 4) // (_WIDTH * 2), _WIDTH).bfloat16()
     source, target = layer.view(torch.uint8).numpy().reshape(-1), aligned(layer.nbytes)
     turns = 4 if plan.quick else 16
@@ -169,7 +169,7 @@ def staging(plan: Plan) -> Iterator[Row]:
             for _ in range(turns):
                 pushes.append(seconds(lambda: cache.push(layer)) * 1e3)
                 cache.flush()
-                # In its turn too: what was just written has left the same processor caches for both.
+                # Measured after each push: what was just written has evicted the same processor caches for both.
                 copies.append(seconds(lambda: np.copyto(target, source)) * 1e3)
             found["ours"].append(statistics.median(pushes))
             found["memcpy"].append(statistics.median(copies))
@@ -216,7 +216,7 @@ print(json.dumps({"bytes": most[0] - before, "held": held.nbytes, "seconds": tak
 
 
 def memory(plan: Plan) -> Iterator[Row]:
-    """How much memory a sequence of a million tokens takes while it is pushed, and as chunked prefill."""
+    """The memory that writing a sequence of a million tokens takes: by `push`, and in pieces as in chunked prefill."""
     tokens = min(1 << 20, max(8192, plan.size // (8 * 1024 * 2) // 4096 * 4096 * (1 if plan.quick else 2)))
     for how, what in (("push", "push"), ("chunks", "append(continues=True), 4,096 tokens at a time")):
         with _scratch(plan) as path:

@@ -1,1 +1,1 @@
-"""What a store will take, before there is one: bytes, hours, and where they go."""
+"""The cost of a store before it is made: bytes, hours, and which parts they go to."""

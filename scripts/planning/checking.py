@@ -1,4 +1,4 @@
-"""The plan beside what really happens: an extraction of the demo model, on the CPU."""
+"""Check a plan against reality: an extraction of the demo model on the CPU."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ Checked = dict[str, dict[str, Any]]
 
 
 def check(folder: Path, machine: Machine, figures: Figures, *, tokens: int, repeats: int = 3) -> Checked:
-    """Plan and then make a store of the demo model; leaves nothing there.
+    """Plan a store of the demo model, then make it; leaves no files.
 
-    Forward passes are measured bare, and so are a digest and a write: each time anew, and the passes before and
-    after, because other programs come and go. Of the times that count is the one whose ratio is the median.
+    Bare forward passes, a digest and a write are measured for each repeat, the passes before and after it, because
+    other programs compete for the machine. The result is the repeat whose ratio of planned to found seconds is the
+    median.
 
     Returns:
         For each of `bytes`, `shards`, `seconds` and so on, what was `planned` and what was `found`.
@@ -80,7 +81,7 @@ def check(folder: Path, machine: Machine, figures: Figures, *, tokens: int, repe
 
 
 def _forward_seconds(model: nn.Module, texts: list[np.ndarray]) -> float:
-    """Run the batches of a third of the contexts with nothing around them: seconds a token. The first two warm up."""
+    """Seconds per token of bare forward passes over a third of the contexts. The first two batches warm up."""
     some = texts[: max(3 * _BATCH, len(texts) // 3)]
     device, began, counted = torch.device("cpu"), time.perf_counter(), 0
     with capture(model, _SITES, stop=True) as captured:
@@ -118,7 +119,7 @@ def _beside(path: Path, size: Size, times: tuple[float, float]) -> Checked:
 
 
 def differences(checked: Checked, tolerance: float) -> list[str]:
-    """Say what is not as planned: bytes and shards exactly, seconds within a share of what was found."""
+    """What is not as planned: bytes and shards must be equal, seconds within a share of those found."""
     wrong = []
     for name, one in checked.items():
         allowed = tolerance * one["found"] if name == "seconds" else 0

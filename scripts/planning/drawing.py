@@ -1,4 +1,4 @@
-"""A plan on a terminal."""
+"""A plan, printed on a terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MINUTE = 60
 
 
 def spell(seconds: float) -> str:
-    """Write a time for people, short ones too."""
+    """A time for people, also a short one."""
     return f"{seconds:.3g} s" if seconds < _MINUTE else duration(seconds)
 
 
 def draw(console: Console, said: dict[str, Any], *, sources: bool) -> None:
-    """Draw what `plan.py --json` says."""
+    """Print what `plan.py --json` prints."""
     model, store, writing, machine = said["model"], said["store"], said["writing"], said["machine"]
     draw_pairs(
         console,

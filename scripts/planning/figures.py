@@ -1,4 +1,4 @@
-"""The constants of a plan, each with where it is from. `--measure` replaces those that a machine can tell."""
+"""The constants of a plan, each with its source. `--measure` replaces those that can be measured on a machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HERE = "measured on two cores"
 
 @dataclass(frozen=True)
 class Figure:
-    """One number, its unit, and where it is from."""
+    """One number, its unit, and its source."""
 
     value: float
     unit: str
@@ -53,13 +53,13 @@ MEASURED_HERE: Final[Mapping[str, Figure]] = MappingProxyType(
     }
 )  # fmt: skip
 
-# Dense bfloat16, from the makers' data sheets.
+# Dense bfloat16 operations per second, from the makers' data sheets.
 GPUS: Final[Mapping[str, float]] = MappingProxyType(
     {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l40s": 362e12, "rtx4090": 165e12}
 )
 
 
 def given(figures: Figures, name: str, value: float | None) -> None:
-    """Put what an option says in the place of a figure."""
+    """Replace a figure by an option's value, if it was given."""
     if value is not None:
         figures[name] = Figure(value, figures[name].unit, "as given")

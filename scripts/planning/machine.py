@@ -1,4 +1,4 @@
-"""What a job runs on, and one part of what it takes."""
+"""The machines that a job runs on, and one part of the job's cost."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Machine", "Part"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a job runs on.
+    """The machines that a job runs on.
 
-    `peak` is that of one GPU in operations a second, of which `mfu` is reached; `forward`, in tokens/s of all
-    workers, takes their place where it was measured. `network` is in bits/s a machine, None where the disks are the
-    machines' own; `names` in names/s that a shared file system lists for all workers together, None for as fast as
-    each of them asks. Without GPUs, forward passes, copies and digests share `cores`.
+    `peak` is the operations per second of one GPU, and `mfu` the share of them that is reached. If `forward`, the
+    tokens/s of all workers, was measured, it replaces both. `network` is in bits/s per machine, None if the disks are
+    local. `names` is how many names/s a shared file system lists for all workers together, None for no limit. Without
+    GPUs, forward passes, copies and digests share `cores`.
     """
 
     gpus: int
@@ -32,10 +32,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of a job takes.
+    """The cost of one part of a job.
 
-    Parts `before` and `after` come one after the other. Of those `together` only the longest counts: the pipeline
-    overlaps them, a stage of it to a `lane`; parts of one lane add up.
+    Parts `before` and `after` run one after the other. The pipeline overlaps the `together` parts, one stage per
+    `lane`: parts of one lane add up, and only the longest lane counts.
     """
 
     name: str

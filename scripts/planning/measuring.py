@@ -1,4 +1,4 @@
-"""The constants that the machine at hand can tell, measured in about a minute."""
+"""Measure the constants of a plan on this machine, in about a minute."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ __all__ = ["digest_rate", "measured"]
 _NAMES = 100_000
 _BYTES = 1 << 30
 _MERGED = 64
-# What a slot of the staging ring holds, and what is taken in for one measurement.
+# Bytes in a slot of the staging ring, and bytes digested in one measurement.
 _STAGED, _DIGESTED = 16 << 20, 128 << 20
 
 
 def measured(folder: Path, manifest: Manifest, tell: Callable[[str], None]) -> Figures:
-    """Measure on the disk of a folder, with the records and names of a plan; leaves nothing there."""
+    """Measure on a folder's disk, with the records and names of a plan; leaves no files."""
     scratch = Path(tempfile.mkdtemp(prefix="mmcache-plan-", dir=folder))
     found: Figures = {}
 
@@ -69,14 +69,14 @@ def _disk(scratch: Path, record: int, note: Callable[[str, float, str], None]) -
         for _ in range(_BYTES // len(block)):
             file.write(block.data)
         os.fsync(file.fileno())
-    # Whole sectors, and so many that it takes a second or so.
+    # Whole sectors, and enough of them to take about a second.
     size = min(max(512, record // 512 * 512), 8 << 20)
     note("disk read", random_reads([path], size, max(64, min(20_000, _BYTES // size))), "bytes/s")
     path.unlink()
 
 
 def digest_rate(scratch: Path, manifest: Manifest, repeats: int = 3) -> float:
-    """Take rows of a plan into checksums and statistics, as its workers do, by one thread: bytes/s."""
+    """Digest rows of a plan as a worker does, checksums and statistics, on one thread: bytes/s."""
     spec = manifest.spec(next(iter(manifest.sites)))
     rows = max(1, min(_STAGED // spec.row_bytes, spec.shard_rows))
     numbers = torch.randn(rows * spec.row_bytes // spec.dtype.size).to(spec.dtype.torch)
@@ -101,9 +101,9 @@ def digest_rate(scratch: Path, manifest: Manifest, repeats: int = 3) -> float:
 
 
 def _names(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], None]) -> None:
-    """List real empty files with the names of shards."""
+    """Time the listing of real empty files with shards' names."""
     site = next(iter(manifest.sites))
-    # Half of them: of a complete site a worker looks at nothing.
+    # Only half of the shards exist: a worker does not list a complete site.
     total = 2 * _NAMES
     one = replace(manifest, sites={site: manifest.sites[site]}, n_tokens=total, layout="token").with_geometry(1, total)
     folder = scratch / "names" / site
@@ -118,7 +118,7 @@ def _names(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], 
 
 
 def _merge(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], None]) -> None:
-    """Merge the statistics of some shards of as many numbers, of sparse files."""
+    """Time the merge of some shards' statistics, of the plan's shape, in sparse files."""
     site = next(iter(manifest.sites))
     width, deep = manifest.sites[site] or 1, len(manifest.layers)
     shard = min(manifest.shard_tokens or 1, 1 << 20)
@@ -127,7 +127,7 @@ def _merge(scratch: Path, manifest: Manifest, note: Callable[[str, float, str], 
     )
     with open_store(path) as store:
         folder = store.shards("x")
-        # The first time opens each shard and checks it.
+        # The first merge opens and checks each shard.
         first, *later = (seconds(lambda: merge_site(folder, "token", deep, store.counted)) for _ in range(4))
     each = max(0.0, first - min(later)) / _MERGED
     note("first touch", each, "s")

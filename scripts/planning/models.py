@@ -1,4 +1,4 @@
-"""What a forward pass takes of a model: from a table, from a `config.json`, or from three numbers.
+"""The cost of a model's forward pass: from a table, from a `config.json`, or from three numbers.
 
 Nothing is downloaded, and no model is built.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "Model", "find_model", "model_of"]
 
-# Each is the part that matters here of the `config.json` in the repository that is named, in its own words.
+# Each entry holds the relevant fields of `config.json` in the repository named, as they are there.
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
 _GEMMA = {"model_type": "gemma2", "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True}
 PRESETS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = MappingProxyType(
@@ -62,7 +62,7 @@ PRESETS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-# Two matrices an MLP instead of three, and as many heads of keys and values as of queries.
+# Families with two matrices per MLP instead of three, and as many key and value heads as query heads.
 _PLAIN = ("gpt2", "gpt_neox")
 _CONFIG_LIMIT = 1 << 24
 _MOST = 1 << 40
@@ -70,10 +70,10 @@ _MOST = 1 << 40
 
 @dataclass(frozen=True)
 class Model:
-    """What a plan needs of a model.
+    """What a plan needs to know of a model.
 
-    `block` is the weights that a token is multiplied with in one layer, `attention` the width of all its heads,
-    `parameters` all matrices: norms and biases, a thousandth of them, are left out.
+    `block` is the number of weights per layer that multiply a token, `attention` the width of all heads, `parameters`
+    the size of all matrices. Norms and biases, a thousandth of them, are left out.
     """
 
     name: str
@@ -85,19 +85,19 @@ class Model:
     parameters: int
 
     def flops_a_token(self, depth: int, context: int) -> float:
-        """Count the operations of a token in the first `depth` layers, the unembedding left out.
+        """The operations per token in the first `depth` layers, without the unembedding.
 
-        Two for each weight, and four for each number of a head and token of the context: what is masked is counted,
-        as is usual where a share of a GPU's peak is given (Chowdhery et al. 2022, "PaLM", appendix B).
+        Two per weight, and four per number of a head and token of the context. Masked positions count too, as is usual
+        when a share of a GPU's peak is given (Chowdhery et al. 2022, "PaLM", appendix B).
         """
         return depth * (2.0 * self.block + 4.0 * self.attention * context)
 
 
 def find_model(text: str) -> Model:
-    """Find a model: a name of `PRESETS`, `demo`, a `config.json` or its folder, or `LAYERS,WIDTH,PARAMETERS`.
+    """The model named: one of `PRESETS`, `demo`, a `config.json` or its folder, or `LAYERS,WIDTH,PARAMETERS`.
 
     Raises:
-        ArgumentError: it is none of them, or says what cannot be.
+        ArgumentError: it is none of them, or its numbers are impossible.
     """
     if text in PRESETS:
         source, config = PRESETS[text]
@@ -124,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ArgumentError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ArgumentError(f"{path} is no config.json: expected an object, found a {type(config).__name__}")
-    # Models that see pictures too keep what is wanted one level down.
+    # Multimodal models keep the text model's config one level down.
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
@@ -143,7 +143,7 @@ def model_of(name: str, source: str, config: Mapping[str, Any]) -> Model:
     """Add up a model's matrices from its config.
 
     Raises:
-        ArgumentError: a family whose layers are not known, or a number that is missing or cannot be.
+        ArgumentError: the family's layers are not known, or a number is missing or impossible.
     """
     family = config.get("model_type")
     if family not in TABLE:
@@ -164,7 +164,7 @@ def model_of(name: str, source: str, config: Mapping[str, Any]) -> Model:
     groups = heads if plain else number("num_key_value_heads", default=heads)
     inner = number("intermediate_size", "n_inner", default=4 * width)
     block = 2 * width * head * (heads + groups) + (2 if plain else 3) * width * inner
-    # What transformers takes where the file does not say.
+    # The defaults of transformers for a config without the field.
     tied = config.get("tie_word_embeddings", family in ("gpt2", "gemma2", "gemma3", "gemma3_text"))
     around = number("vocab_size") * width * (1 if tied else 2)
     if family == "gpt2":

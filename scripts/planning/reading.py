@@ -1,4 +1,4 @@
-"""What a store costs those who read it: an epoch of shuffled training, opening, memory, `verify`."""
+"""The cost of reading a store: an epoch of shuffled training, opening, memory, `verify`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 __all__ = ["HOLES", "one_tensor", "reading"]
 
-# The address space of a process on x86-64, 128 TiB, less what is taken in it: a program that may be loaded anywhere
-# lies two thirds of the way up, and leaves a hole on each side. Measured here, with torch loaded.
+# The address space of a process on x86-64, 128 TiB, less what is in use: a position-independent executable lies two
+# thirds of the way up, and leaves a hole on each side. Measured here, with torch loaded.
 HOLES = (85 << 40, 42 << 40)
-# Bytes a place of a window, a sequence as a reader keeps it, a run of kept tokens (`KeptTokens`), a token id.
+# Bytes of a place in a window, of a sequence in a reader, of a run of kept tokens (`KeptTokens`), and of a token id.
 _PLACE, _SPAN, _RUN, _ID = 2, 24, 24, 4
-# A page table entry for each page that was touched.
+# One page table entry for each page that was touched.
 _ENTRY, _PAGE = 8, 4096
 _STATE_BYTES = 300
 
 
 def reading(job: Job, figures: Figures, *, epochs: float, wanted: float | None) -> dict[str, Any]:
-    """Say what reading costs: seconds, bytes and counts, in one process but for the epochs.
+    """The cost of reading: seconds, bytes and counts, in one process except for the epochs.
 
     Args:
         job: the store and the machine.
         figures: the constants.
-        epochs: how many.
-        wanted: tokens a second that training takes, in all; None if that is not known.
+        epochs: the number of epochs.
+        wanted: tokens per second that training needs, in all; None if not known.
     """
     size, machine = job.size, job.machine
     value = {name: figure.value for name, figure in figures.items()}
@@ -69,7 +69,7 @@ def reading(job: Job, figures: Figures, *, epochs: float, wanted: float | None) 
             "token ids": size.tokens * _ID,
             "sequences": size.sequences * _SPAN,
             "kept runs": size.sequences * _RUN,
-            # All of it touched; a window lets go before they take a 16th of the free memory.
+            # If all of it is touched; a window is released before its entries take a 16th of the free memory.
             "page tables, all of it touched": rows // _PAGE * _ENTRY,
         },
         "verify_quick_seconds": size.shards * value["verify quick"],
@@ -78,7 +78,7 @@ def reading(job: Job, figures: Figures, *, epochs: float, wanted: float | None) 
 
 
 def one_tensor(sites: Sequence[int]) -> bool:
-    """Tell whether all sites, of so many bytes each, fit into the address space of a process at the same time."""
+    """Whether sites of these sizes in bytes all fit into the address space of a process at the same time."""
     holes = list(HOLES)
     for size in sorted(sites, reverse=True):
         fitting = [number for number, hole in enumerate(holes) if hole >= size]

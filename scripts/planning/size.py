@@ -1,4 +1,4 @@
-"""What a store takes on disk, by the arithmetic of the library itself."""
+"""The size of a store on disk, computed by the library itself."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Size", "measure", "planned"]
 
 @dataclass(frozen=True)
 class Size:
-    """What a complete store takes. Bytes are those of whole files.
+    """The size of a complete store, in bytes of whole files.
 
-    `bytes` is all of it but the root's record of where it came from, a few KiB; `shards` counts the sites' files,
-    `names` those of the largest folder. `columns` are tokens, flags and sequences; `overhead` is what shards hold
-    beside rows: headers, checksums, statistics, padding; `statistics` is the part of it that is merged in the end.
+    `bytes` is everything but the root's record of the source, a few KiB. `shards` counts the sites' files, `names`
+    those of the largest folder. `columns` are tokens, flags and sequences. `overhead` is what shards hold besides rows:
+    headers, checksums, statistics, padding; `statistics` is the part of it that is merged at the end.
     """
 
     tokens: int
@@ -42,7 +42,7 @@ class Size:
     shard_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """Give it for JSON."""
+        """All of it as JSON values."""
         return asdict(self)
 
 
@@ -56,10 +56,10 @@ def planned(
     layout: Literal["layer", "token"],
     shard_tokens: int | None,
 ) -> Manifest:
-    """Give the manifest that `extract` would write, as far as sizes go.
+    """The manifest that `extract` would write, as far as sizes depend on it.
 
     Raises:
-        ArgumentError: `shard_tokens` is no good number for these rows.
+        ArgumentError: `shard_tokens` does not suit these rows.
     """
     deep = len(layers) if layout == "token" else 1
     rows = [deep * width * BY_NAME[dtype].size for width in widths.values()]
@@ -77,7 +77,7 @@ def planned(
 
 
 def measure(manifest: Manifest) -> Size:
-    """Add it up."""
+    """Add up the size of a store."""
     tokens, shard = manifest.n_tokens or 0, manifest.shard_tokens or 1
     sites = {site: manifest.array_bytes(site) for site in manifest.sites}
     columns = sum(manifest.array_bytes(array) for array in RESERVED)

@@ -1,4 +1,4 @@
-"""The hours of an extraction: what comes one after the other, what overlaps, and which part the rest waits for."""
+"""The hours of an extraction: which parts are sequential, which overlap, and which is the bottleneck."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "Outcome", "outcome", "seconds_a_look"]
 
-# Of `mmcache.extraction.runner`: a worker looks again after a second, or fifty times as long as the last look took.
+# From `mmcache.extraction.runner`: a worker looks again after a second, or fifty times the duration of its last look.
 _LOOK_AGAIN, _LOOK_SHARE = 1.0, 50
 # Slots of a ring, which are full when the last batch has run.
 _SLOTS = 4
@@ -26,7 +26,7 @@ _WEIGHT_BYTES = 2
 
 @dataclass(frozen=True)
 class Job:
-    """A store that is to be made of a model by a machine: `depth` layers are run, with `context` tokens each time."""
+    """A store to be made: `depth` layers of the model are run, on contexts of `context` tokens."""
 
     model: Model
     size: Size
@@ -38,10 +38,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What it takes: `seconds` in all, `bottleneck` the part that takes most of it.
+    """The cost of a job: `seconds` in all, and `bottleneck`, the part that takes most of it.
 
-    `times` is by how much that part is longer than the next of those that it has to do with: for one of the pipeline
-    the other lanes, which would take over were it quicker; else the longest of all others.
+    `times` is how many times longer that part takes than the next one. For a part of the pipeline, that is the next
+    lane, which would become the bottleneck; else the longest of all other parts.
     """
 
     parts: tuple[Part, ...]
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def outcome(job: Job, figures: Figures) -> Outcome:
-    """Add up a job."""
+    """Add up the parts of a job."""
     parts = tuple(part for part in _parts(job, figures) if part.seconds > 0)
     lanes: dict[str, list[Part]] = {}
     for part in parts:
@@ -135,7 +135,7 @@ def _together(job: Job, figures: Figures) -> Iterator[Part]:
         "copy to staging", copies, "together", "each row once", "fewer sites or layers; a narrower dtype",
         "copy" if on_gpu else "caller",
     )  # fmt: skip
-    # One thread a worker; without a GPU it takes a core from the forward passes.
+    # One thread per worker; without a GPU it takes a core from the forward passes.
     digests = rows / (value["digest"] * machine.workers * (1 if on_gpu else machine.cores))
     yield Part(
         "checksums, statistics", digests, "together", "one thread a worker",
@@ -159,9 +159,9 @@ def _together(job: Job, figures: Figures) -> Iterator[Part]:
 
 
 def seconds_a_look(job: Job, figures: Figures, *, full: float, at_once: float) -> float:
-    """Say what one look takes a worker, when `full` of all names are there, and so many workers look `at_once`.
+    """Seconds that one look takes a worker, when `full` of all names exist and `at_once` workers look at the same time.
 
-    Each site's folder is listed twice, and every draft that a live worker holds is opened and its lock tried.
+    Each site's folder is listed twice, and every draft of a live worker is opened to try its lock.
     """
     machine, names = job.machine, job.size.shards * full
     drafts = 2 * machine.workers * len(job.size.sites)
@@ -172,14 +172,14 @@ def seconds_a_look(job: Job, figures: Figures, *, full: float, at_once: float) -
 
 
 def _looking(job: Job, figures: Figures, longest: float) -> Iterator[Part]:
-    """Yield what the workers' looking at each other takes."""
+    """The cost of the workers' looking at each other's shards."""
     machine = job.machine
     if machine.workers == 1:
         return
-    # On the average half the names are there, and one in fifty workers looks.
+    # On average, half of the names exist, and one in fifty workers is looking.
     look = seconds_a_look(job, figures, full=0.5, at_once=machine.workers / (_LOOK_SHARE + 1))
     share = look / (look + max(_LOOK_AGAIN, _LOOK_SHARE * look))
-    # A look that takes longer than the whole job is made once, at its end, which is counted there.
+    # A look that takes longer than the whole job is made once, at its end, where it is counted.
     if look < longest:
         yield Part(
             "look at the others", share * longest, "together", f"{look:.2g} s each time, at most a 50th of the time",

@@ -5,17 +5,17 @@ and of all later ones (Ameisen et al. 2025, "Circuit Tracing", transformer-circu
 
     scripts/demo && python scripts/examples/train_clt/train_clt.py --store demo-acts --out clt
 
-The same command again goes on where the last checkpoint stopped, with the very losses of a run that was never
-stopped (on the same machine, device, number of threads and of ranks). Several ranks, on one machine or more, share each
-batch, and have the loss of one up to rounding; a run may go on with another number of them:
+Run the same command to resume from the last checkpoint. The losses are exactly those of an uninterrupted run (on the
+same machine, device, number of threads and number of ranks). Several ranks, on one machine or more, share each batch;
+their loss equals that of one rank up to rounding. A run may resume with another number of ranks:
 
     torchrun --nproc-per-node=2 scripts/examples/train_clt/train_clt.py --store demo-acts --out clt
 
-`--out` is a new folder, or one with such a run, and then holds
+`--out` is a new folder, or that of an earlier run. It then holds
 
     W_enc_<l>.safetensors, W_dec_<l>.safetensors, config.yaml   for circuit-tracer: `load_clt(out, "mlp.hook_in")`
     log.jsonl           the losses of every step
-    checkpoint.pt       weights, optimiser, feed, random state and settings, replaced atomically; ends on its CRC-32C
+    checkpoint.pt       weights, optimiser, feed, random state and settings, replaced atomically; ends with its CRC-32C
     evaluation.json     measured on held-out sequences, with the saved weights
 """
 
@@ -42,9 +42,9 @@ import mmcache
 def feeds(
     store: mmcache.Store, options: SimpleNamespace, ranks: Ranks
 ) -> tuple[mmcache.ActivationDataset, mmcache.ActivationDataset | None]:
-    """Give the feed to train on, and that of the held-out sequences; None where there are too few to hold one out.
+    """The feed to train on, and that of the held-out sequences; None for the latter if there are too few sequences.
 
-    Both are of both sites in float32. The first rank measures alone.
+    Both yield both sites in float32. The held-out feed is not shared among the ranks: only the first one evaluates.
     """
     if options.batch_size % ranks.count:
         raise mmcache.ArgumentError(f"--batch-size is {options.batch_size}: expected a multiple of {ranks.count} ranks")
@@ -67,7 +67,7 @@ def feeds(
         train = feed(*share, split="train", seed=options.seed)
         return train, feed(None, options.batch_size, 0, 1, split="validation")
     except mmcache.ArgumentError as error:
-        # Anything else that is wrong is raised again here.
+        # Any other error is raised again here.
         whole = feed(*share, seed=options.seed)
         if not ranks.rank:
             print(f"train_clt: training on everything, and measuring nothing: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def feeds(
 
 
 def finish(run: Run, held_out: mmcache.ActivationDataset | None) -> None:
-    """Save the weights; measure them, as they are saved, on what was held out, and print that."""
+    """Save the weights, then measure the saved weights on the held-out feed, and print the result."""
     store = run.data.store
     raw = run.clt.folded(*run.scales)
     save_clt(raw, run.out, store)
@@ -95,7 +95,7 @@ def finish(run: Run, held_out: mmcache.ActivationDataset | None) -> None:
 _COUNT, _AMOUNT = click.IntRange(1), click.FloatRange(0)
 
 
-# Every paragraph of the help as it is written, not wrapped anew.
+# `\b` keeps click from wrapping the paragraphs of the help again.
 @click.command(help=str(__doc__).replace("\n\n", "\n\n\b\n"), context_settings={"show_default": True})
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="A store with mlp_in and mlp_out.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder; or a run's, which goes on.")

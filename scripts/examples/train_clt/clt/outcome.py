@@ -1,4 +1,4 @@
-"""What a trained transcoder is measured by, and the files that it is saved in."""
+"""Evaluation of a trained transcoder, and the files that it is saved in."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ READS, WRITES = "mlp_in", "mlp_out"
 
 @torch.no_grad()
 def evaluate(clt: CrossLayerTranscoder, data: mmcache.ActivationDataset) -> dict[str, Any]:
-    """Measure a transcoder of raw rows on all of `data`.
+    """Evaluate a transcoder of raw rows on all of `data`.
 
-    Explained variance is 1 - sum((y - predicted)^2) / sum((y - mean(y))^2) a layer, over all tokens and dimensions,
-    where the mean is that of the very tokens measured; L0 is how many features are active a token; a dead feature is
-    active on none of them.
+    Explained variance, per layer, is 1 - sum((y - predicted)^2) / sum((y - mean(y))^2), over all tokens and dimensions,
+    with the mean of the tokens measured. L0 is the number of active features per token. A dead feature is active on
+    none of the tokens.
     """
     clt.eval()
     n_layers, features = clt.b_enc.shape
@@ -53,7 +53,7 @@ def evaluate(clt: CrossLayerTranscoder, data: mmcache.ActivationDataset) -> dict
 
 
 def save_clt(clt: CrossLayerTranscoder, out: Path, store: mmcache.Store) -> None:
-    """Write a JumpReLU transcoder of raw rows in circuit-tracer's layout; files are numbered by place, not by layer."""
+    """Write a JumpReLU transcoder of raw rows in circuit-tracer's layout; files are numbered by index, not by layer."""
     for place, decoder in enumerate(clt.W_dec):
         encoder = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "b_dec": clt.b_dec, "threshold": clt.thresholds()}
         named = {f"{name}_{place}": value.detach()[place].contiguous() for name, value in encoder.items()}

@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
 __all__ = ["RankLostError", "Ranks", "together"]
 
-# Sent in one go.
+# Bytes sent at a time.
 _PIECE = 256 << 20
 
 
 class RankLostError(mmcache.MmcacheError):
-    """Another rank has ended, and said why."""
+    """Another rank has ended, and printed why."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is, and where it computes."""
+    """This process's rank, the number of ranks, and the device to compute on."""
 
     rank: int
     count: int
     device: str
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Make a tensor the sum of those of all ranks, the same bits on each, and give it."""
+        """Sum a tensor over all ranks in place, and return it: the same bits on each."""
         if self.count > 1:
             with _others():
                 distributed.all_reduce(tensor)
         return tensor
 
     def spread(self, data: bytes) -> bytes:
-        """Give each rank what the first one has."""
+        """The first rank's `data`, on every rank."""
         with _others():
             distributed.broadcast(size := torch.tensor(len(data)), 0)
             everything = torch.frombuffer(bytearray(data or int(size)), dtype=torch.uint8)
@@ -60,9 +60,9 @@ def _others() -> Iterator[None]:
 
 @contextlib.contextmanager
 def together(device: str) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, if it did: by nccl on CUDA, where each takes its own device, else by gloo.
+    """Join the ranks that torchrun started, if any: with nccl on CUDA, where each has its own device, else with gloo.
 
-    After an error the group is left as it is: others may wait in it, until torchrun ends them.
+    After an error the group is not destroyed: others may be waiting in it, until torchrun ends them.
     """
     if not distributed.is_torchelastic_launched():
         yield Ranks(0, 1, device)
@@ -72,7 +72,7 @@ def together(device: str) -> Iterator[Ranks]:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         torch.cuda.set_device(device)
     with _others():
-        # What is on the CPU, such as a checkpoint, goes by gloo in any case.
+        # CPU tensors, such as a checkpoint's, use gloo in any case.
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
     distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A training run: steps, on one process or several, with checkpoints from which it goes on exactly."""
+"""A training run: steps, on one process or several, and checkpoints from which it resumes exactly."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-# A step's line in the log is far shorter.
+# More than the bytes of a step's line in the log.
 _LINE = 4096
 
 
 class Run:
-    """A training run: what it trains, on what, how far it is, and the folder that it keeps itself in.
+    """A training run: the transcoder, its data, its progress and its folder.
 
-    A step has the same tokens on however many ranks: each takes its share of them, and all have the mean's gradients.
-    The first rank keeps the folder.
+    A step has the same tokens on any number of ranks: each rank takes its share, and all apply the gradients of the
+    mean. Only the first rank writes to the folder.
 
     Raises:
-        ArgumentError, ShapeError: the options or the store's sites do not make a transcoder.
+        ArgumentError, ShapeError: the options or the store's sites do not fit a transcoder.
     """
 
     log: FileIO  # open while it trains
@@ -65,14 +65,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.clt.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
         self.step, self.steps = 0, options.steps or options.epochs * len(data)
         reads, writes = (site.statistics for site in sites)
-        # Inputs get the norm sqrt(d_model). Outputs get the variance 1 whatever their mean, so that all layers count
-        # alike, and a layer's error is the part of its variance that is not explained.
+        # Inputs are scaled to the norm sqrt(d_model). Outputs are scaled to the variance 1 whatever their mean, so that
+        # all layers have the same weight, and a layer's error is its share of unexplained variance.
         deviation = writes.std.square().mean(dim=1, keepdim=True).sqrt()
         self.scales = [
             scale.to(self.clt.b_dec) for scale in (reads.normalizer("scalar")[1], (1 / deviation).expand_as(writes.std))
         ]
         said = [part.numpy().tobytes() for found in (reads, writes) for part in (found.mean, found.std)]
-        # All that the losses depend on; which tokens there are, and in which order, the feed's own state has too.
+        # All that the losses depend on; the feed's own state also has the tokens and their order.
         self.settings = {
             "store": hashlib.sha256(b"".join(said)).hexdigest(),
             "features": features,
@@ -82,9 +82,9 @@ class Run:
         }
 
     def save(self) -> bytes:
-        """Make the log durable up to here, then the state, and give that; a crash leaves the old checkpoint or the new.
+        """Sync the log, then publish the state and return its bytes; a crash leaves the old or the new checkpoint.
 
-        Only the first rank does, since all have the same state.
+        Only the first rank does this, since all have the same state; the others return no bytes.
         """
         if self.ranks.rank:
             return b""
@@ -103,11 +103,11 @@ class Run:
         return file.getvalue()
 
     def load(self) -> None:
-        """Go on from the checkpoint, if there is one; the log loses the steps after it, which are taken again.
+        """Resume from the checkpoint, if there is one; the log loses the steps after it, which are run again.
 
         Raises:
             PlanMismatchError: as `restore`.
-            CorruptError: it is damaged, or the log is not the one it was made with.
+            CorruptError: the checkpoint is damaged, or was made with another log.
         """
         path = self.out / CHECKPOINT
         if not path.exists():
@@ -119,10 +119,10 @@ class Run:
         self._shorten_log(there["log"], there["step"])
 
     def _shorten_log(self, size: int, step: int) -> None:
-        """Cut the log back to its size at a step. What no step of this run wrote behind that is kept aside.
+        """Cut the log back to its size at a step; other content than steps of this run is kept in another file.
 
         Raises:
-            CorruptError: it is not this run's: at that size does not end the line of that step.
+            CorruptError: the log is not this run's: no line of that step ends at that size.
         """
         path = self.out / LOG
         with path.open("rb") as file:
@@ -138,7 +138,7 @@ class Run:
         self.log.truncate(size)
 
     def restore(self, data: bytes) -> dict[str, Any]:
-        """Go on from a state, and give it.
+        """Load a state, and return it.
 
         Raises:
             PlanMismatchError: it was made with other settings.
@@ -157,10 +157,10 @@ class Run:
         return there
 
     def gradients(self, reads: torch.Tensor, writes: torch.Tensor, penalty: float) -> dict[str, torch.Tensor]:
-        """Leave the gradients of the step's loss with the parameters; give the loss and its parts.
+        """Compute the gradients of the step's loss into the parameters. Returns the loss and its parts.
 
-        On several ranks they are those of the mean over all their tokens, of which one may have none at the end of an
-        epoch. Under TopK each rank chooses among its own, and the cutoff is the mean of theirs.
+        With several ranks, they are those of the mean over all ranks' tokens; at the end of an epoch a rank may have no
+        tokens. Under TopK each rank chooses among its own tokens, and the cutoff is the mean of theirs.
         """
         self.optimizer.zero_grad()
         names, mine = ("loss", "error", "l0"), len(reads)
@@ -181,8 +181,9 @@ class Run:
         return {name: part / total for name, part in zip(names, parts, strict=True)}
 
     def take(self, batch: mmcache.Batch) -> dict[str, float]:
-        """Take one step, and give what it is logged with."""
-        # Warm-up over the first tenth, decay over the last fifth, the penalty rising all the way (Anthropic, as above).
+        """Run one step. Returns its entry in the log."""
+        # Warm-up over the first tenth, decay over the last fifth, and a penalty that rises throughout (Anthropic, as
+        # above).
         share = min(1.0, (self.step + 1) / (0.1 * self.steps), (self.steps - self.step) / (0.2 * self.steps))
         self.optimizer.param_groups[0]["lr"] = self.options.lr * share
         reads, writes = (batch[site] * scale for site, scale in zip((READS, WRITES), self.scales, strict=True))
@@ -201,18 +202,18 @@ class Run:
         return {"step": self.step, **dict(zip(found, numbers, strict=True))}
 
     def _mean(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give the mean of the rows of all ranks."""
+        """The mean of the rows of all ranks."""
         if self.ranks.count == 1:
             return rows.mean(dim=0)
         return self.ranks.sum(rows.sum(dim=0)) / self.ranks.sum(torch.tensor(float(len(rows)), device=rows.device))
 
     def _check_out(self) -> None:
-        """Refuse a folder with anything in it but a run: nothing that is not its own is written over.
+        """Refuse a folder that holds anything but a run, so that no other file is overwritten.
 
         A run that was killed before its first checkpoint leaves an empty log, and a temporary file of the checkpoint.
 
         Raises:
-            StoreExistsError: what there is.
+            StoreExistsError: the folder holds something else.
         """
         if (self.out / CHECKPOINT).exists():
             return
@@ -224,7 +225,7 @@ class Run:
                 )
 
     def _open_log(self) -> FileIO:
-        """The log, to append to: a file of this folder, never one that a link leads to; of later ranks, nowhere.
+        """The log, opened to append: a regular file in this folder, never a link; for other ranks, /dev/null.
 
         Raises:
             StoreExistsError: something else is there.
@@ -243,7 +244,7 @@ class Run:
         return log
 
     def _begin(self) -> None:
-        """Go on from the checkpoint, and make one, so that the settings are there before any step.
+        """Resume from the checkpoint, and write one, so that the settings are saved before any step.
 
         Raises:
             LockedError: another run has the folder.
@@ -253,19 +254,19 @@ class Run:
                 fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise mmcache.LockedError(f"another run is writing to {self.out}: take another --out") from error
-            # Again, since another run may have made something of it meanwhile.
+            # Check again under the lock: another run may have changed the folder.
             self._check_out()
             remove_temporary(self.out, CHECKPOINT)
             self.load()
         state = self.save()
         if self.ranks.count > 1:
-            # From the first one's memory: a folder that machines share may show each of them something else.
+            # Sent from the first rank's memory: a shared folder may show each machine something else.
             state = self.ranks.spread(state)
             if self.ranks.rank:
                 self.restore(state)
 
     def train(self, console: Console) -> None:
-        """Take all steps that are left, with checkpoints; the first of them says the settings, before any step.
+        """Run all remaining steps, with checkpoints; the first checkpoint, before any step, holds the settings.
 
         Raises:
             LockedError: another run has the folder.
@@ -286,7 +287,7 @@ class Run:
 
 
 def _steps(lines: bytes) -> list[Any]:
-    """The numbers of the steps whose lines these are; None for what is no such line."""
+    """The step numbers of log lines; None for anything else."""
     return [_step(line) for line in lines.splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""The transcoder: what it computes of rows, and what it is trained to make small."""
+"""The transcoder: its computation and its losses."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ import torch
 
 __all__ = ["CrossLayerTranscoder", "JumpReLU", "losses"]
 
-BANDWIDTH, FIRST_THRESHOLD = 1.0, 0.1  # of JumpReLU, where rows have the norm sqrt(d_model)
+BANDWIDTH, FIRST_THRESHOLD = 1.0, 0.1  # of JumpReLU, for rows of norm sqrt(d_model)
 SATURATION = 4.0  # of the sparsity penalty: Anthropic's c
 REVIVAL = 1e-5  # weight of the pre-activation penalty
-MEMORY = 0.95  # how much of the old cutoff a batch leaves, with TopK
+MEMORY = 0.95  # how much of the old cutoff a batch keeps, with TopK
 
 
 class JumpReLU(torch.autograd.Function):
-    """The input where it is over its threshold, else 0; the threshold gets a gradient although the step has none.
+    """The input where it exceeds its threshold, else 0; the threshold gets a gradient, although the step has none.
 
     Straight-through estimator of Rajamanoharan et al. 2024 (arXiv:2407.14435): a rectangle of width `BANDWIDTH` around
-    the threshold stands for the step's derivative, d/dthreshold = -threshold / width inside it. The threshold is
-    trained directly, as SAELens and dictionary_learning do: under Adam, its logarithm hardly moves.
+    the threshold replaces the step's derivative, so d/dthreshold = -threshold / width inside it. The threshold is
+    trained directly, as in SAELens and dictionary_learning: under Adam, its logarithm hardly moves.
     """
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-        """Give `value * (value > threshold)`; both have the same shape."""
+        """`value * (value > threshold)`; both have the same shape."""
         ctx.save_for_backward(value, threshold)
         return value * (value > threshold)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the gradients of the value (exact off the step) and of the threshold (the estimate)."""
+        """The gradients of the value (exact off the step) and of the threshold (estimated)."""
         value, threshold = ctx.saved_tensors
         near = (value - threshold).abs() < BANDWIDTH / 2
         return upstream[0] * (value > threshold), -upstream[0] * near * threshold / BANDWIDTH
 
 
 class CrossLayerTranscoder(torch.nn.Module):
-    """An encoder a layer, and for each layer's features decoders to it and to every later one.
+    """An encoder per layer; its features have decoders to the same layer and to every later one.
 
     Args:
-        n_layers, d_model, features: sizes; `features` is a layer.
-        k: None for JumpReLU with a learnt threshold a feature. A number for TopK: in each layer, the `k * batch`
-            features of a batch that write most (activation times decoder norm) are active, k a token on average.
-            Off training the mean of what the last of them wrote is the threshold instead (BatchTopK, Bussmann et al.
-            2024, arXiv:2412.06410), so that what is active no longer depends on the batch, and can be saved.
+        n_layers, d_model, features: sizes; `features` is per layer.
+        k: None for JumpReLU with a learnt threshold per feature. A number for TopK: in each layer, the `k * batch`
+            features of a batch that write most (activation times decoder norm) are active, k per token on average. In
+            eval mode, the threshold is the mean of what the last active feature of each batch wrote (BatchTopK,
+            Bussmann et al. 2024, arXiv:2412.06410), so that the active features no longer depend on the batch, and can
+            be saved.
     """
 
     cutoff: torch.Tensor
@@ -66,15 +67,15 @@ class CrossLayerTranscoder(torch.nn.Module):
             self.register_buffer("cutoff", torch.zeros(n_layers))
 
     def norms(self) -> torch.Tensor:
-        """Give the norm of all that each feature writes: `[n_layers, features]`."""
+        """The norm of everything that each feature writes: `[n_layers, features]`."""
         return torch.stack([decoder.flatten(1).norm(dim=1) for decoder in self.W_dec])
 
     def thresholds(self) -> torch.Tensor:
-        """Give what a pre-activation has to exceed: `[n_layers, features]`."""
+        """What a pre-activation must exceed: `[n_layers, features]`."""
         return self.threshold.relu() if self.k is None else self.cutoff[:, None] / self.norms().detach()
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give pre-activations and activations, `[n_layers, batch, features]`, of `[batch, n_layers, d_model]`."""
+        """Pre-activations and activations, `[n_layers, batch, features]`, of rows `[batch, n_layers, d_model]`."""
         before = torch.baddbmm(self.b_enc[:, None], rows.transpose(0, 1), self.W_enc.transpose(1, 2))
         if self.k is None or not self.training:
             thresholds = self.thresholds()[:, None].expand_as(before)
@@ -86,7 +87,7 @@ class CrossLayerTranscoder(torch.nn.Module):
         return before, before.relu() * (written >= least[:, None, None])
 
     def decode(self, active: torch.Tensor) -> torch.Tensor:
-        """Give what the features of `[n_layers, batch, features]` write: `[batch, n_layers, d_model]`."""
+        """What the features of `[n_layers, batch, features]` write: `[batch, n_layers, d_model]`."""
         written = self.b_dec.expand(active.shape[1], *self.b_dec.shape).clone()
         for layer, decoder in enumerate(self.W_dec):
             written[:, layer:] += (active[layer] @ decoder.flatten(1)).unflatten(1, decoder.shape[1:])
@@ -94,11 +95,11 @@ class CrossLayerTranscoder(torch.nn.Module):
 
     @torch.no_grad()
     def folded(self, read_scale: torch.Tensor, write_scale: torch.Tensor) -> CrossLayerTranscoder:
-        """Give the JumpReLU transcoder that does to raw rows what this one does to scaled ones.
+        """The JumpReLU transcoder that is for raw rows what this one is for scaled rows.
 
         Args:
-            read_scale: `[n_layers, d_model]`, what raw inputs were multiplied with.
-            write_scale: the same, of the outputs.
+            read_scale: `[n_layers, d_model]`, the factors of the raw inputs.
+            write_scale: the same for the outputs.
         """
         n_layers, d_model = self.b_dec.shape
         raw = CrossLayerTranscoder(n_layers, d_model, self.b_enc.shape[1]).to(self.b_dec)
@@ -112,11 +113,11 @@ class CrossLayerTranscoder(torch.nn.Module):
 
 
 def losses(clt: CrossLayerTranscoder, reads: torch.Tensor, writes: torch.Tensor, penalty: float) -> dict[str, Any]:
-    """Give the loss, its error part, and how many features of a layer are active a token.
+    """The loss, its error part, and the number of active features of a layer per token.
 
-    The error is the mean square over d_model, summed over layers. JumpReLU adds the sparsity penalty of Ameisen et
-    al., tanh(c * activation * decoder norm); both add the pre-activation penalty, which pulls features that are never
-    active back to their thresholds (Anthropic, "Circuits Updates - January 2025").
+    The error is the mean square over d_model, summed over layers. JumpReLU adds the sparsity penalty of Ameisen et al.,
+    tanh(c * activation * decoder norm). Both add the pre-activation penalty, which pulls features that are never active
+    back to their thresholds (Anthropic, "Circuits Updates - January 2025").
     """
     before, active = clt.encode(reads)
     norms = clt.norms()[:, None]
