@@ -1,1 +1,1 @@
-"""The parts of the cross-layer transcoder's trainer, `scripts/train_clt.py`."""
+"""The parts of the cross-layer transcoder's trainer, `scripts/examples/train_clt/train_clt.py`."""
