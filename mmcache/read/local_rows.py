@@ -131,7 +131,7 @@ def _read(wanted: Sequence[tuple[Taker, Piece]]) -> None:
 
 
 class PortableRows:
-    """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
+    """The simple reader: a map per shard. Safe to use from several threads; blocks if rows are not in memory.
 
     Args:
         folder: the site's shards.
@@ -185,7 +185,7 @@ class PortableRows:
 
 
 class CheckedRows:
-    """The rows of one site. Safe to use from several threads; reading blocks until the chunks are read.
+    """The reader that compares checksums. Safe to use from several threads; reading blocks until the chunks are read.
 
     Args:
         folder: the site's shards.
@@ -230,7 +230,7 @@ class CheckedRows:
         """No-op: nothing is kept."""
 
 
-# Fewer rows than these are all checked for being in memory; of more, SAMPLES and one more in so many.
+# Of fewer than _FEW rows, all are checked for being in memory; of more, about SAMPLES, plus one in _MORE_SAMPLES.
 _FEW, _MORE_SAMPLES = 64, 1 << 14
 # Gathers of this many rows fill the page tables first.
 _MANY = 1024
@@ -245,7 +245,7 @@ _ADVISED_BYTES = 32 << 20
 
 
 class MappedRows:
-    """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
+    """The fast reader: one range of addresses. Safe to use from several threads; blocks if rows are not in memory.
 
     Args:
         folder: the site's shards.

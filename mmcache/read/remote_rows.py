@@ -127,7 +127,7 @@ def _follow(numbers: np.ndarray) -> bool:
     return bool((np.diff(numbers) == 1).all())
 
 
-# The least bytes of a request, if there are as many; bytes read at a time from a shard that arrived meanwhile.
+# The least bytes of a request, if that many are wanted; bytes read at a time from a shard that arrived meanwhile.
 _REQUEST_BYTES, _PIECE_BYTES = 16 << 20, 2 << 20
 # If no more than 1/_UNWANTED of a shard is unwanted, all of it is requested: some servers and proxies answer that far
 # sooner than a range.
@@ -156,7 +156,7 @@ _Pieces: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 class RemoteRows:
-    """The rows of one site. Safe to use from several threads; reading blocks until the rows are there.
+    """The reader of a site in a bucket. Safe to use from several threads; reading blocks until the rows are there.
 
     Args:
         folder: the site's shards, in a bucket.

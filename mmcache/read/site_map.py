@@ -153,7 +153,7 @@ def _in_fork() -> None:
 os.register_at_fork(after_in_child=_in_fork)
 
 
-# Samples from which it is concluded that all is in memory.
+# Rows, or places in a shard, that are checked to conclude that all is in memory.
 SAMPLES = 8
 # The most places of a window, two bytes each; metadata that counts more shards is hardly true.
 _MOST_PLACES = 1 << 23

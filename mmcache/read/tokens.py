@@ -1,4 +1,4 @@
-"""Token ids, flags and sequences of a store (`TokenArrays`, `Sequences`)."""
+"""Reading token ids, flags and sequences of a store (`TokenArrays`, `Sequences`)."""
 
 from __future__ import annotations
 

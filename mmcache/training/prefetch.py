@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchIterator", "FetchAll", "ReadAhead"]
 
-# One waits for the disk, one converts, and one has work ready whenever it gets the GIL.
+# One thread waits for the disk, one converts, and one has work ready whenever it gets the GIL.
 _THREADS = 3
 
 # The batches of a job, and the error that ended it before it had all of them.

@@ -2,9 +2,9 @@
 
 The order of an epoch says which kept token is at which place. It is a function of the place, so nothing is stored.
 `"global"` is a permutation of all tokens. `"block"` is for disks that are slow at random reads: blocks of consecutive
-tokens come in random order, a few blocks in a row are a pool, and within a pool every token has a random place. A pool
-is read once an epoch, block by block, in long pieces, and stays in memory until it is used up. None is the order of
-the text.
+tokens come in random order; every few successive ones are a pool, within which each token has a random place. A pool is
+read once an epoch, block by block, in long pieces, and stays in memory until it is used up. None is the order of the
+text.
 
 For several machines, the line of blocks is cut into equal lanes (`MachineOrder`), each with its own pools, so that each
 machine reads blocks of its own. An epoch takes one token of each lane in turn. So every step has equally many tokens of

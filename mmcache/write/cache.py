@@ -188,7 +188,7 @@ def _all(start: int, stop: int) -> np.ndarray:
 
 
 class FullActivationCache:
-    """Every layer's activations of one sequence, on disk: candle-mi's cache of the same name.
+    """Every layer's activations of one sequence, on disk, like candle-mi's class of the same name.
 
     Made by `with_capacity` to be filled, or by `open` to be read. Layers are numbered in the order in which
     they are pushed. What is returned is the caller's own memory: writing to it never reaches the file.
