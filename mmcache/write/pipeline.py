@@ -85,7 +85,7 @@ class Slot:
 
 
 class Ring:
-    """A few slots that are reused; each is allocated when first needed."""
+    """A few slots that are reused; their memory is taken when first touched."""
 
     def __init__(self, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
