@@ -1,4 +1,4 @@
-"""What a store is, from its metadata: as plain data, and as HTML for notebooks. No torch is loaded for it."""
+"""A store's metadata as plain data (`overview`), and stores, sites and caches as HTML. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,23 +24,21 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_html", "overview", "site_html", "store_html"]
 
-# Stretches of the tokens for each of which it is said how much of it is there.
+# The most token ranges for which completeness is reported.
 _STRETCHES = 100
 
 
 @public(path=a_path)
 def overview(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Say what the store at `path`, a folder or an address in a bucket, is: identity, shape, size, completeness.
+    """Identity, shape, size and completeness of the store at `path`, a folder or an address in a bucket.
 
-    Reads no data.
-
-    Of each site: its width, shards, missing shards, bytes, and of up to 100 stretches of its tokens the part of the
-    shards that is there (`present`).
+    Reads only metadata and lists shards. For each site: its width, shards, missing shards, bytes, and `present`: for
+    each of up to 100 ranges of its tokens, the fraction of shards that exist.
 
     Raises:
-        StoreNotFoundError, CorruptError, VersionError: there is no store that can be read.
+        StoreNotFoundError, CorruptError, VersionError: there is no readable store.
         IncompleteError: it is still being planned.
-        AccessError, RemoteError: object storage refuses, or gives no answer.
+        AccessError, RemoteError: object storage refuses, or does not answer.
     """
     place = placed(path)
     folder = _folder(place) if isinstance(place, str) else place
@@ -79,7 +77,7 @@ def _site(folder: Path, manifest: Manifest, site: str) -> dict[str, Any]:
         return said | {"missing": 0, "present": []}
     blocks = manifest.spec(site).blocks(manifest.n_tokens or 0)
     stretches = min(_STRETCHES, blocks)
-    # A stretch of blocks each, as even as can be.
+    # Ranges of blocks, as even as possible.
     edges = np.arange(stretches + 1) * blocks // stretches
     counts = np.zeros(stretches, np.int64)
     for _, block in listed_shards(folder, manifest, site, manifest.n_tokens or 0):
@@ -92,7 +90,7 @@ _LEFT = ' style="text-align: left"'
 
 
 def store_html(store: Any) -> str:
-    """Draw a `Store`: what it is, how much of it is there, and its sites."""
+    """A `Store` as HTML: identity, completeness and sites."""
     missing = {site: store.missing(site) for site in store.sites}
     rows = []
     for site, gone in missing.items():
@@ -111,7 +109,7 @@ def store_html(store: Any) -> str:
 
 
 def site_html(view: Any) -> str:
-    """Draw a `SiteView`: its shape, and how much of it is there."""
+    """A `SiteView` as HTML: shape and completeness."""
     folder = view._folder  # noqa: SLF001 -- the class takes this function as its method
     shards = folder.spec.blocks(folder.rows) * (len(view.layers) if view._layout == "layer" else 1)  # noqa: SLF001
     there = folder.count()
@@ -125,7 +123,7 @@ def site_html(view: Any) -> str:
 
 
 def cache_html(path: object, state: str, view: Any) -> str:
-    """Draw a `FullActivationCache`; `view` is None where it holds nothing, or is closed."""
+    """A `FullActivationCache` as HTML; `view` is None if the cache is empty or closed."""
     return _pairs("mmcache.FullActivationCache", {"path": path, "cache": state, **(_rows(view) if view else {})})
 
 

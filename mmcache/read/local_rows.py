@@ -1,15 +1,13 @@
-"""Rows of one site of a store on this machine, read in one of three ways: mapped, portable, or with checksums.
+"""Readers of one site's rows in a local store: `MappedRows` (fast), `PortableRows` (simple), `CheckedRows` (checksums).
 
-What is in memory is copied by one `index_select`, in whose course the interpreter's lock is free. What is not is read
-by asynchronous direct reads, or where those are refused by advice for many rows at once. `PortableRows` is the simple
-way.
+`MappedRows` copies rows that are in memory by one `index_select`, which releases the GIL. It reads others by
+asynchronous direct reads; where these are refused, it prefetches many rows at once with madvise.
 
-Rows of one site, the simple way: a map a shard, rows copied shard by shard. It works wherever a file can be mapped, and
-is what `MappedRows`, the fast way, is tested equal to.
+`PortableRows` maps each shard and copies rows shard by shard. It works wherever a file can be mapped, and is the
+reference that `MappedRows` is tested against.
 
-Rows of one site, the careful way: read, never mapped, and each inner chunk's checksum compared. A file that is cut
-short, replaced or damaged while it is read is an error, whatever the moment. A row costs the inner chunk that it lies
-in, of up to 4 MiB.
+`CheckedRows` reads without mapping, and compares the checksum of each inner chunk. A file that is truncated, replaced
+or damaged is an error, even in the middle of a read. A row costs reading its whole inner chunk, of up to 4 MiB.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ __all__ = [
 
 
 class Way(enum.Enum):
-    """How rows are taken: from the map, as it is or behind advice to bring them in, or past the page cache."""
+    """How rows are read: from the map, from the map after madvise (`MADV_WILLNEED`), or past the page cache."""
 
     MAPPED = 0
     ADVISED = 1
@@ -63,7 +61,7 @@ class Way(enum.Enum):
 
 
 class Piece(NamedTuple):
-    """Rows of a table, int64 `[n]`, at least one, and where they go: contiguous host memory of theirs."""
+    """Row indices of a table, int64 `[n]`, at least one, and their destination: contiguous host memory for `n` rows."""
 
     table: Table
     rows: np.ndarray
@@ -71,34 +69,34 @@ class Piece(NamedTuple):
 
 
 class Taker(Protocol):
-    """What knows the rows of a site: `MappedRows`."""
+    """A reader whose pieces `take_pieces` can read: `MappedRows`."""
 
     def way(self, piece: Piece) -> Way:
-        """Choose how a piece is best taken."""
+        """The best way to read a piece."""
 
     def advice(self, piece: Piece) -> list[Ranges]:
-        """Give the memory of as many of its rows as may come in before the first is copied."""
+        """Memory ranges to prefetch before the first row of a piece is copied."""
 
     def copy(self, piece: Piece, *, advised: bool = False) -> None:
-        """Copy it from the map."""
+        """Copy a piece from the map."""
 
     def wanted(self, piece: Piece) -> Wanted:
-        """Say what to read past the page cache for it."""
+        """What to read past the page cache for a piece."""
 
     def was_read(self, size: int) -> None:
-        """Note that so many bytes were read past the page cache."""
+        """Count bytes that were read past the page cache."""
 
     def was_refused(self) -> None:
-        """Note that the system has no direct reads."""
+        """Note that the system refuses direct reads."""
 
     def check(self, piece: Piece) -> None:
-        """Raise if one of its shards is no longer what it was."""
+        """Raise if one of the piece's shards is gone, truncated or replaced."""
 
 
 def take_pieces(wanted: Sequence[tuple[Taker, Piece]]) -> None:
-    """Take pieces each its own way: what has to come from the device is asked for before what is there is copied.
+    """Read each piece in the best way; prefetches start before rows in memory are copied, so that they overlap.
 
-    All that is read past the page cache is read in one go. Errors as `MappedRows.take`.
+    All direct reads are submitted together. Errors as `MappedRows.take`.
     """
     chosen: dict[Way, list[tuple[Taker, Piece]]] = {way: [] for way in Way}
     for reader, piece in wanted:
@@ -113,13 +111,13 @@ def take_pieces(wanted: Sequence[tuple[Taker, Piece]]) -> None:
 
 
 def _read(wanted: Sequence[tuple[Taker, Piece]]) -> None:
-    """Read pieces past the page cache, or where the system refuses that, through it."""
+    """Read pieces past the page cache, or through it if the system refuses direct reads."""
     try:
         with borrowed() as direct:
             taken = direct.read([reader.wanted(piece) for reader, piece in wanted])
     except OSError as error:
         if error.errno not in REFUSALS:
-            # A file that was cut short meanwhile is told as that.
+            # If a file was truncated meanwhile, that is the error to raise.
             for reader, piece in wanted:
                 reader.check(piece)
             raise our_error(error) from error
@@ -133,13 +131,13 @@ def _read(wanted: Sequence[tuple[Taker, Piece]]) -> None:
 
 
 class PortableRows:
-    """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
+    """The simple reader: a map per shard. Safe to use from several threads; blocks if rows are not in memory.
 
     Args:
         folder: the site's shards.
-        layout: the store's.
-        n_layers: how many layers there are; a slot is a layer's place among them.
-        most_open: maps that are kept; Python's mmap keeps a descriptor for each.
+        layout: the store's layout.
+        n_layers: the number of layers; a slot is a layer's index among them.
+        most_open: maps to keep; Python's mmap holds a file descriptor for each.
     """
 
     def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
@@ -149,11 +147,11 @@ class PortableRows:
         self._lock = threading.Lock()
 
     def _view(self, slot: int, block: int) -> torch.Tensor:
-        """Give the mapped rows of one layer in one block: `[rows, d_model]`, never to be handed out."""
+        """The mapped rows of one layer in one block: `[rows, d_model]`; must never reach a user."""
         place = (slot if self._layer_layout else 0, block)
         file = self._files.get(place)
         if file is None:
-            # Without the lock: a shard in a bucket is long in coming, and others may have to be forgotten for it.
+            # Outside the lock: fetching a shard from a bucket is slow, and evicting others for it may call `forget`.
             file = self._folder.open(*place)
             with self._lock:
                 if len(self._files) >= self._most_open:
@@ -167,10 +165,10 @@ class PortableRows:
         return self._view(slot, block)[row].clone()
 
     def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
-        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+        """Copy rows: positions int64 `[k]`, all in range, into contiguous host memory `[k, len(slots), d_model]`.
 
         Raises:
-            IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
+            IncompleteError, CorruptError: as `row`; the content of `into` is then undefined.
         """
         blocks, within = np.divmod(positions, self._folder.spec.shard_rows)
         order = np.argsort(blocks, kind="stable")
@@ -181,17 +179,17 @@ class PortableRows:
                 into[place, number] = self._view(slot, int(blocks[picked[0]]))[at]
 
     def forget(self) -> None:
-        """Let go of every map; they come back as they are needed."""
+        """Drop every map; maps are made again when needed."""
         with self._lock:
             self._files.clear()
 
 
 class CheckedRows:
-    """The rows of one site. Safe to use from several threads; reading blocks until the chunks are read.
+    """The reader that compares checksums. Safe to use from several threads; reading blocks until the chunks are read.
 
     Args:
         folder: the site's shards.
-        layout: the store's.
+        layout: the store's layout.
     """
 
     def __init__(self, folder: ShardFolder, layout: str) -> None:
@@ -204,16 +202,16 @@ class CheckedRows:
         return row[0, 0]
 
     def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
-        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+        """Copy rows: positions int64 `[k]`, all in range, into contiguous host memory `[k, len(slots), d_model]`.
 
         Raises:
-            IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
+            IncompleteError, CorruptError: as `row`; the content of `into` is then undefined.
         """
         spec = self._folder.spec
         order = np.argsort(positions, kind="stable")
         blocks, within = np.divmod(positions[order], spec.shard_rows)
-        # Each file with the layers wanted of its rows, and their places among the slots: in the layer layout each slot
-        # is a file of its own, in the token layout all of them are in one.
+        # For each file: the layers to copy of its rows, and their columns in `into`. The layer layout has a file for
+        # each slot, the token layout one for all.
         files = [(0, slots, list(range(len(slots))))]
         if self._layer_layout:
             files = [(slot, [0], [place]) for place, slot in enumerate(slots)]
@@ -229,34 +227,34 @@ class CheckedRows:
                     into[torch.from_numpy(order[first:last])[:, None], places] = rows[at][:, inside]
 
     def forget(self) -> None:
-        """Do nothing: it keeps nothing."""
+        """No-op: nothing is kept."""
 
 
-# Fewer rows than these are looked at one by one; of more only some, and one more in so many.
+# Of fewer than _FEW rows, all are checked for being in memory; of more, about SAMPLES, plus one in _MORE_SAMPLES.
 _FEW, _MORE_SAMPLES = 64, 1 << 14
-# Gathers of so many rows fill the page tables first.
+# Gathers of this many rows fill the page tables first.
 _MANY = 1024
-# For so many reads an answer is believed that was the same as often before.
+# After this many equal answers whether a row is in memory, the answer is assumed for as many reads.
 _BELIEVED = 16
-# Rows and gathers of a generation, of which two are remembered: what is asked for again comes through the page cache.
+# Rows and gathers in a generation, of which two are remembered: repeated requests go through the page cache.
 _MOST_ASKED = 1 << 13
-# Rows that are planned together: their indices take a few times 8 MiB.
+# The most rows of a piece: their indices take a few times 8 MiB.
 _MOST_ROWS = 1 << 20
-# What advice may bring in before it is copied.
+# The most bytes of one step of prefetching; two steps are in flight.
 _ADVISED_BYTES = 32 << 20
 
 
 class MappedRows:
-    """The rows of one site. Safe to use from several threads; reading blocks where rows are not in memory.
+    """The fast reader: one range of addresses. Safe to use from several threads; blocks if rows are not in memory.
 
     Args:
         folder: the site's shards.
-        layout: the store's.
-        n_layers: how many layers there are; a slot is a layer's place among them.
-        most_open: descriptors for direct reads that are kept.
+        layout: the store's layout.
+        n_layers: the number of layers; a slot is a layer's index among them.
+        most_open: file descriptors to keep for direct reads.
 
     Raises:
-        OSError: there is no address space for it.
+        OSError: not enough address space.
     """
 
     def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
@@ -287,9 +285,9 @@ class MappedRows:
                 if window.flags[place]:
                     address = window.address + start
                     if self._probably_cached(index, address):
-                        # Without letting go of the interpreter's lock, which another thread may wait for.
+                        # Keeps the GIL (see system/threads.py).
                         return torch.frombuffer(bytearray(self._bytes[start : start + size]), dtype=self._dtype)
-                    # All of it in one read: a fault alone would read a page.
+                    # One read for the whole row: a page fault would read one page.
                     will_need(address & -PAGE, size + address % PAGE)
                     row = site.rows.tensor[index, 0].clone()
                     break
@@ -300,7 +298,7 @@ class MappedRows:
         return row
 
     def _direct_row(self, index: int, place: int) -> torch.Tensor | None:
-        """Read a row past the page cache; None where that is refused, or not worth the opening of a file."""
+        """A row, read past the page cache; None if that is refused, or not worth opening a file."""
         site = self._map
         found = site.descriptors.get(place)
         if found is None and (not self._direct or site.window.count > site.most_open):
@@ -309,10 +307,10 @@ class MappedRows:
         offset = HEADER_BYTES + index % site.rows.rows_per_file * size
         before = offset % align
         if not self._bouncing.acquire(blocking=False):
-            return None  # another thread's, or was another thread's when this process was forked
+            return None  # in use by another thread, or was when this process was forked
         try:
             room = self._bounce[: before + size + -(offset + size) % align]
-            # Held in a name until it was read from: another thread may forget it.
+            # Keep a reference until it is read: another thread may drop the descriptor.
             file = found or site.opened((place,))[place]
             done = os.preadv(file.fd, (room,), offset - before)
             if done >= before + size:
@@ -323,10 +321,10 @@ class MappedRows:
             self._direct = False
         finally:
             self._bouncing.release()
-        return None  # refused, or cut short, which the map's way finds out
+        return None  # refused, or truncated, which the mapped path finds out
 
     def _asked_before(self, key: int) -> bool:
-        """Tell whether a row, or a gather by its hash, was asked for not long ago, and remember it."""
+        """Whether a row, or a gather (by its hash), was requested recently; remembers this request."""
         asked = self._asked
         if key in asked or key in self._asked_earlier:
             return True
@@ -336,9 +334,9 @@ class MappedRows:
         return False
 
     def _probably_cached(self, index: int, address: int) -> bool:
-        """Say whether a row is in memory.
+        """Whether a row is in memory.
 
-        Asking takes longer than copying a row: after many answers alike, the last one is believed for a while.
+        Asking the kernel takes longer than copying a row: after many equal answers, the last is assumed for a while.
         """
         if self._believed:
             self._believed -= 1
@@ -352,30 +350,30 @@ class MappedRows:
         return cached
 
     def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
-        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+        """Copy rows: positions int64 `[k]`, all in range, into contiguous host memory `[k, len(slots), d_model]`.
 
         Raises:
-            IncompleteError, CorruptError: as `row`; what `into` holds then is undefined.
+            IncompleteError, CorruptError: as `row`; the content of `into` is then undefined.
             OSError: the device failed.
         """
         for piece in self.pieces(positions, slots, into):
             take_pieces([(self, piece)])
 
     def pieces(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> Iterator[Piece]:
-        """Cut what `take` is asked for into pieces that are not too long, and not of more shards than can be mapped."""
+        """Cut the arguments of `take` into pieces of limited length, each in no more shards than can be mapped."""
         yield from self._cut(Piece(*self._rows_of(positions, slots, into)))
 
     def _rows_of(
         self, positions: np.ndarray, slots: list[int], into: torch.Tensor
     ) -> tuple[Table, np.ndarray, torch.Tensor]:
-        """Give the rows of some positions in some layers, int64 `[n]`, position by position, and their places."""
+        """Table, row indices int64 `[n]` (position by position) and destination of some positions in some layers."""
         if slots == self._every_slot:
             return self._map.records, positions, into
         count, site = len(positions), self._map
         rows, steps = np.empty((count, len(slots)), np.int64), np.array(slots, np.int64) * site.layer_step
         for some in pieces(count, count, width=len(slots)):
             rows[some] = positions[some, None] * site.position_step + steps
-        # Every call of torch lets go of the interpreter's lock.
+        # `view` only if needed: each torch call releases the GIL (see system/threads.py).
         return site.rows, rows.reshape(-1), into if len(slots) == 1 else into.view(-1, 1, into.shape[-1])
 
     def _cut(self, piece: Piece) -> Iterator[Piece]:
@@ -392,7 +390,7 @@ class MappedRows:
             yield from self._cut(Piece(table, rows[start : start + step], into[start : start + step]))
 
     def way(self, piece: Piece) -> Way:
-        """Choose how a piece is best taken."""
+        """The best way to read a piece."""
         table, rows, _ = piece
         sample = rows if len(rows) < _FEW else rows[:: len(rows) // (SAMPLES + len(rows) // _MORE_SAMPLES)]
         cached = self._map.cached(table, sample)
@@ -403,27 +401,27 @@ class MappedRows:
         return Way.ADVISED if cached < 1.0 else Way.MAPPED
 
     def wanted(self, piece: Piece) -> Wanted:
-        """Say what to read past the page cache for a piece."""
+        """What to read past the page cache for a piece."""
         return Wanted(Files(self._map, piece.table.rows_per_file), piece.rows, piece.into)
 
     def was_read(self, size: int) -> None:
-        """Note that so many bytes were read past the page cache."""
+        """Count bytes that were read past the page cache."""
         self._bytes_past_cache += size
 
     def was_refused(self) -> None:
-        """Note that the system has no direct reads."""
+        """Note that the system refuses direct reads."""
         self._direct = False
 
     def check(self, piece: Piece) -> None:
-        """Raise CorruptError or IncompleteError if a shard of the piece is no longer what it was."""
+        """Raise CorruptError or IncompleteError if a shard of the piece is gone, truncated or replaced."""
         self._map.check(piece.table, piece.rows)
 
     def _worth_caching(self, table: Table, rows: np.ndarray, sample: np.ndarray) -> bool:
-        """Say whether rows that are not in memory should come through the page cache.
+        """Whether rows that are not in memory should be read through the page cache.
 
-        Direct reads are faster, and leave nothing in it. As with skis: rent, until it is clear that buying had been
-        better. Rows that were asked for before are worth keeping. So is all of a site that fits into memory, if it is
-        being read through, or was read past the cache as often as it is large.
+        Direct reads are faster, but leave nothing in it. Rows that were requested before are worth caching. So is a
+        site smaller than half of the free memory, if it is being read through, or (ski-rental rule) once as many bytes
+        were read directly as it has.
         """
         if self._asked_before(hash(sample.tobytes())) or not self._direct:
             return True
@@ -432,12 +430,12 @@ class MappedRows:
         return (between <= GAP_BYTES or self._bytes_past_cache >= size) and size < available_memory() // 2
 
     def advice(self, piece: Piece) -> list[Ranges]:
-        """Give the ranges of memory of as many of a piece's rows as may come in before the first is copied."""
+        """Memory ranges to prefetch before the first row of a piece is copied."""
         with self._map.mapped_for(piece.table, piece.rows):
             return self._ranges(piece.table, piece.rows[: 2 * self._step(piece)])
 
     def copy(self, piece: Piece, *, advised: bool = False) -> None:
-        """Copy rows from the map; with `advised`, behind `advice`, the rest is asked for meanwhile."""
+        """Copy rows from the map; with `advised`, `advice` was prefetched, and the rest is prefetched meanwhile."""
         table, rows, into = piece
         indices = torch.from_numpy(rows)
         with self._map.mapped_for(table, rows):
@@ -457,7 +455,7 @@ class MappedRows:
         return max(1, _ADVISED_BYTES // piece.table.row_bytes)
 
     def _ranges(self, table: Table, rows: np.ndarray) -> list[Ranges]:
-        """Give the pages of some rows, those of rows that lie close together as one range."""
+        """The pages of some rows; rows that lie close together share a range."""
         size, address = table.row_bytes, self._map.window.address
         if len(rows) and not apart(rows, size):
             rows = np.sort(rows)
@@ -470,7 +468,7 @@ class MappedRows:
         return [(begin - begin % PAGE, begin % PAGE + size) for begin in begins]
 
     def forget(self) -> None:
-        """Let go of every map and descriptor; they come back as they are needed."""
+        """Drop every map and file descriptor; they are made again when needed."""
         self._map.forget()
 
 
@@ -480,9 +478,10 @@ Reader: TypeAlias = MappedRows | PortableRows | CheckedRows | RemoteRows
 def best_reader(
     folder: ShardFolder, layout: str, n_layers: int, most_open: int, *, check: bool = False, fits: bool = False
 ) -> Reader:
-    """Give the fast way to the rows of a site, or where it is not to be had, the simple one; arguments as theirs.
+    """A `MappedRows` of a site, or a `PortableRows` where that is not possible; arguments as theirs.
 
-    With `check`, the careful one; of a store in a bucket, which `fits` into the cache or not, one over these.
+    With `check`, a `CheckedRows`. Otherwise, for a store in a bucket, a `RemoteRows` over the local reader; `fits`:
+    whether all of the store fits into the cache.
     """
     if check:
         return CheckedRows(folder, layout)
@@ -492,7 +491,7 @@ def best_reader(
 
 def _mapping_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> MappedRows | PortableRows:
     if LINUX:
-        # Refused where address space is limited.
+        # Fails if address space is limited.
         with contextlib.suppress(OSError):
             return MappedRows(folder, layout, n_layers, most_open)
     return PortableRows(folder, layout, n_layers, most_open)
@@ -501,7 +500,7 @@ def _mapping_reader(folder: ShardFolder, layout: str, n_layers: int, most_open: 
 def bring_near(
     reader: Reader, folder: ShardFolder, slots: list[int], start: int, stop: int, *, all_come: threading.Event | None
 ) -> None:
-    """Read rows into the page cache, or bring them here from a bucket; blocks until then. Errors as `open_file`."""
+    """Read rows into the page cache, or fetch them from a bucket; blocks. Errors as `ShardFolder.open_file`."""
     if isinstance(reader, RemoteRows):
         reader.all_come = all_come or reader.all_come
         reader.read_ahead(slots, start, stop)

@@ -1,4 +1,4 @@
-"""Which tokens are asked for: any kind of list of whole numbers, checked and counted from the start."""
+"""Checks of requested positions: any list of integers becomes int64, non-negative and in range."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Positions: TypeAlias = "torch.Tensor | np.ndarray | Sequence[int] | range"
 
 
 def whole_number(name: str, value: SupportsIndex) -> int:
-    """A whole number of any kind, such as a tensor's, as an int.
+    """An integer of any kind, such as a tensor, as an int.
 
     Raises:
-        DtypeError: it is none.
+        DtypeError: it is not an integer.
     """
     try:
         return whole(value)
@@ -37,10 +37,10 @@ def whole_number(name: str, value: SupportsIndex) -> int:
 
 
 def listed(name: str, values: Iterable[T]) -> Iterable[T]:
-    """What can be iterated over, as it is.
+    """An iterator over `values`.
 
     Raises:
-        DtypeError: it cannot.
+        DtypeError: they are not iterable.
     """
     try:
         return iter(values)
@@ -49,10 +49,10 @@ def listed(name: str, values: Iterable[T]) -> Iterable[T]:
 
 
 def slice_range(rows: slice, total: int) -> range:
-    """The rows of a slice of so many.
+    """The rows that a slice selects out of `total`.
 
     Raises:
-        DtypeError: its bounds are no whole numbers, or it has no step.
+        DtypeError: its bounds are not integers, or its step is 0.
     """
     try:
         return range(*rows.indices(total))
@@ -61,10 +61,10 @@ def slice_range(rows: slice, total: int) -> range:
 
 
 def span_of(start: SupportsIndex, stop: SupportsIndex, total: int, of: str) -> tuple[int, int]:
-    """The bounds of some of `total` rows, which are called `of`.
+    """Checked bounds of a range within `total` rows; `of` names that total in errors.
 
     Raises:
-        OutOfRangeError, DtypeError: they are not all there, or the bounds are no whole numbers.
+        OutOfRangeError, DtypeError: the range exceeds the rows, or the bounds are not integers.
     """
     first, last = whole_number("start", start), whole_number("stop", stop)
     if not 0 <= first <= last <= total:
@@ -74,11 +74,11 @@ def span_of(start: SupportsIndex, stop: SupportsIndex, total: int, of: str) -> t
 
 def _as_array(positions: Positions, n_tokens: int, bad: Callable[[int], OutOfRangeError]) -> np.ndarray:
     if isinstance(positions, torch.Tensor):
-        # Every call of torch lets go of the interpreter's lock, and none of these is needed as a rule.
+        # Each torch call releases the GIL (see system/threads.py), and usually none of these is needed.
         positions = positions if is_cpu(positions.device) else positions.cpu()
         positions = (positions.detach() if positions.requires_grad else positions).numpy()
     if isinstance(positions, range) and positions:
-        # Before memory is taken for them.
+        # Before memory is allocated for them.
         for end in (positions[0], positions[-1]):
             if not -n_tokens <= end < n_tokens:
                 raise bad(end)
@@ -89,16 +89,16 @@ def _as_array(positions: Positions, n_tokens: int, bad: Callable[[int], OutOfRan
 
 
 def whole_positions(positions: Positions, n_tokens: int, bad: Callable[[int], OutOfRangeError]) -> np.ndarray:
-    """Give positions as int64 `[k]`, every one of them from 0 to `n_tokens` - 1.
+    """Positions as int64 `[k]`, each from 0 to `n_tokens` - 1.
 
     Args:
-        positions: integers, negative ones from the end: a list, range, array or 1-D tensor.
-        n_tokens: how many there are.
-        bad: makes the error that names the first one out of range.
+        positions: integers (negative: from the end) as a list, range, array or 1-D tensor.
+        n_tokens: the number of tokens.
+        bad: makes the error that names the first position out of range.
 
     Raises:
-        ShapeError, DtypeError: they are no list of integers.
-        OutOfRangeError: as `bad` makes it.
+        ShapeError, DtypeError: they are not a list of integers.
+        OutOfRangeError: made by `bad`.
     """
     wanted = _as_array(positions, n_tokens, bad)
     if wanted.ndim != 1:
@@ -110,7 +110,7 @@ def whole_positions(positions: Positions, n_tokens: int, bad: Callable[[int], Ou
     found = np.empty(len(wanted), np.int64)
     for piece in pieces(len(wanted), len(wanted)):
         some = wanted[piece]
-        # Before the cast, in which a large unsigned number would become a negative one.
+        # Before the cast, which would make a large unsigned number negative.
         least, most = int(some.min()), int(some.max())
         if least < -n_tokens or most >= n_tokens:
             raise bad(int(some[np.argmax((some < -n_tokens) | (some >= n_tokens))]))

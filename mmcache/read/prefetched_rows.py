@@ -1,4 +1,4 @@
-"""Stretches of rows that were read ahead from a bucket: files of the cache, mapped without a descriptor each."""
+"""Row ranges prefetched from a bucket: mapped files of the disk cache, without a file descriptor each (`Extents`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["Extents"]
 class _Extent(NamedTuple):
     """Rows of a shard from `start` to before `stop`, `[stop - start, *row_shape]`, and the file that they are in.
 
-    And what the file was when it was mapped: nothing is read of one that somebody wrote to.
+    `copy` identifies the file as it was when mapped: nothing is read from a file that has changed since.
     """
 
     start: int
@@ -42,7 +42,7 @@ class _Extent(NamedTuple):
 
 
 class Extents:
-    """The stretches of one site that are here. Safe to use from several threads.
+    """The prefetched row ranges of one site. Safe to use from several threads.
 
     Args:
         folder: the site's shards, in a bucket.
@@ -54,7 +54,7 @@ class Extents:
         self._lock = threading.Lock()
 
     def bring(self, shard: tuple[int, int], start: int, stop: int) -> None:
-        """Bring rows from `start` to before `stop` of a shard here; blocks until then. Errors as `Mirror.extent`."""
+        """Fetch rows from `start` to before `stop` of a shard; blocks until done. Errors as `Mirror.extent`."""
         if self.covered(shard, np.arange(start, stop)).all():
             return
         spec = self._folder.spec
@@ -66,31 +66,31 @@ class Extents:
         while pages is None:
             path = remote.extent(array, self._folder.key(*shard), begin, end)
             copy = identity(path)
-            # Others may have made room in the cache since.
+            # The file may have been evicted since.
             with contextlib.suppress(IncompleteError):
                 pages = _mapped(path)
         rows = torch.from_numpy(pages[:-CHECKSUM_BYTES]).view(spec.dtype.torch).view(stop - start, *spec.row_shape)
         with self._lock:
             there = [*self._found.get(shard, ()), _Extent(start, stop, path, copy, rows)]
-            # Replaced, never changed: others may be reading the list.
+            # Replaced, never changed: other threads may be reading the list.
             self._found[shard] = sorted(there, key=lambda extent: extent.start)
         if identity(path) != copy:
-            # It went before it was noted here.
+            # Evicted or changed before it was recorded here.
             self.forget()
 
     def _there(self, shard: tuple[int, int]) -> list[_Extent]:
-        # Of one whose file is gone, the memory is still what it was.
+        # If the file is gone, its mapped memory is still valid.
         return [extent for extent in self._found.get(shard, ()) if identity(extent.path) in (None, extent.copy)]
 
     def covered(self, shard: tuple[int, int], rows: np.ndarray) -> np.ndarray:
-        """Tell which rows of a shard, `[n]`, are here: `[n]` bool."""
+        """Which rows `[n]` of a shard are here: `[n]` bool."""
         there = np.zeros(len(rows), bool)
         for extent in self._there(shard):
             there |= (rows >= extent.start) & (rows < extent.stop)
         return there
 
     def take(self, shard: tuple[int, int], rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Copy those rows of a shard that are here: which of `[n]` these are, and `[m, *row_shape]`."""
+        """Those of the rows `[n]` of a shard that are here: their indices into `rows`, and a copy `[m, *row_shape]`."""
         which, found = [], []
         left = np.ones(len(rows), bool)
         for extent in self._there(shard):
@@ -104,19 +104,19 @@ class Extents:
         return np.concatenate(which), torch.cat(found)
 
     def forget(self) -> None:
-        """Let go of those whose files are gone, so that the disk has its room back, or were written to."""
+        """Drop ranges whose files were deleted, which frees their disk space, or changed."""
         with self._lock:
             for shard, extents in list(self._found.items()):
                 self._found[shard] = [extent for extent in extents if identity(extent.path) == extent.copy]
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """Map a file for reading, as `map_file`, and keep no descriptor where the system can do without."""
+    """Map a file for reading, as `map_file`, but on Linux without keeping a file descriptor."""
     if not LINUX:
         return map_file(path, what=str(path))
     fd, status = open_file(path, what=str(path))
     try:
-        # In whole pages, which alone can be given back.
+        # In whole pages: only these can be unmapped.
         size = -(-status.size // PAGE) * PAGE
         address = reserve(size, 0)
         try:

@@ -1,8 +1,8 @@
-"""Rows of one site of a store in a bucket: from what is here of it, or by ranged reads of what is not.
+"""Rows of one site of a store in a bucket (`RemoteRows`): from cached shards, or by ranged reads of the others.
 
-Whole shards that are in the cache are mapped and read as those of any store. Of the others, rows that lie close to each
-other are read in one request, which is of the whole shard where nearly all of it is wanted. A shard of which as much
-was read in pieces as it has bytes is brought here, where there is room without another's having to go.
+Cached shards are mapped and read as those of a local store. Of other shards, rows that lie close together are read in
+one request; if nearly all of a shard is wanted, the request is for all of it. Once more bytes of a shard were read in
+pieces than it has, it is downloaded, if the cache has room without evicting another.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "RemoteRows", "begins_of", "parts_of", "scatter"]
 
-# So much that nobody asked for is read rather than asking twice.
+# Gaps up to this size are read rather than split into two requests.
 _GAP_BYTES = 128 << 10
 
 
 class Part(NamedTuple):
-    """What is wanted of one shard.
+    """The rows wanted of one shard.
 
-    Rows of it, int64 `[n]` ascending, and their places among all that are asked for; the slots, and their columns.
+    Row numbers, int64 `[n]` ascending, and their places among all requested rows; the slots, and their columns.
     """
 
     shard: tuple[int, int]
@@ -49,12 +49,12 @@ class Part(NamedTuple):
 
 
 def parts_of(positions: np.ndarray, slots: list[int], shard_rows: int, *, by_layer: bool) -> Iterator[Part]:
-    """Sort what is wanted by shard; in the layer layout each slot has shards of its own.
+    """Split a request by shard; in the layer layout each slot has its own shards.
 
     Args:
         positions: tokens, int64 `[k]`, in any order.
-        slots: the layers of each that are wanted.
-        shard_rows: rows a shard.
+        slots: the slots of the layers wanted.
+        shard_rows: rows per shard.
         by_layer: whether it is the layer layout.
     """
     order = np.argsort(positions, kind="stable")
@@ -69,24 +69,24 @@ def parts_of(positions: np.ndarray, slots: list[int], shard_rows: int, *, by_lay
 
 
 def begins_of(offsets: np.ndarray, size: int, most: int) -> np.ndarray:
-    """Say where requests of about `most` bytes begin in pieces of `size` bytes at ascending offsets `[n]`: int64."""
+    """Indices of the pieces (`size` bytes, at ascending offsets `[n]`) that begin a request of about `most` bytes."""
     far = np.diff(offsets) - size > _GAP_BYTES
     begins = np.concatenate([[True], far])
     first = offsets[np.maximum.accumulate(np.where(begins, np.arange(len(offsets)), 0))]
-    # One that became too long is cut at even distances from its begin.
+    # A request that is too long is cut at even distances from its start.
     begins[1:] |= np.diff((offsets - first) // max(size, most)) != 0
     return np.flatnonzero(begins)
 
 
 def scatter(stream: Iterable[memoryview], at: int, into: np.ndarray, offsets: np.ndarray, places: np.ndarray) -> None:
-    """Put pieces of a stream in their places as they come.
+    """Copy pieces of a stream to their places as they arrive.
 
     Args:
-        stream: bytes of a shard; let go of behind the last piece.
-        at: the offset of the first of them.
+        stream: bytes of a shard; not read further than the last piece.
+        at: the offset of the first byte.
         into: `[m, size]` uint8.
-        offsets: of the pieces, `[n]` ascending, whole numbers of `size` apart.
-        places: where they go.
+        offsets: of the pieces, `[n]` ascending, multiples of `size` apart.
+        places: the rows of `into` that they go to.
     """
     size, done, rest = into.shape[1], 0, b""
     units = (offsets - offsets[0]) // size
@@ -96,7 +96,7 @@ def scatter(stream: Iterable[memoryview], at: int, into: np.ndarray, offsets: np
         skip -= skipped
         body = np.frombuffer(data, np.uint8)[skipped:]
         if rest:
-            # One that came in two.
+            # A piece split between two parts of the stream.
             missing = size - len(rest)
             rest, body = rest + body[:missing].tobytes(), body[missing:]
             if len(rest) < size:
@@ -111,7 +111,7 @@ def scatter(stream: Iterable[memoryview], at: int, into: np.ndarray, offsets: np
 
 
 def _put(body: np.ndarray, unit: int, units: np.ndarray, into: np.ndarray, places: np.ndarray, done: int) -> int:
-    """Put those of the pieces `[n, size]`, of which the first is `unit`, that are wanted; give how many are done."""
+    """Copy the wanted ones of pieces `[n, size]`, numbered from `unit`; returns how many are done in all."""
     stop = int(np.searchsorted(units, unit + len(body)))
     there, to = units[done:stop] - unit, places[done:stop]
     if stop > done:
@@ -123,23 +123,23 @@ def _put(body: np.ndarray, unit: int, units: np.ndarray, into: np.ndarray, place
 
 
 def _follow(numbers: np.ndarray) -> bool:
-    """Tell whether each of some numbers is the one behind that before it."""
+    """Whether the numbers are consecutive."""
     return bool((np.diff(numbers) == 1).all())
 
 
-# One request has at least so much, where there is; what has come here since is read in such pieces.
+# The least bytes of a request, if that many are wanted; bytes read at a time from a shard that arrived meanwhile.
 _REQUEST_BYTES, _PIECE_BYTES = 16 << 20, 2 << 20
-# Of a shard of which no more than such a part is not wanted, all is asked for: some servers, and what lies before them,
-# answer that far sooner than a range.
+# If no more than 1/_UNWANTED of a shard is unwanted, all of it is requested: some servers and proxies answer that far
+# sooner than a range.
 _UNWANTED = 8
-# What one file of rows that are read ahead has.
+# The most bytes of one file of prefetched rows.
 _EXTENT_BYTES = 16 << 20
 _CHECKED: Future[None] = Future()
 _CHECKED.set_result(None)
 
 
 class LocalRows(Protocol):
-    """What reads the rows of files: `MappedRows` or `PortableRows`."""
+    """A reader of local shards: `MappedRows` or `PortableRows`."""
 
     def row(self, slot: int, position: int) -> torch.Tensor:
         """Copy one row: `[d_model]`."""
@@ -148,7 +148,7 @@ class LocalRows(Protocol):
         """Copy rows: positions int64 `[k]` into contiguous host memory `[k, len(slots), d_model]`."""
 
     def forget(self) -> None:
-        """Let go of every map."""
+        """Drop every map."""
 
 
 # Offsets of pieces in a shard, ascending, and their places.
@@ -156,13 +156,13 @@ _Pieces: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 class RemoteRows:
-    """The rows of one site. Safe to use from several threads; reading blocks until the rows are there.
+    """The reader of a site in a bucket. Safe to use from several threads; reading blocks until the rows are there.
 
     Args:
         folder: the site's shards, in a bucket.
-        layout: the store's.
-        n_layers: how many layers there are; a slot is a layer's place among them.
-        local: what reads the rows of shards that are here.
+        layout: the store's layout.
+        n_layers: the number of layers; a slot is a layer's index among them.
+        local: the reader of shards that are here.
         fits: whether all of the store fits into the cache.
     """
 
@@ -173,10 +173,10 @@ class RemoteRows:
         self.remote, self.fits = folder.remote, fits
         self._row_bytes = folder.spec.row_shape[-1] * folder.spec.dtype.size
         self._extents = Extents(folder)
-        # Shards whose headers were looked at, and the bytes of each that were read in pieces.
+        # Shards whose headers were checked, and the bytes of each that were read in pieces.
         self._known: dict[tuple[int, int], Future[None]] = {}
         self._moved: dict[tuple[int, int], int] = {}
-        # Set while all of it is being brought here: then rows may wait for it.
+        # Set while the whole store is being downloaded: then a read may wait for its shard.
         self.all_come: threading.Event | None = None
         self._generation = self.remote.cache.generation
         self._lock = threading.Lock()
@@ -195,7 +195,7 @@ class RemoteRows:
             into = torch.empty((1, 1, spec.row_shape[-1]), dtype=spec.dtype.torch)
             self.take(np.array([position]), [slot], into)
             return into[0, 0]
-        # In this thread: to hand it to another one takes a tenth of what the server does.
+        # In this thread: handing it to another takes a tenth of the time that the server needs.
         self._know(shard)
         start = HEADER_BYTES + row * spec.row_bytes + (0 if self._by_layer else slot * self._row_bytes)
         data = self.remote.read(self._folder.array, self._folder.key(*shard), start, start + self._row_bytes)
@@ -203,11 +203,11 @@ class RemoteRows:
         return torch.frombuffer(bytearray(data), dtype=spec.dtype.torch)
 
     def take(self, positions: np.ndarray, slots: list[int], into: torch.Tensor) -> None:
-        """Copy rows: positions int64 `[k]`, all there, into contiguous host memory `[k, len(slots), d_model]`.
+        """Copy rows: positions int64 `[k]`, all in range, into contiguous host memory `[k, len(slots), d_model]`.
 
         Raises:
-            IncompleteError, CorruptError, AccessError, RemoteError, DiskFullError: as `Mirror.fetch`; what `into`
-                holds then is undefined.
+            IncompleteError, CorruptError, AccessError, RemoteError, DiskFullError: as `Mirror.fetch`; the content
+                of `into` is then undefined.
         """
         self._catch_up()
         if not slots:
@@ -220,7 +220,7 @@ class RemoteRows:
             with self._reading():
                 self._local.take(positions, slots, into)
             return
-        # Shard by shard, so that no more of them than the cache has room for are needed at the same time.
+        # Shard by shard: the cache may not have room for all of them at the same time.
         asked: list[Future[None]] = []
         try:
             left = [self._from_extents(part, into) for part in itertools.compress(parts, map(operator.not_, here))]
@@ -232,13 +232,13 @@ class RemoteRows:
             for answer in asked:
                 answer.result()
         finally:
-            # Nothing is written to the caller's memory behind its back.
+            # Nothing may write to the caller's memory after this returns.
             let_end(asked)
 
     def read_ahead(self, slots: list[int], start: int, stop: int) -> None:
-        """Bring the rows of the tokens from `start` to before `stop` here; blocks until then. Errors as `take`.
+        """Fetch the rows of tokens from `start` to before `stop` into the cache; blocks until done. Errors as `take`.
 
-        Whole shards, where all of the store fits into the cache or a whole one is wanted; else just those rows.
+        Whole shards, if the store fits into the cache or a whole shard is wanted; else only those rows.
         """
         rows = self._folder.spec.shard_rows
         wanted: list[Future[Any]] = []
@@ -263,12 +263,12 @@ class RemoteRows:
         self._extents.bring(shard, start, stop)
 
     def forget(self) -> None:
-        """Let go of every map; they come back as they are needed."""
+        """Drop every map; maps are made again when needed."""
         self._local.forget()
         self._extents.forget()
 
     def _catch_up(self) -> None:
-        """Let go of maps, where shards had to make room in the cache since the last time, so that the disk has it."""
+        """Drop all maps if shards were evicted from the cache since the last call; this frees their disk space."""
         generation = self.remote.cache.generation
         if generation != self._generation:
             self._generation = generation
@@ -276,7 +276,7 @@ class RemoteRows:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Map nothing for longer that has gone meanwhile, as what was opened just before it went."""
+        """Afterwards drop all maps if shards were evicted meanwhile: one may have been mapped just before."""
         generation = self.remote.cache.generation
         try:
             yield
@@ -288,14 +288,14 @@ class RemoteRows:
         return self._folder.is_here(*shard)
 
     def _wait_for(self, parts: list[Part], here: list[bool]) -> list[bool]:
-        """Wait for the shards that are not here, if they have room, and say which are here then. Errors as `take`."""
+        """Wait for shards that are not here, if the cache has room; returns which are here then. Errors as `take`."""
         missing = [part.shard for part, there in zip(parts, here, strict=True) if not there]
         spec, cache = self._folder.spec, self.remote.cache
         needed = sum(Layout(spec, spec.rows_in_block(block, self._folder.rows)).size for _, block in missing)
         if cache.used() + needed > cache.most_bytes:
             return here
         for coming in [self.remote.fetch_later(self._folder.bring, *shard) for shard in missing]:
-            # What the cache has no room for comes by range.
+            # Shards that the cache has no room for are read by range.
             with contextlib.suppress(DiskFullError, ArgumentError, CancelledError):
                 coming.result()
         return [self._is_here(part.shard) for part in parts]
@@ -307,7 +307,7 @@ class RemoteRows:
         into[torch.from_numpy(part.places)[:, None], torch.tensor(part.columns)] = rows
 
     def _from_extents(self, part: Part, into: torch.Tensor) -> Part | None:
-        """Copy what was read ahead, and give what is left of a part, None where nothing is."""
+        """Copy prefetched rows; returns the rest of the part, or None if nothing is left."""
         which, found = self._extents.take(part.shard, part.rows)
         if not len(which):
             return part
@@ -318,7 +318,7 @@ class RemoteRows:
         return part._replace(rows=part.rows[left], places=part.places[left]) if left.any() else None
 
     def _ask(self, part: Part, into: torch.Tensor, asked: list[Future[None]], streams: int) -> None:
-        """Ask for what is wanted of a shard that is not here, in about as many requests as there are streams for it."""
+        """Request the wanted rows of a shard that is not here, in about as many requests as it has streams."""
         spec, (_, block) = self._folder.spec, part.shard
         offsets, into_bytes, places = self._units(part, into)
         size = into_bytes.shape[1]
@@ -329,7 +329,7 @@ class RemoteRows:
         edges = [*begins_of(offsets, size, max(_REQUEST_BYTES, -(-whole // streams))).tolist(), len(offsets)]
         moved = sum(int(offsets[last - 1] - offsets[first]) + size for first, last in itertools.pairwise(edges))
         pieces = [(offsets[first:last], places[first:last]) for first, last in itertools.pairwise(edges)]
-        # All of it, and no gap between requests: these would be one if they could be as long.
+        # Nearly all of it, without gaps: only the limit on their length makes these several requests.
         if (whole - span) * _UNWANTED <= whole and len(begins_of(offsets, size, whole)) == 1:
             moved = whole
             asked.append(self.remote.submit(self._read_whole, part.shard, into_bytes, pieces, asked))
@@ -338,9 +338,9 @@ class RemoteRows:
         self._count(part.shard, moved, whole)
 
     def _units(self, part: Part, into: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cut what is wanted into pieces of one size: their offsets in the shard, `into` as such pieces, their places.
+        """Cut a part into pieces of one size: their offsets in the shard, `into` as such pieces, their places.
 
-        A piece is a row, or where all layers of a token are wanted as they lie, all of them.
+        A piece is a row, or all layers of a token if all are wanted in their order.
         """
         spec = self._folder.spec
         base = HEADER_BYTES + part.rows * spec.row_bytes
@@ -353,10 +353,10 @@ class RemoteRows:
         return offsets, flat.reshape(-1, self._row_bytes), places
 
     def _read(self, shard: tuple[int, int], into: np.ndarray, offsets: np.ndarray, places: np.ndarray) -> None:
-        """Read one range, and put its pieces in their places."""
+        """Read one range, and copy its pieces to their places."""
         start, stop = int(offsets[0]), int(offsets[-1]) + into.shape[1]
         if self._is_here(shard):
-            # It has come since its rows were asked for.
+            # The shard arrived after its rows were requested.
             scatter(self._from_file(shard, start, stop), start, into, offsets, places)
             return
         self._know(shard)
@@ -364,7 +364,7 @@ class RemoteRows:
         scatter(stream, start, into, offsets, places)
 
     def _from_file(self, shard: tuple[int, int], start: int, stop: int) -> Iterator[memoryview]:
-        """Read bytes of a shard that is here, some at a time."""
+        """Read bytes of a shard that is here, up to 2 MiB at a time."""
         file, _ = self._folder.open_layout(*shard)
         try:
             for at in range(start, stop, _PIECE_BYTES):
@@ -378,18 +378,18 @@ class RemoteRows:
     def _read_whole(
         self, shard: tuple[int, int], into: np.ndarray, pieces: list[_Pieces], asked: list[Future[None]]
     ) -> None:
-        """Read a whole shard in one request; where it comes slowly, ask for all but the first pieces beside it."""
+        """Read a whole shard in one request; if that is slow, also request all pieces but the first by range."""
         head, size, stream = self.remote.whole(self._folder.array, self._folder.key(*shard))
         self._folder.check(*shard, head, size)
         self._known[shard] = _CHECKED
         if self.remote.quick:
             pieces = [(np.concatenate([piece[0] for piece in pieces]), np.concatenate([piece[1] for piece in pieces]))]
-        # Before this one ends, so that who waits for it sees them.
+        # Before this job ends, so that `take`, which waits for it, sees them.
         asked += [self.remote.submit(self._read, shard, into, *piece) for piece in pieces[1:]]
         scatter(stream, 0, into, *pieces[0])
 
     def _know(self, shard: tuple[int, int]) -> None:
-        """Check a shard's header the first time that something of it is read; others wait for it meanwhile."""
+        """Check a shard's header before its first read; other threads wait meanwhile."""
         mine: Future[None] = Future()
         known = self._known.setdefault(shard, mine)
         if known is not mine:
@@ -400,13 +400,13 @@ class RemoteRows:
             mine.set_result(None)
             self._known[shard] = _CHECKED
         except BaseException as error:
-            # The next one asks again.
+            # The next caller tries again.
             del self._known[shard]
             mine.set_exception(error)
             raise
 
     def _count(self, shard: tuple[int, int], moved: int, whole: int) -> None:
-        """Bring a shard here, behind the caller's back, once more of it was read than it has, if there is room."""
+        """Download a shard in the background once more bytes of it were read than it has, if there is room."""
         with self._lock:
             total = self._moved.get(shard, 0) + moved
             wanted = total > whole

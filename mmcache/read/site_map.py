@@ -1,9 +1,9 @@
-"""One site as one range of addresses: where each row lies, which rows are in memory, and files for direct reads.
+"""One site as one range of addresses: `AddressSpace` maps many files, `SiteMap` knows where each row lies.
 
-A window of address space on many files at once, so that a terabyte is one array and a row is an offset. Each file has a
-place of the same size, and is mapped there when it is first needed; no descriptor is kept. What is not mapped may not
-be touched: `mapped` tells. `vm.max_map_count` and the page tables are what a window costs, and when they run out all of
-it is let go of at once: mapping a file again takes microseconds.
+With many files in one window of address space, a terabyte is one array and a row is an offset. Each file has a place of
+the same size, and is mapped there when first needed; no file descriptor is kept. Memory that is not mapped must not be
+touched: check `mapped`. A window costs maps (`vm.max_map_count`) and page tables. When these run out, all of it is
+unmapped at once: mapping a file again takes microseconds.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SAMPLES", "AddressSpace", "Files", "SiteMap", "Table"]
 
-# A process may have 65,530 maps unless told otherwise, and a map between two gaps takes two of them. Others need some.
+# Maps that Linux allows a process by default. A map between two gaps takes two of them, and other code needs some.
 _DEFAULT_MAPS = 65530
 _SHARE = 4
-# So many reads may pass before the page tables are looked at, which takes tens of microseconds.
+# Reads between checks of the page tables, which take tens of microseconds.
 _CHECK_EVERY = 1 << 17
 
 _WINDOWS: weakref.WeakSet[AddressSpace] = weakref.WeakSet()
@@ -53,21 +53,21 @@ def _most_maps() -> int:
 
 
 class AddressSpace:
-    """`count` places of `place_bytes` each, side by side, for what files hold from `offset` on; both in whole pages.
+    """`count` places of `place_bytes` each, side by side, for the content of files from `offset` on; both whole pages.
 
-    Reading is safe from several threads, if each reads like this, and looks at `mapped` behind `enter`:
+    Reading is safe from several threads, if each reads like this, and checks `mapped` after `enter`:
 
         window.enter()
         try:
-            if all that is needed is mapped: read
+            if all the places needed are mapped: read
         finally:
             window.leave()
 
-    and calls `map` for what is not mapped outside of it. `array` is the whole window, `[count * place_bytes]` uint8:
+    and calls `map` for missing places outside of it. `array` is the whole window, `[count * place_bytes]` uint8:
     it must never be written to and never reach a user. No more than `most_maps` places are mapped at a time.
 
     Raises:
-        OSError: there is not as much address space.
+        OSError: not enough address space.
     """
 
     def __init__(self, place_bytes: int, count: int, offset: int) -> None:
@@ -77,10 +77,10 @@ class AddressSpace:
         self._release = weakref.finalize(self, release, self.address, size)
         self._release.atexit = False
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
-        # The same flags twice: a bytearray is quicker to ask for one, numpy for many.
+        # The same flags twice: a bytearray is faster for one, numpy for many.
         self.flags = bytearray(count)
         self.mapped = np.frombuffer(self.flags, bool)
-        # For the reader's own use, forgotten with the maps: whose page tables were filled.
+        # For the owner's use, reset with the maps: places whose page tables were filled.
         self.filled = bytearray(count)
         self.populated = np.frombuffer(self.filled, bool)
         self._maps = 0
@@ -91,20 +91,20 @@ class AddressSpace:
         _WINDOWS.add(self)
 
     def _reset(self) -> None:
-        """Begin with nobody inside: in a fork, the threads that were are not there."""
+        """Start without readers inside: a fork does not have the threads that were."""
         self._lock = threading.Lock()
-        # For the reader's own use, as `populated`: held while its files are opened.
+        # For the owner's use, as `populated`: held while files are opened.
         self.opening = threading.Lock()
-        # Its append and pop are atomic, and cheaper than any lock: its length is the number of readers inside.
+        # Its length is the number of readers inside. Append and pop are atomic, and cheaper than any lock.
         self._inside: deque[None] = deque()
         self.leave = self._inside.pop
 
     def enter(self) -> None:
-        """Keep what is mapped until `leave`."""
+        """Begin a read: nothing is unmapped until `leave`."""
         self._inside.append(None)
 
     def map(self, place: int, fd: int, size: int) -> None:
-        """Map `size` bytes of a file, whole pages, to a place; the descriptor may be closed then."""
+        """Map `size` bytes of a file, whole pages, to a place; the file descriptor may be closed afterwards."""
         with self._lock:
             if self.flags[place]:
                 return
@@ -113,7 +113,7 @@ class AddressSpace:
             try:
                 map_over(self.address + place * self.place_bytes, size, fd, self._offset)
             except OSError:
-                # Too many maps in this process: other windows and libraries have some too.
+                # Too many maps in this process: other windows and libraries use some too.
                 self._forget()
                 try:
                     map_over(self.address + place * self.place_bytes, size, fd, self._offset)
@@ -123,7 +123,7 @@ class AddressSpace:
             self.flags[place] = True
 
     def tally(self, reads: int) -> None:
-        """Count reads that may have touched new pages, and let go of everything where page tables grew too large."""
+        """Count reads that may have touched new pages; unmap everything if the page tables became too large."""
         self._unchecked += reads
         if self._unchecked >= _CHECK_EVERY:
             self._unchecked = 0
@@ -131,12 +131,12 @@ class AddressSpace:
                 self.forget()
 
     def forget(self) -> None:
-        """Let go of everything that is mapped, once nobody reads it; it comes back as it is needed."""
+        """Unmap everything, once no reader is inside; places are mapped again when needed."""
         with self._lock:
             self._forget()
 
     def _forget(self) -> None:
-        # In this order: who enters from here on finds nothing mapped, and waits for the lock.
+        # Flags first: a reader that enters from now on finds nothing mapped, and waits for the lock in `map`.
         self.mapped[:] = self.populated[:] = False
         while self._inside:
             time.sleep(0.0001)
@@ -153,19 +153,16 @@ def _in_fork() -> None:
 os.register_at_fork(after_in_child=_in_fork)
 
 
-# How many places are looked at to tell whether all is in memory.
+# Rows, or places in a shard, that are checked to conclude that all is in memory.
 SAMPLES = 8
-# Shards that a window has places for, two bytes each; a root that counts more is hardly true.
+# The most places of a window, two bytes each; metadata that counts more shards is hardly true.
 _MOST_PLACES = 1 << 23
-# Page tables are filled for so many shards at a time, which takes 2 to 12 ms each.
+# Shards whose page tables are filled at a time, at 2 to 12 ms each.
 _MOST_POPULATED = 64
 
 
 class Table(NamedTuple):
-    """The site's memory as rows of one kind, `[rows, layers of each, d_model]`.
-
-    And how many of them a shard's place has, and the bytes of each.
-    """
+    """The site's memory as rows of one kind, `[rows, layers of each, d_model]`; rows per shard; bytes per row."""
 
     tensor: torch.Tensor
     rows_per_file: int
@@ -180,12 +177,12 @@ class Files(NamedTuple):
 
     @property
     def data_offset(self) -> int:
-        """Where a file's first row begins."""
+        """Offset of a file's first row."""
         return HEADER_BYTES
 
     @property
     def alignment(self) -> int:
-        """What direct reads must be multiples of."""
+        """Bytes that offset and size of a direct read must be multiples of."""
         return self.site.alignment
 
     def descriptors(self, files: Collection[int]) -> Mapping[int, Descriptor]:
@@ -194,19 +191,19 @@ class Files(NamedTuple):
 
 
 class SiteMap:
-    """The files of one site, mapped as they are needed. Safe to use from several threads.
+    """The files of one site, mapped when first needed. Safe to use from several threads.
 
-    `rows` and `records` are the same memory, as rows of one layer and as what a file keeps of a token. They may only
-    be read, behind `mapped_for` or as `AddressSpace` says, and never reach a user.
+    `rows` and `records` are the same memory: as rows of one layer, and as all that a file has of a token. They may
+    only be read, within `mapped_for` or as `AddressSpace` describes, and must never reach a user.
 
     Args:
         folder: the site's shards.
-        layout: the store's.
-        n_layers: how many layers there are; a slot is a layer's place among them.
-        most_open: descriptors for direct reads that are kept.
+        layout: the store's layout.
+        n_layers: the number of layers; a slot is a layer's index among them.
+        most_open: file descriptors to keep for direct reads.
 
     Raises:
-        OSError: there is no address space for it, or there are too many shards.
+        OSError: not enough address space, or too many shards.
     """
 
     def __init__(self, folder: ShardFolder, layout: str, n_layers: int, most_open: int) -> None:
@@ -215,7 +212,7 @@ class SiteMap:
         self._blocks = spec.blocks(folder.rows)
         place_bytes = spec.shard_rows * spec.row_bytes
         if self._blocks == 1:
-            # Its rows need not fill whole pages, its place does, and whole rows too.
+            # Its rows need not fill whole pages, but its place must hold whole pages and whole rows.
             both = math.lcm(PAGE, spec.row_bytes)
             place_bytes = -(-folder.rows * spec.row_bytes // both) * both
         places = self._blocks * (n_layers if by_layer else 1)
@@ -227,17 +224,17 @@ class SiteMap:
         self.rows = Table(flat.view(-1, 1, spec.row_shape[-1]), place_bytes // row_bytes, row_bytes)
         records = flat.view(-1, math.prod(spec.row_shape[:-1]), spec.row_shape[-1])
         self.records = Table(records, place_bytes // spec.row_bytes, spec.row_bytes)
-        # How far apart the rows of two layers, and of two positions, are.
+        # Distance in rows between two layers, and between two positions.
         self.layer_step = self._blocks * self.rows.rows_per_file if by_layer else 1
         self.position_step = 1 if by_layer else n_layers
         self.residency = Residency(spec.row_bytes)
-        # Whether the kernel tells us what is in memory, and what direct reads must be multiples of.
+        # Whether mincore tells us what is in memory (only a file's owner), and the alignment of direct reads.
         self.owned, self.alignment = False, PAGE
         self.descriptors: dict[int, Descriptor] = {}
         self.most_open = most_open
 
     def _bytes_of(self, place: int) -> int:
-        """Give the whole pages that a shard's rows take."""
+        """Bytes of the whole pages that a shard's rows take."""
         spec = self._folder.spec
         return -(-spec.rows_in_block(place % self._blocks, self._folder.rows) * spec.row_bytes // PAGE) * PAGE
 
@@ -252,16 +249,16 @@ class SiteMap:
             close_read(fd)
 
     def cached(self, table: Table, rows: np.ndarray) -> float:
-        """Say which part of some rows is in memory."""
+        """The fraction of some rows that is in memory."""
         with self.mapped_for(table, rows):
             if self.owned:
                 start, size = self.window.address, table.row_bytes
                 return sum(self.residency.whole(start + row * size, size) for row in rows.tolist()) / len(rows)
-        # The kernel tells others than the owner only by reading what it would not have to wait for.
+        # Others than the owner can only find out by a read that may not wait.
         return sum(self.is_cached(table, row) for row in rows.tolist()) / len(rows)
 
     def is_cached(self, table: Table, row: int) -> bool:
-        """Tell whether a row is in memory, without its being mapped."""
+        """Whether a row is in memory; it need not be mapped."""
         place, within = divmod(row, table.rows_per_file)
         fd, _ = self._folder.open_file(*divmod(place, self._blocks))
         try:
@@ -276,7 +273,7 @@ class SiteMap:
 
     @contextlib.contextmanager
     def mapped_for(self, table: Table, rows: np.ndarray) -> Iterator[None]:
-        """Map the shards of some rows, and keep them mapped until the block ends."""
+        """Map the shards of some rows, and keep them mapped until the `with` ends."""
         window = self.window
         while True:
             if not self._mapped(table, rows):
@@ -298,11 +295,11 @@ class SiteMap:
         )
 
     def opened(self, places: Collection[int]) -> Mapping[int, Descriptor]:
-        """Open shards for direct reading, or give those that are open."""
+        """File descriptors of shards for direct reading, opened if necessary."""
         found = {place: there for place in places if (there := self.descriptors.get(place))}
         missing = [place for place in places if place not in found]
         if missing:
-            # Threads that begin together would else open all of them each.
+            # Otherwise threads that start together would each open all of them.
             with self.window.opening:
                 for place in missing:
                     found[place] = self.descriptors.get(place) or self._open(place)
@@ -312,13 +309,13 @@ class SiteMap:
         fd, status = self._folder.open_file(*divmod(place, self._blocks), direct=True)
         made, self.alignment = Descriptor(fd), status.alignment
         self.descriptors[place] = made
-        # Whoever forgets them does not take the lock: each of these steps is whole by itself.
+        # `forget` does not take the lock: each of these steps is atomic.
         for old in list(self.descriptors)[: -self.most_open]:
             self.descriptors.pop(old, None)
         return made
 
     def populate(self) -> None:
-        """Fill the page tables of mapped shards that are in memory all over: that spares each of their rows a fault."""
+        """Fill the page tables of mapped shards that are wholly in memory, which saves each row a page fault."""
         window = self.window
         for place in np.flatnonzero(window.mapped & ~window.populated)[:_MOST_POPULATED].tolist():
             address, size = window.address + place * window.place_bytes, self._bytes_of(place)
@@ -332,11 +329,11 @@ class SiteMap:
                 window.leave()
 
     def check(self, table: Table, rows: np.ndarray) -> None:
-        """Raise CorruptError or IncompleteError if the shard of one of the rows is no longer what it was."""
+        """Raise CorruptError or IncompleteError if the shard of one of the rows is gone, truncated or replaced."""
         for place in np.unique(rows // table.rows_per_file).tolist():
             close_read(self._folder.open_file(*divmod(place, self._blocks))[0])
 
     def forget(self) -> None:
-        """Let go of every map and descriptor; they come back as they are needed."""
+        """Drop every map and file descriptor; they are made again when needed."""
         self.window.forget()
         self.descriptors.clear()

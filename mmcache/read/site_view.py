@@ -1,4 +1,4 @@
-"""One site of a store: rows, layers, slices and gathers. Whatever is returned is the caller's own memory."""
+"""`SiteView`, one site of a store: rows, layers, slices and gathers. Returned tensors are the caller's own memory."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_MAPS", "Positions", "SiteView"]
 
-# Descriptors that the sites of a store keep together, of the 1,024 that a process usually may have.
+# File descriptors that all sites of a store together may keep, of the usual limit of 1,024 per process.
 MAX_MAPS = 256
-# What `np.asarray` may read, and rows of a slice that are planned at a time.
+# The most bytes that `np.asarray` reads, and rows of a slice that are read at a time.
 _ARRAY_BYTES, _SLICE_ROWS = 1 << 30, 1 << 20
 
 
@@ -65,12 +65,12 @@ class SiteView:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are there, ascending."""
+        """The layers of the site, ascending."""
         return tuple(self._slots)
 
     @property
     def d_model(self) -> int:
-        """Numbers a row."""
+        """Values per row."""
         return self._folder.spec.row_shape[-1]
 
     @property
@@ -85,14 +85,14 @@ class SiteView:
 
     @property
     def statistics(self) -> SiteStatistics:
-        """Mean, spread, norms and counts of each layer: of the stored values, BOS, special and first tokens left out.
+        """Mean, spread, norms and counts of each layer, of the stored values, without BOS, special and first tokens.
 
-        Merged from what the shards carry, those that are there in a partial store, or read from `statistics/` where
-        `extract` has merged them already; then kept.
+        Merged from the shards' statistics (in a partial store, of the shards that exist), or read from `statistics/`
+        where `extract` has merged them; kept after the first call.
 
         Raises:
             CorruptError: a shard's statistics are damaged.
-            IncompleteError: no shard is there yet.
+            IncompleteError: no shard exists yet.
         """
         if self._statistics is None:
             self._statistics = self._summary() or merge_site(self._folder, self._layout, len(self._slots), self._keep)
@@ -107,19 +107,19 @@ class SiteView:
         return len(self._slots)
 
     def rows_of(self, layers: Sequence[int] | None) -> tuple[Reader, list[int]]:
-        """Give what reads the rows, and the slots of some layers (None: all), or raise OutOfRangeError."""
+        """The reader of the rows, and the slots of some layers (None: all). Raises OutOfRangeError."""
         every = list(self._slots.values())
         slots = every if layers is None else [self._slot(layer) for layer in listed("layers", layers)]
         return self._reader or self._read_by(), slots
 
     def believe(self, positions: np.ndarray | range, slots: Sequence[int]) -> None:
-        """Before memory is taken for many rows: `ShardFolder.believe`."""
+        """Check that many rows can exist before memory is allocated for them, as `ShardFolder.believe`."""
         if len(positions) and slots:
             self._folder.believe(len(positions) * len(slots) * self.d_model, slots[0], int(positions[0]))
 
     def _read_by(self) -> Reader:
-        """Give what reads the rows: made when it is first needed, since it takes address space."""
-        # Two threads may make one each: no lock, which a fork might inherit locked.
+        """The reader of the rows, made when first needed, since it takes address space."""
+        # No lock, which a fork might inherit locked: two threads may make one each.
         made = best_reader(
             self._folder, self._layout, len(self._slots), self._max_maps, check=self._check, fits=self._fits
         )
@@ -127,12 +127,12 @@ class SiteView:
         return self._reader
 
     def _forget(self) -> None:
-        """Let go of every map; they come back as they are needed."""
+        """Drop every map; maps are made again when needed."""
         if self._reader is not None:
             self._reader.forget()
 
     def _find(self, layer: SupportsIndex) -> int | None:
-        """Give the slot of a layer that may be any kind of whole number, such as a tensor; None: not there."""
+        """The slot of a layer, given as any kind of integer, such as a tensor; None if the site has no such layer."""
         return self._slots.get(whole_number("layer", layer))
 
     def _slot(self, layer: SupportsIndex) -> int:
@@ -155,15 +155,15 @@ class SiteView:
         """Read one row: `[d_model]`, in the storage dtype; `non_blocking` as in `gather`.
 
         Raises:
-            OutOfRangeError: the layer or position is not there.
+            OutOfRangeError: there is no such layer or position.
             IncompleteError: the row has not been written yet.
-            CorruptError: its shard is not what belongs there.
+            CorruptError: its shard is damaged, or not the one that belongs there.
         """
         slot = self._slots.get(layer) if type(layer) is int else None
         if slot is None:
             slot = self._slot(layer)
         if type(position) is not int:
-            # A tensor, such as `tokens.argmax()`, would go on through the arithmetic below.
+            # A tensor, such as `tokens.argmax()`, would stay one through the arithmetic below.
             position = whole_number("position", position)
         if position < 0:
             position += self._n_tokens
@@ -173,17 +173,17 @@ class SiteView:
         return row if is_cpu(device) else own_copy(row, device, non_blocking=non_blocking)
 
     def get_layer(self, layer: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """Read a whole layer: `[n_tokens, d_model]`, or None where the layer is not there.
+        """Read a whole layer: `[n_tokens, d_model]`, or None if there is no such layer.
 
         Raises:
             IncompleteError: some of it has not been written yet.
-            CorruptError: a shard is not what belongs there.
+            CorruptError: a shard is damaged, or not the one that belongs there.
         """
         slot = self._find(layer)
         return None if slot is None else self._read(slot, 0, self._n_tokens, device)
 
     def _read(self, slot: int, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Copy the rows from `start` to `stop` of one layer."""
+        """Copy the rows from `start` to before `stop` of one layer."""
         return self._take([slot], range(start, stop), device)[:, 0]
 
     def _take(
@@ -195,7 +195,7 @@ class SiteView:
         out: torch.Tensor | None = None,
         non_blocking: bool = False,
     ) -> torch.Tensor:
-        """Copy rows of tokens that are all there: `[k, len(slots), d_model]`."""
+        """Copy rows of tokens that are all in range: `[k, len(slots), d_model]`."""
         if out is None:
             self.believe(positions, slots)
             shape = len(positions), len(slots), self.d_model
@@ -204,7 +204,7 @@ class SiteView:
         def fill(into: torch.Tensor, first: int, last: int) -> None:
             for start in range(first, last, _SLICE_ROWS):
                 some = positions[start : min(start + _SLICE_ROWS, last)]
-                # To take a view lets go of the interpreter's lock.
+                # A view releases the GIL (see system/threads.py).
                 part = into if len(some) == len(into) else into[start - first :][: len(some)]
                 reader.take(np.asarray(some, np.int64), slots, part)
 
@@ -222,7 +222,7 @@ class SiteView:
     def __getitem__(self, key: tuple[int, slice | int]) -> torch.Tensor:
         """Read `[layer, a:b]` (`[b - a, d_model]`; steps and negative bounds as in Python) or `[layer, position]`.
 
-        Raises OutOfRangeError if the layer or the position is not there, ArgumentError for another kind of key.
+        Raises OutOfRangeError if there is no such layer or position, ArgumentError for another kind of key.
         """
         if not (isinstance(key, tuple) and len(key) == 2):
             raise ArgumentError(f"{self.name}[{shown(key)}]: expected [layer, start:stop] or [layer, position]")
@@ -263,23 +263,23 @@ class SiteView:
     ) -> torch.Tensor:
         """Read the rows of some tokens, in the order asked: `[k, n_layers, d_model]`.
 
-        Rows that are in memory are copied from there; others are read past the page cache, many at a time, those that
-        lie close together in one go.
+        Rows in the page cache are copied from there. Others are usually read past it, many at a time; those that lie
+        close together in one read.
 
         Args:
             positions: integers in any order, repeated or negative (from the end): a list, range, array or
                 1-D tensor.
             layers: the layers wanted, in the order wanted; None for all, ascending.
             device: where the rows go.
-            out: where to put them instead of fresh memory, which takes longer to write to: that shape, the storage
-                dtype, any device, pinned or not; it is what is returned.
+            out: where to put them, instead of new memory, which is slower to write to: of that shape, in the storage
+                dtype, on any device, pinned or not. It is returned.
             non_blocking: to CUDA, return when the last copy is queued on the current stream.
 
         Raises:
-            OutOfRangeError: a layer or position is not there; the first such position is named.
+            OutOfRangeError: there is no such layer or position; the first such position is named.
             ShapeError, DtypeError: `out` or `positions` do not fit.
             IncompleteError, CorruptError: as `get_position`.
-            ArgumentError: `device` is not there, or `out` cannot be written to.
+            ArgumentError: there is no such `device`, or `out` cannot be written to.
             ReadError: the disk failed.
         """
         _, slots = self.rows_of(layers)
@@ -290,19 +290,20 @@ class SiteView:
         return self._take(slots, wanted, device, out=out, non_blocking=non_blocking)
 
     def read_ahead(self, start: int, stop: int, *, all_come: Event | None = None) -> None:
-        """Bring the rows of some tokens, of all layers, into the page cache, or from a bucket to this machine; blocks.
+        """Read the rows of some tokens, all layers, into the page cache, or fetch them from a bucket; blocks.
 
-        `all_come`: while it is set, so are all others: rows may wait. Raises OutOfRangeError, and as `get_position`.
+        `all_come`: while it is set, the rest of the store is being fetched too, so reads may wait for their shards.
+        Raises OutOfRangeError, and as `get_position`.
         """
         start, stop = span_of(start, stop, self._n_tokens, self._length)
         reader, every = self.rows_of(None)
         bring_near(reader, self._folder, every if self._layout == "layer" else [0], start, stop, all_come=all_come)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Read all of a small site: `[n_layers, n_tokens, d_model]`, bfloat16 as ml_dtypes' own.
+        """Read all of a small site: `[n_layers, n_tokens, d_model]`, bfloat16 as that of ml_dtypes.
 
         Raises:
-            ArgumentError: it is larger than 1 GiB, or `copy` is False: what is on disk has to be copied.
+            ArgumentError: it is larger than 1 GiB, or `copy` is False: reading from disk always copies.
         """
         numpy_dtype = self._folder.spec.dtype.numpy
         size = len(self._slots) * self._n_tokens * self.d_model * numpy_dtype.itemsize

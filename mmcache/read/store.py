@@ -1,4 +1,4 @@
-"""A store that is read: `open_store`, and `Store` with its sites, its tokens and its sequences."""
+"""Reading a store: `open_store`, and `Store` with its sites, tokens and sequences."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class Store:
     """Activations of several sites, with their tokens and sequences. Made by `mmcache.open`.
 
-    Reading only, and safe from several threads. `tokens` and `flags` are read once and then shared by all who
-    ask; writing to them never reaches the file. Everything else that is returned is the caller's own.
+    Read-only, and safe to use from several threads. `tokens` and `flags` are read once and then shared by all
+    callers; writing to them never reaches the file. Everything else that is returned is the caller's own.
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, check: bool = False, remote: Mirror | None = None) -> None:
@@ -54,7 +54,7 @@ class Store:
 
     @property
     def url(self) -> str | None:
-        """The address of a store in a bucket, whose metadata is in the folder `path`; None where the store is there."""
+        """The address of a store in a bucket (`path` is then the folder of its metadata); None for a local store."""
         return None if self._remote is None else self._remote.url
 
     @property
@@ -64,17 +64,17 @@ class Store:
 
     @property
     def remote(self) -> Mirror | None:
-        """What has the shards of a store in a bucket."""
+        """The `Mirror` that fetches the shards of a store in a bucket; None for a local store."""
         return self._remote
 
     @property
     def check(self) -> bool:
-        """Whether rows are read without maps, and their checksums compared."""
+        """Whether rows are read without mapping, and their checksums compared."""
         return self._check
 
     @property
     def manifest(self) -> Manifest:
-        """What the store says of itself."""
+        """The store's metadata, of its root `zarr.json`."""
         return self._manifest
 
     @property
@@ -84,22 +84,22 @@ class Store:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The model's own numbers of the layers that are there, ascending; the same for every site."""
+        """The model's own numbers of the stored layers, ascending; the same for every site."""
         return self._manifest.layers
 
     @property
     def n_layers(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         return len(self._manifest.layers)
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that the root `zarr.json` counts."""
         return self._manifest.n_tokens or 0
 
     @property
     def n_sequences(self) -> int:
-        """How many sequences count."""
+        """The number of sequences that the root `zarr.json` counts."""
         return self._manifest.n_sequences
 
     @property
@@ -114,7 +114,7 @@ class Store:
 
     @property
     def shard_tokens(self) -> int | None:
-        """How many tokens a shard holds; None for a cache that nothing was pushed to."""
+        """Tokens per shard; None for a cache that nothing was pushed to."""
         return self._manifest.shard_tokens
 
     @property
@@ -129,34 +129,34 @@ class Store:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the user gave to `create`, in a copy."""
+        """The user's `metadata=` of `create`, a copy."""
         return deepcopy(self._manifest.metadata)
 
     @property
     def source(self) -> dict[str, Any]:
-        """Where the data came from (identity, numerics, record), as `extract` wrote it down, in a copy."""
+        """Where the data came from (identity, numerics, record), as `extract` recorded it, a copy."""
         return deepcopy(self._manifest.source)
 
     def tokenizer_json(self) -> str | None:
-        """Read the tokenizer that `extract` kept, in the JSON of Hugging Face's `tokenizers`; None where there is none.
+        """The store's tokenizer, in the JSON of Hugging Face's `tokenizers`; None if it has none.
 
         Raises:
-            CorruptError, StoreNotFoundError: it is damaged, or gone.
+            CorruptError, StoreNotFoundError: it is damaged, or missing.
         """
         return self._metadata(lambda: read_tokenizer(self.path, self._manifest))
 
     def _metadata(self, read: Callable[[], T]) -> T:
-        """What is read of metadata; of a store in a bucket as `Mirror.reread`."""
+        """The result of `read`, which reads metadata; for a store in a bucket, through `Mirror.reread`."""
         return read() if self._remote is None else self._remote.reread(read)
 
     @property
     def tokens(self) -> torch.Tensor:
-        """The token ids: `[n_tokens]` int32; -1 where they are not known, as in a cache."""
+        """The token ids: `[n_tokens]` int32; -1 if unknown, as in a cache."""
         return self._arrays.whole("tokens")
 
     @property
     def flags(self) -> torch.Tensor:
-        """The flags of each token: `[n_tokens]` uint8; `flag_bits` names those of the library."""
+        """The flags of each token: `[n_tokens]` uint8; `flag_bits` names the library's own bits."""
         return self._arrays.whole("flags")
 
     @property
@@ -164,20 +164,20 @@ class Store:
         """Bits of `flags` by name: bos 1, special 2, first 4 (of each sequence).
 
         Tokens with any of them are left out of the statistics. Stores made before first tokens were flagged have no
-        `first`: there 4 is the user's own.
+        `first`: there, bit 4 is the user's own.
         """
         return self._manifest.flag_bits
 
     def read_tokens(self, start: int, stop: int) -> torch.Tensor:
-        """Read the ids of the tokens from `start` to before `stop`, which are there, and no others: as `tokens`."""
+        """Read only the ids of the tokens from `start` to before `stop`, as `tokens`. Raises OutOfRangeError."""
         return self._arrays.piece("tokens", *span_of(start, stop, self.n_tokens, "n_tokens"))
 
     def read_flags(self, start: int, stop: int) -> torch.Tensor:
-        """Read the flags of the tokens from `start` to before `stop`, which are there, and no others: as `flags`."""
+        """Read only the flags of the tokens from `start` to before `stop`, as `flags`. Raises OutOfRangeError."""
         return self._arrays.piece("flags", *span_of(start, stop, self.n_tokens, "n_tokens"))
 
     def shards(self, site: str) -> ShardFolder:
-        """Give the files of a site, for those who look at them rather than at rows. Raises UnknownSiteError."""
+        """The shard files of a site, for code that needs no rows. Raises UnknownSiteError, IncompleteError."""
         if self.d_model(site) is None or self._manifest.shard_tokens is None:
             raise IncompleteError(f"site {site!r} of {self.where} has no rows yet")
         return self._folder(site)
@@ -186,16 +186,16 @@ class Store:
         return ShardFolder(self.path, self._manifest, array, self._manifest.rows(array), remote=self._remote)
 
     def array(self, name: str) -> ShardFolder:
-        """Give the files of `tokens`, `flags` or `sequences`, as `shards` does of a site."""
+        """The shard files of `tokens`, `flags` or `sequences`, as `shards` for a site."""
         return self._folder(name)
 
     @property
     def sequences(self) -> Sequences:
-        """The contexts that the model saw, in order; together they are all the tokens."""
+        """The contexts that the model saw, in order; together they cover all tokens."""
         return self._arrays.sequences
 
     def locate(self, position: int) -> Location:
-        """Say in which sequence a position lies, how far in, and which token it is.
+        """The sequence of a position, the offset in it, and the token id.
 
         Raises:
             OutOfRangeError: there is no such position.
@@ -230,11 +230,11 @@ class Store:
 
     @property
     def fits(self) -> bool:
-        """Whether all sites of a store in a bucket have room in the cache together; False of others."""
+        """Whether all sites of a store in a bucket fit into the cache together; False for a local store."""
         return self._remote is not None and sum(map(self.site_bytes, self.sites)) <= self._remote.cache.most_bytes
 
     def counted(self, start: int, stop: int) -> np.ndarray:
-        """Which tokens count in the statistics, having none of `flag_bits`: `[stop - start]` bool."""
+        """Which tokens count in the statistics (have none of `flag_bits`): `[stop - start]` bool."""
         return counted(self.read_flags(start, stop).numpy(), self._manifest.left_out)
 
     def __contains__(self, site: object) -> bool:
@@ -252,7 +252,7 @@ class Store:
     _repr_html_ = store_html
 
     def to_xarray(self, *, dtype: torch.dtype | str | None = None) -> xarray.Dataset:
-        """Give a lazy dataset, sites read as `dtype` (None: as stored). All about it: `to_xarray.as_dataset`."""
+        """A lazy dataset, its sites read as `dtype` (None: as stored). For details see `to_xarray.as_dataset`."""
         from mmcache.read.to_xarray import as_dataset  # noqa: PLC0415 -- an extra, and slow to import
 
         views = {site: self[site] for site in self.sites}
@@ -261,13 +261,13 @@ class Store:
         )
 
     def missing(self, site: str) -> int:
-        """Count the shards of a site that have not been written yet, from one listing of its folder."""
+        """The number of a site's shards that have not been written yet, from one listing of its folder."""
         if self._manifest.shard_tokens is None:
             return 0
         return self.n_shards(site) - count_shards(self.path, self._manifest, site, self.n_tokens)
 
     def d_model(self, site: str) -> int | None:
-        """Give the width of a site; None for a cache that nothing was pushed to.
+        """The width of a site; None for a cache that nothing was pushed to.
 
         Raises:
             UnknownSiteError: the store has no such site.
@@ -277,22 +277,22 @@ class Store:
         return self._manifest.sites[site]
 
     def site_bytes(self, site: str) -> int:
-        """Give the bytes that a site takes when it is complete, headers, padding and statistics included."""
+        """The bytes of a complete site, headers, padding and statistics included."""
         self.d_model(site)
         return self._manifest.array_bytes(site)
 
     def n_shards(self, site: str) -> int:
-        """Count the shards that a site has when it is complete."""
+        """The number of shards of a complete site."""
         self.d_model(site)
         return self._manifest.n_shards(site)
 
     def close(self) -> None:
-        """Let go of every map. Reading again brings them back."""
+        """Drop every map; reading makes them again."""
         for view in self._views.values():
             view._forget()  # noqa: SLF001 -- a store and its views are one thing to users
 
     def __reduce__(self) -> tuple[Callable[..., Store], tuple[Path, Manifest]]:
-        # As of now: a grown store that is opened elsewhere later may count more.
+        # With this manifest: a grown store may have more tokens by the time that the copy is opened.
         return partial(Store, check=self._check, remote=self._remote), (self.path, self._manifest)
 
     def __enter__(self) -> Self:
@@ -320,29 +320,28 @@ def open_store(
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
 ) -> Store:
-    """Open a store for reading, from its metadata and one listing a site alone.
+    """Open a store for reading. Reads only its metadata and one listing per site.
 
     Args:
         path: the store's folder, or its address in a bucket, such as `s3://bucket/acts` (also `gs://`, `az://`,
             `file://`), with credentials as each ecosystem finds them.
-        partial: open a store of which shards are missing; reading rows that are not there then raises
-            `IncompleteError`.
+        partial: open a store even if shards are missing; reading rows of those raises `IncompleteError`.
         check: read rows without mapping them, and compare the checksum of every inner chunk (of up to 4 MiB) that
-            they lie in. Far slower where rows are scattered. Without it, a file that is cut short in the course of a
-            read ends the process (SIGBUS), and checksums of rows are for `verify` to compare.
-        cache_dir: for a store in a bucket, the folder that what comes from there is kept in, which any number of
-            stores and of the user's processes may share; None for `$MMCACHE_CACHE`, or the user's cache folder. Shards
-            come no faster than its disk takes them.
-        cache_bytes: what its shards may take there: those least used go first. None for a quarter of the room that is
-            free, up to 64 GiB.
+            they lie in. Far slower for scattered rows. Without it, a file that is truncated during a read ends the
+            process (SIGBUS), and only `verify` compares the checksums of rows.
+        cache_dir: for a store in a bucket, the folder that caches what is fetched. Any number of stores and of the
+            user's processes may share it; None for `$MMCACHE_CACHE`, or the user's cache folder. Its disk limits the
+            speed of downloads.
+        cache_bytes: what shards may take in the cache; the least recently used are evicted. None for a quarter of the
+            free disk space, up to 64 GiB.
 
     Raises:
         StoreNotFoundError: there is no store, or no bucket.
         IncompleteError: shards are missing, and `partial` is false.
         CorruptError: the metadata is damaged, or shards that were committed are gone and `partial` is false.
         VersionError: a format version that this library does not read.
-        AccessError, RemoteError: object storage refuses, or gives no answer.
-        ArgumentError: a cache for a store that is no address, or that is another user's or for everybody to write to;
+        AccessError, RemoteError: object storage refuses, or does not answer.
+        ArgumentError: a cache was given for a local store, or belongs to another user or is writable for everyone;
             obstore is not installed.
     """
     place = placed(path)
@@ -377,5 +376,5 @@ def _opened(folder: Path, remote: Mirror | None, *, partial: bool, check: bool) 
 
 
 def reopened(store: Store) -> Store:
-    """Open a store once more, as it is now, with maps of its own; it may be partial by now. Errors as `open_store`."""
+    """Open a store again in its present state, with its own maps; shards may be missing. Errors as `open_store`."""
     return _opened(store.path, store.remote, partial=True, check=store.check)

@@ -1,4 +1,4 @@
-"""A store as a lazy `xarray.Dataset`: opening reads metadata, indexing reads what is asked for. No dask is needed.
+"""A store as a lazy `xarray.Dataset`: opening reads metadata, indexing reads what is selected. Needs no dask.
 
 Source: xarray's "How to add a new backend" (https://docs.xarray.dev/en/stable/internals/how-to-add-new-backend.html),
 a `BackendArray` behind `LazilyIndexedArray`.
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["as_dataset"]
 
-# What `as_dataset` calls its own dimensions and coordinates.
+# Names of the dataset's own dimensions and coordinates.
 _TAKEN = ("layer", "token", "d_model", "token_id", "flags", "sequence")
 
 
 class _Lazy(BackendArray):  # type: ignore[misc,unused-ignore]  # untyped in some versions
-    """What xarray indexes: basic and orthogonal keys come to `read`, pointwise ones as a box that it picks from."""
+    """An array that xarray indexes: `read` gets basic and orthogonal keys, and for a pointwise key its bounding box."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.shape, self.dtype = shape, dtype
@@ -45,7 +45,7 @@ class _Lazy(BackendArray):  # type: ignore[misc,unused-ignore]  # untyped in som
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self.read)
 
     def read(self, key: tuple[Any, ...]) -> np.ndarray:
-        """Read what a key of whole numbers, slices and 1-D arrays selects, each along its own dimension."""
+        """Read what a key of integers, slices and 1-D arrays selects, each along its own dimension."""
         raise NotImplementedError
 
 
@@ -60,13 +60,13 @@ class _Rows(_Lazy):
         slots, tokens, width = key
         layers = np.array(self._view.layers, np.int64)[slots]
         rows = self._rows(np.atleast_1d(layers).tolist(), tokens)[..., width]
-        # One after the other: two whole numbers around an array would move its dimension.
+        # One after the other: two integers around an array would move its dimension.
         if not isinstance(tokens, slice) and not np.ndim(tokens):
             rows = rows[:, 0]
         return rows if np.ndim(layers) else rows[0]
 
     def _rows(self, layers: list[int], tokens: Any) -> np.ndarray:
-        """Read `[layers, tokens, d_model]`, as the layout allows: a layer's run at a time, or a token's layers."""
+        """Read `[layers, tokens, d_model]`: a range layer by layer in the layer layout, all else as one gather."""
         if isinstance(tokens, slice):
             span = range(*tokens.indices(self.shape[1]))
             if self._layout == "layer" and span.step == 1:
@@ -81,12 +81,12 @@ class _Rows(_Lazy):
 
     def _numpy(self, rows: torch.Tensor) -> np.ndarray:
         rows = rows.to(self._torch)
-        # torch gives numpy no bfloat16; the bits are the same.
+        # torch cannot convert bfloat16 to numpy; the bits are the same.
         return rows.view(torch.int16).numpy().view(self.dtype) if rows.dtype == torch.bfloat16 else rows.numpy()
 
 
 class _Column(_Lazy):
-    """A number a token, `[n_tokens]`, from `span(start, stop)`; scattered ones by blocks of `block` tokens."""
+    """A number per token, `[n_tokens]`, from `span(start, stop)`; scattered ones by blocks of `block` tokens."""
 
     def __init__(self, n_tokens: int, dtype: type, span: Callable[[int, int], np.ndarray], block: int) -> None:
         super().__init__((n_tokens,), np.dtype(dtype))
@@ -109,7 +109,7 @@ class _Column(_Lazy):
 def _columns(
     folder_of: Callable[[str], ShardFolder], manifest: Manifest, starts: Callable[[], np.ndarray]
 ) -> dict[str, _Column]:
-    """Make the coordinates of tokens: token ids, flags, and the number of the sequence that each is in."""
+    """The coordinates of tokens: token ids, flags, and the number of each token's sequence."""
     total = manifest.n_tokens or 0
 
     def stored(array: str, unknown: int) -> _Column:
@@ -143,31 +143,31 @@ def as_dataset(
     starts: Callable[[], np.ndarray],
     dtype: torch.dtype | str | None,
 ) -> xarray.Dataset:
-    """Make the dataset of `Store.to_xarray`: a variable `[layer, token, d_model]` a site.
+    """The dataset of `Store.to_xarray`: a variable `[layer, token, d_model]` for each site.
 
-    `layer` are the model's own numbers; `token_id`, `flags` (whose attributes name the bits) and `sequence` (the number
-    of the one that a token is in) go along the tokens; sites of different widths have a dimension `d_model_<site>`
-    each; `attrs` say where the data came from, as dicts. Making it reads nothing but metadata. `.isel`, `.sel(layer=…)`
-    and `.values` read what they select, each time anew unless `.load()` keeps it, into memory of the caller's own; it
-    blocks on the disk, and raises as reading a store does. Pointwise (vectorised) indexing reads the box of all layers
-    and tokens that it names.
+    The coordinate `layer` has the model's own numbers; `token_id`, `flags` (whose attributes name the bits) and
+    `sequence` (the number of a token's sequence) are along `token`. Sites of different widths have a dimension
+    `d_model_<site>` each. `attrs` say where the data came from, as dicts. Making the dataset reads only metadata.
+    `.isel`, `.sel(layer=…)` and `.values` read what they select into the caller's own memory, each time again unless
+    `.load()` keeps it. Reading blocks on the disk, and raises as reading a store does. Pointwise (vectorised) indexing
+    reads the box of all layers and tokens that it names.
 
-    numpy's bfloat16 (of ml_dtypes) indexes and casts, but xarray's reductions, such as `mean`, refuse it: read with
-    `dtype="float32"`, or use `.astype("float32")` after selecting.
+    numpy's bfloat16 (of ml_dtypes) can be indexed and cast, but xarray's reductions, such as `mean`, refuse it: read
+    with `dtype="float32"`, or use `.astype("float32")` after selecting.
 
     Args:
-        where: the store, for people.
-        folder_of: gives the shards of an array.
-        manifest: what it says of itself.
+        where: the store's name in errors.
+        folder_of: returns the shards of an array.
+        manifest: the store's metadata.
         views: its sites.
-        starts: gives the first position of each sequence, `[n_sequences]` int64.
-        dtype: what the sites are read as; None for the storage dtype.
+        starts: returns the first position of each sequence, `[n_sequences]` int64.
+        dtype: the dtype that sites are read as; None for the storage dtype.
 
     Raises:
         ImportError: xarray is not installed (the extra `xarray`).
         ArgumentError: a site has the name of a dimension or coordinate.
-        DtypeError: no dtype that activations may have.
-        IncompleteError: nothing was pushed yet; while reading, rows that are not there.
+        DtypeError: not a dtype that activations may have.
+        IncompleteError: nothing was pushed yet; while reading, rows that were not written yet.
     """
     clash = [name for name in views if name in _TAKEN]
     if clash:
@@ -178,7 +178,7 @@ def as_dataset(
     widths = {view.d_model for view in views.values()}
 
     def lazy(dims: tuple[str, ...], array: _Lazy, **said: Any) -> xarray.Variable:
-        # Copied when it is written to, so that assigning into the dataset works and never reaches the file.
+        # Copy on write, so that assigning into the dataset works and never reaches the file.
         data: Any = indexing.CopyOnWriteArray(indexing.LazilyIndexedArray(array))  # type: ignore[arg-type,unused-ignore]
         return xarray.Variable(dims, data, attrs=said)
 

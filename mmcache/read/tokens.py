@@ -1,4 +1,4 @@
-"""What a store knows of its tokens beside their activations: ids, flags and the sequences that they are in."""
+"""Reading token ids, flags and sequences of a store (`TokenArrays`, `Sequences`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Where a position lies: in which sequence, how far in, and which token it is (-1: unknown)."""
+    """Where a position lies: its sequence, the offset in it, and the token id (-1: unknown)."""
 
     sequence: int
     offset: int
@@ -38,11 +38,11 @@ class Location(NamedTuple):
 
 
 class Sequences:
-    """The sequences of a store, in order: `sequences[i]` is a `Span`, `numpy()` all of them as `[n, 3]` int64."""
+    """The sequences of a store, in order: `sequences[i]` is a `Span`, `numpy()` is all of them as `[n, 3]` int64."""
 
     def __init__(self, spans: np.ndarray) -> None:
         self._spans = spans
-        # `np.asarray(store.sequences)` is this very memory.
+        # `np.asarray(store.sequences)` shares this memory.
         self._spans.flags.writeable = False
 
     def __len__(self) -> int:
@@ -70,29 +70,29 @@ class Sequences:
         return f"Sequences(n={len(self)})"
 
     def numpy(self) -> np.ndarray:
-        """Give start, stop and document of each as `[n_sequences, 3]` int64, in the caller's own memory."""
+        """Start, stop and document of each: `[n_sequences, 3]` int64, a copy."""
         return self._spans.copy()
 
     def tolist(self) -> list[Span]:
-        """Give all of them as a list of spans."""
+        """All of them as a list of spans."""
         return list(self)
 
     def find(self, position: int) -> int:
-        """Give the number of the sequence that holds a position that is there."""
+        """The number of the sequence that holds a position, which must exist."""
         return int(np.searchsorted(self._spans[:, 0], position, side="right")) - 1
 
 
-# What stands for the ids and flags of a store that has none, as a cache.
+# Ids and flags of a store that has none, such as a cache.
 _UNKNOWN = {"tokens": -1, "flags": 0}
 
 
 class TokenArrays:
-    """The arrays `tokens`, `flags` and `sequences` of one store; what is read as a whole is kept.
+    """The arrays `tokens`, `flags` and `sequences` of one store; `whole` and `sequences` keep what they read.
 
     Args:
-        manifest: what the store says of itself.
-        folder: gives the shards of an array.
-        where: the store, for people.
+        manifest: the store's metadata.
+        folder: returns the shards of an array.
+        where: the store's name in errors.
     """
 
     def __init__(self, manifest: Manifest, folder: Callable[[str], ShardFolder], where: str) -> None:
@@ -101,7 +101,7 @@ class TokenArrays:
         self._sequences: Sequences | None = None
 
     def whole(self, array: str) -> torch.Tensor:
-        """Read all of `tokens` or `flags`: `[n_tokens]`; shared by all who ask."""
+        """Read all of `tokens` or `flags`: `[n_tokens]`; shared by all callers."""
         found = self._whole.get(array)
         if found is None:
             found = self._whole[array] = self._read(array)
@@ -111,13 +111,13 @@ class TokenArrays:
         total = self._manifest.n_tokens or 0
         if self._manifest.has_tokens:
             return self._folder(array).read(0, total)
-        # Of a small cache, some shards may be lost.
+        # A small cache opens even if some of its shards are lost.
         if total >= MANY:
             self._folder(next(iter(self._manifest.sites))).believe_rows(0, total)
         return self._unknown(array, total)
 
     def piece(self, array: str, start: int, stop: int) -> torch.Tensor:
-        """Read `tokens` or `flags` from `start` to before `stop`, which are there, and no others."""
+        """Read only `tokens` or `flags` from `start` to before `stop`, which must exist."""
         if array in self._whole:
             return self._whole[array][start:stop]
         if not self._manifest.has_tokens:
@@ -129,10 +129,10 @@ class TokenArrays:
 
     @property
     def sequences(self) -> Sequences:
-        """The contexts that the model saw, in order; together they are all the tokens.
+        """The contexts that the model saw, in order; together they cover all tokens.
 
         Raises:
-            CorruptError: they do not follow each other.
+            CorruptError: they do not follow each other without gaps.
         """
         if self._sequences is None:
             self._sequences = self._read_sequences()
@@ -143,7 +143,7 @@ class TokenArrays:
         if self._manifest.has_tokens:
             spans = self._folder("sequences").read(0, count).numpy()
             if len(spans) and self._manifest.kind == "grown":
-                # A crash may leave the last one continued further than what counts.
+                # After a crash, the last one may extend past the committed tokens.
                 spans[-1, 1] = min(spans[-1, 1], total)
         else:
             spans = np.array([[0, total, 0]][:count], np.int64).reshape(-1, 3)

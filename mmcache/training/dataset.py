@@ -1,4 +1,4 @@
-"""The training feed: every site and layer of random tokens, aligned, and the same again after a restart."""
+"""`ActivationDataset`: batches of random tokens, all sites and layers aligned, resumable at any batch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationDataset", "checked_layers", "checked_sites", "nodes_of", "share_of"]
 
-# How launchers tell each process how many there are in all, and on how many machines. All of them are told the same;
-# how many are on a machine need not be the same on each.
+# Environment variables of launchers: the number of processes, and of machines. These are the same in every process;
+# the number of processes per machine need not be.
 _LAUNCHERS = (("WORLD_SIZE", "GROUP_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"))
 
 
 def checked_sites(store: Store, sites: Sequence[str] | None) -> tuple[str, ...]:
-    """Give the sites wanted, all of the store's where None are named.
+    """The sites wanted; for None, all of the store.
 
     Raises:
-        ArgumentError: none at all, or one twice.
+        ArgumentError: the list is empty, or has a site twice.
         UnknownSiteError: the store has no such site.
     """
     if sites is None:
@@ -52,11 +52,11 @@ def checked_sites(store: Store, sites: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def checked_layers(store: Store, site: str, layers: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Give the layers wanted.
+    """The layers wanted, checked; None for all.
 
     Raises:
-        ArgumentError: none at all.
-        OutOfRangeError, DtypeError: one is not there, or no number.
+        ArgumentError: the list is empty.
+        OutOfRangeError, DtypeError: a layer is not in the store, or not an integer.
     """
     if layers is None:
         return None
@@ -68,10 +68,10 @@ def checked_layers(store: Store, site: str, layers: Sequence[int] | None) -> tup
 
 
 def share_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Give rank and world size, as given, or else those of `torch.distributed`, or 0 of 1.
+    """Rank and world size: the arguments, or those of `torch.distributed` if it is initialised, or (0, 1).
 
     Raises:
-        ArgumentError: only one of them is given, or the rank is not below the world size.
+        ArgumentError: only one of them is given, or the rank is not less than the world size.
     """
     if rank is None and world_size is None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -86,10 +86,10 @@ def share_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def nodes_of(nodes: int | None, world_size: int) -> int:
-    """Give how many machines the ranks are on: as given, or as the launcher says if these are the ranks it started.
+    """The number of machines: the argument, or the launcher's if it started `world_size` processes, or 1.
 
     Raises:
-        ArgumentError: there are more of them than ranks, or none.
+        ArgumentError: `nodes` is less than 1, or more than the ranks.
     """
     if nodes is not None:
         return count(1, world_size)("nodes", nodes)
@@ -100,10 +100,10 @@ def nodes_of(nodes: int | None, world_size: int) -> int:
     return 1
 
 
-# Small batches are fetched several together, but not so many that the first of them is long in coming. Three
-# threads have a group each, and a fourth waits for the first that is free.
+# Small batches are fetched in groups, but not so large that the first batch is late. Three threads have a group each,
+# and a fourth group waits for the first free thread.
 _GROUP_BYTES, _MOST_TOGETHER, _GROUPS = 32 << 20, 8, 4
-# What does not take part, and is read all the same where its neighbours on both sides are: as long as a request takes.
+# Gap size below which dropped tokens between two kept runs are read anyway: costs about one request.
 _GAP_BYTES = 256 << 10
 
 
@@ -113,48 +113,48 @@ class ActivationDataset(IterableDataset[Batch]):
         data = mmcache.ActivationDataset(store, batch_size=1024)
         for batch in data:
             batch["mlp_in"]                     # [1024, n_layers, d_model]; batch.positions, batch.tokens
-        torch.save(data.state_dict(), path)     # a few numbers; data.load_state_dict goes on exactly there
+        torch.save(data.state_dict(), path)     # a few numbers; data.load_state_dict resumes exactly there
 
-    An epoch has every token once, over all ranks together. The next one comes by itself, in another order; an
-    iteration that was broken off begins its epoch anew. Batches are fetched in the background, three at least, into
-    memory that is used again once the last tensor of a batch is dropped: until then a batch is the caller's own. One
-    dataset may be iterated over several times at once; `state_dict` follows the latest iteration.
+    An epoch has every token once, over all ranks together. Iterating again starts the next epoch, in another order; if
+    an iteration was not finished, it starts the same epoch again. At least three batches are prefetched in the
+    background, into memory that is reused once the last tensor of a batch is dropped: until then a batch is the
+    caller's own. Several iterations over one dataset may run at once; `state_dict` follows the latest.
 
     Under `torch.utils.data.DataLoader(data, batch_size=None, num_workers=N)`, or torchdata's `StatefulDataLoader`, the
-    workers take turns, and the order is that of one process. The dataset in the main process does not move then, as
-    nobody iterates over it there: call `set_epoch` before each epoch, or the same one comes again. Workers that are
-    persistent go on to the next epoch by themselves, also after one that was broken off, and do not hear of
-    `set_epoch`. To resume with a plain `DataLoader`, load the `state` of the last batch before the workers start.
+    workers take turns, and the order is that of one process. The dataset in the main process is then not iterated and
+    does not advance: call `set_epoch` before each epoch, or the same epoch is repeated. Persistent workers advance to
+    the next epoch by themselves, even after an unfinished one, and are not affected by `set_epoch`. To resume with a
+    plain `DataLoader`, load the `state` of the last batch before the workers start.
 
     Args:
-        store: what to read. It may be partial: a batch with tokens that are not there raises `IncompleteError`.
+        store: the store to read. It may be partial: a batch with tokens of missing shards raises `IncompleteError`.
         sites: the sites wanted; None for all.
         layers: the model's numbers of the layers wanted, in that order; None for all.
-        batch_size: tokens a batch, for each rank. The last batches of an epoch may be smaller: what is left is shared
-            evenly, so that all ranks have as many batches.
-        shuffle: `"global"`: a uniform shuffle of all tokens. `"block"`: for disks that hate random reads: blocks of
-            about 8 MiB in random order, mixed within `buffer_bytes`; `shuffle_quality` says how well. None: the text's
-            order.
+        batch_size: tokens per batch and rank. The last batches of an epoch may be smaller: the rest is shared evenly,
+            so that all ranks have the same number of batches.
+        shuffle: `"global"`: a uniform shuffle of all tokens. `"block"`: for disks that are slow at random reads: blocks
+            of about 8 MiB in random order, mixed within `buffer_bytes`; see `shuffle_quality`. None: the order of the
+            text.
         seed: of the shuffle, from 0 to 2**64 - 1.
-        drop: tokens to leave out: `"bos"`, `"special"`, `"first"` (of each sequence, where attention sinks are, BOS or
-            not), bits of the flags, `[n_tokens]` bool, or several of these. In a store of format version 1, which does
-            not flag first tokens, its sequences say which they are; its statistics, by which `normalize` goes, have
-            them all the same.
+        drop: tokens to leave out: `"bos"`, `"special"`, `"first"` (of each sequence, BOS or not, where attention sinks
+            are), bits of the flags, `[n_tokens]` bool, or several of these. A store of format version 1 does not flag
+            first tokens: there they are determined by the sequences, but the statistics (for `normalize`) include them.
         normalize: `"scalar"` or `"per_dim"`: by the statistics of the whole store; see `SiteStatistics.normalizer`.
         split: None, `"train"`, `"validation"`, or a `Split`.
         drop_last: leave out the tokens at the end of the epoch's order that do not fill a batch for each rank.
-        device: where the sites go. On CUDA a batch belongs to the stream that is current when it is handed out.
+        device: where the sites go. On CUDA a batch belongs to the stream that is current when it is returned.
         dtype: of the batches; None for the storage dtype.
-        rank, world_size: which share of how many; from `torch.distributed` where that is running, else 0 of 1.
-        nodes: on how many machines the ranks are, in the order of the ranks: with `shuffle="block"` each of them reads
-            blocks of its own, once for all of its ranks. As torchrun or Slurm say where they started these ranks, else
-            1. All ranks have to give the same number.
-        buffer_bytes: what `shuffle="block"` mixes at a time, on each machine. It is in the page cache, with as much
-            again behind it.
+        rank, world_size: which share, of how many; by default those of `torch.distributed` if it is initialised, else
+            0 and 1.
+        nodes: the number of machines that the ranks are on, in the order of the ranks: with `shuffle="block"` each
+            machine reads its own blocks, once for all of its ranks. By default from torchrun or Slurm if they started
+            these ranks, else 1. Must be the same on all ranks.
+        buffer_bytes: bytes that `shuffle="block"` mixes at a time, on each machine. They are in the page cache, and as
+            many again for the next pool.
 
     Raises:
-        ArgumentError, DtypeError, ShapeError: an argument makes no sense, or leaves no tokens.
-        UnknownSiteError, OutOfRangeError: a site or layer is not there.
+        ArgumentError, DtypeError, ShapeError: an argument is invalid, or leaves no tokens.
+        UnknownSiteError, OutOfRangeError: there is no such site or layer.
         IncompleteError, CorruptError: flags or statistics cannot be read.
     """
 
@@ -205,21 +205,21 @@ class ActivationDataset(IterableDataset[Batch]):
         self._settle()
 
     def _settle(self) -> None:
-        """Begin in this process, with no memory that another one knows of."""
+        """Set the state of this process: nothing that is shared with another one."""
         self._process, self._workers, self._passed = os.getpid(), 1, False
         self._turn: object = None
         self._buffers = BufferPool(self._ahead + 2), BufferPool(self._ahead)
 
     @property
     def _group(self) -> int:
-        """How many batches are fetched together."""
+        """The number of batches that are fetched together."""
         shapes = self._source.shapes(self._plan.batch_size)
         batch = sum(math.prod(shapes[site]) * made.dtype.itemsize for site, made in self._source.conversions.items())
         return max(1, min(_MOST_TOGETHER, _GROUP_BYTES // batch))
 
     @property
     def _ahead(self) -> int:
-        """How many batches may be under way."""
+        """The most batches that are pending or ready."""
         return self._group * _GROUPS
 
     @property
@@ -239,7 +239,7 @@ class ActivationDataset(IterableDataset[Batch]):
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens an epoch has, over all ranks, before `drop_last`."""
+        """The number of tokens of an epoch, over all ranks, before `drop_last`."""
         return self._plan.tokens
 
     @property
@@ -249,14 +249,14 @@ class ActivationDataset(IterableDataset[Batch]):
 
     @property
     def shuffle_quality(self) -> float:
-        """How far apart two neighbours in the text end up on average, as a part of what a uniform shuffle makes of it.
+        """The average distance of two neighbours in the text after the shuffle, relative to a uniform shuffle.
 
         1.0 for `"global"`, about 0 for None.
         """
         return self._plan.order(self._position).quality
 
     def __len__(self) -> int:
-        """Count the batches of a whole epoch for a rank, the same for all."""
+        """The number of batches of a whole epoch for a rank; the same for all ranks."""
         return len(self._plan.shares())
 
     def __repr__(self) -> str:
@@ -266,13 +266,13 @@ class ActivationDataset(IterableDataset[Batch]):
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begin where a state that was just loaded says, or else at the start of the epoch.
+        """Iterate from the state that was just loaded, or else from the start of the epoch.
 
         Raises:
-            ArgumentError: a DataLoader's worker shall fetch to another device than the CPU.
+            ArgumentError: `device` is not the CPU in a DataLoader's worker.
         """
         if self._process != os.getpid():
-            # A fork: locks that another thread held are never let go of here.
+            # In a fork, locks that other threads held are never released.
             self._source = self._source.reopened()
             self._settle()
         info = get_worker_info()
@@ -283,7 +283,7 @@ class ActivationDataset(IterableDataset[Batch]):
                 f"pin_memory=True, and take batch.to(device, non_blocking=True)"
             )
         if not self._resumes:
-            # Workers of which some had finished, and others not, when it was broken off: only so they stay together.
+            # An unfinished epoch may have ended in some workers only: all advance, so that they stay together.
             later = info is not None and self._passed
             self._position = self._plan.begin(self._position.epoch + later)
         self._resumes, self._passed, self._workers = False, True, worker[1]
@@ -303,11 +303,11 @@ class ActivationDataset(IterableDataset[Batch]):
         order, source = self._plan.order(self._position), self._source
         pools: ReadAhead | FetchAll | None = None
         if isinstance(order, BlockOrder):
-            # All workers of the ranks of a lane want the same of it.
+            # All workers of a lane's ranks want the same pools.
             beside = max(1, self._plan.world_size // self._position.lanes)
             reader = self._rank % beside * worker[1] + worker[0], beside * worker[1]
             gap = _GAP_BYTES // source.disk_bytes()[0]
-            # Batches that are fetched ahead may be of pools behind that one already.
+            # Prefetched batches may belong to the next pool already.
             ahead = (self._ahead + 1) * self._plan.batch_size * beside
             if source.has_room(2 * order.pool_tokens + ahead):
                 pools = ReadAhead(order, source.kept, source.views(), gap, reader, remote=source.store.url is not None)
@@ -316,15 +316,15 @@ class ActivationDataset(IterableDataset[Batch]):
         return Fetcher(source, order, pools, self._buffers)
 
     def _move(self, turn: object, position: Position) -> None:
-        """Note how far an iteration has come, if it is the latest."""
+        """Record the position of an iteration, if it is the latest."""
         if turn is self._turn:
             self._position = position
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch. Where it is the current one, nothing changes: a state just loaded stays.
+        """Go to the start of an epoch. No-op for the current epoch, so that a state just loaded stays.
 
         Raises:
-            ArgumentError: it is no number of an epoch.
+            ArgumentError: not the number of an epoch.
         """
         epoch = count(0)("epoch", epoch)
         if epoch != self._position.epoch:
@@ -332,24 +332,24 @@ class ActivationDataset(IterableDataset[Batch]):
 
     def _go(self, position: Position, *, resumes: bool) -> None:
         self._position, self._resumes = position, resumes
-        # An iteration that goes on is not followed any more, and the next is not a worker's next epoch.
+        # A running iteration is not followed any more, and the next one is not a worker's next epoch.
         self._turn, self._passed = None, False
 
     def state_dict(self) -> State:
-        """Give the state behind the last batch that was handed out, whatever was fetched ahead: a few numbers.
+        """The state after the last batch that was returned, whatever was prefetched: a few numbers.
 
         It is the same for all ranks. In a DataLoader's worker it is that worker's own.
         """
         return self._plan.state(self._position, self._workers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, with the next iteration, behind the batch that the state is of, for the rest of its epoch.
+        """Resume after the batch of the state: the next iteration is the rest of its epoch.
 
-        With another `world_size`, `batch_size` or `drop_last` than its own, the tokens that no rank had seen are laid
-        out anew, each once. The end of an epoch is an empty rest; the next epoch follows.
+        With another `world_size`, `batch_size` or `drop_last` than the state's, the tokens that no rank had seen are
+        laid out anew, each once. At the end of an epoch the rest is empty; the next epoch follows.
 
         Raises:
-            ArgumentError: it is of another order (the fields that differ are named), or none that can be gone on from.
+            ArgumentError: the state is of another order (the fields that differ are named), or cannot be resumed from.
         """
         info = get_worker_info()
         self._go(self._plan.position(state, 1 if info is None else info.num_workers), resumes=True)

@@ -1,9 +1,8 @@
-"""One batch of a training feed: the rows of its tokens, gathered, converted, and on the device.
+"""Fetching training batches: the rows of their tokens, gathered, converted and moved to the device (`Fetcher`).
 
-A tensor over memory that is there, made without letting go of the interpreter's lock. Every operator of torch lets go
-of it, a mere `view` too, and to get it back beside a busy thread takes 5 ms and more: measured, a third of what a batch
-of the feed took there. What comes in by DLPack has its shape already. numpy hands its arrays over like that, but has no
-bfloat16: so the dtype is said in the record itself.
+`tensor_over` makes a tensor over existing memory and keeps the GIL (see system/threads.py). Every operator of torch
+releases it, even `view`: getting it back beside a busy thread took a third of a batch's time. A tensor imported by
+DLPack already has its shape. numpy exports arrays by DLPack, but has no bfloat16: the dtype is written into the record.
 
 Source: the DLPack specification, https://dmlc.github.io/dlpack/latest/c_api.html: `DLManagedTensor` begins with a
 `DLTensor` of a pointer, a device (two int32), the number of dimensions (int32), and the dtype, whose first byte is its
@@ -43,7 +42,7 @@ __all__ = ["Batch", "Conversion", "Fetched", "Fetcher", "Gather", "Source", "Spa
 
 
 class Gather(NamedTuple):
-    """A `view.gather(positions, layers=layers, out=out)`, of positions int64 `[k]` from 0 on into host memory."""
+    """A `view.gather(positions, layers=layers, out=out)` of non-negative positions int64 `[k]` into host memory."""
 
     view: SiteView
     positions: np.ndarray
@@ -52,9 +51,9 @@ class Gather(NamedTuple):
 
 
 def gather_together(wanted: Sequence[Gather]) -> None:
-    """Gather them all, equal to one after the other; blocks until all rows are there.
+    """Do several gathers in one call, so that the GIL is re-acquired once; blocks until all rows are there.
 
-    Errors as `SiteView.gather`; what any `out` holds then is undefined.
+    Errors as `SiteView.gather`; the content of every `out` is then undefined.
     """
     fast: list[tuple[Taker, Piece]] = []
     for view, positions, layers, out in wanted:
@@ -75,13 +74,13 @@ _pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def tensor_over(memory: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Make a tensor of `memory`, uint8 of exactly its size: it, and every view of it, keeps that very array.
+    """A tensor over `memory`, uint8 of exactly its size: it and all its views keep a reference to that array.
 
-    `dtype` is a floating one.
+    `dtype` is a floating-point dtype.
     """
     if not len(memory):
         return torch.empty(shape, dtype=dtype)  # which numpy refuses to make from memory
-    # By way of a memoryview, or numpy would keep what the memory is a part of, in place of the array itself.
+    # By way of a memoryview: otherwise numpy would keep the base of the array instead of the array itself.
     capsule = np.frombuffer(memory.data, f"i{dtype.itemsize}").reshape(shape).__dlpack__()
     record = _pointer(capsule, b"dltensor")
     ctypes.c_uint8.from_address(record + _CODE_AT).value = _BFLOAT if dtype == torch.bfloat16 else _FLOAT
@@ -89,14 +88,14 @@ def tensor_over(memory: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) 
 
 
 class Batch(dict[str, torch.Tensor]):
-    """A dict of the sites: `batch[site]` is `[k, n_layers, d_model]`, and row i of each is of the same token.
+    """A dict of the sites: `batch[site]` is `[k, n_layers, d_model]`, and row i of every site is of the same token.
 
-    It is the caller's own memory. It pickles, and DataLoader's `pin_memory=True` gives one whose sites are pinned.
+    It is the caller's own memory. It can be pickled, and DataLoader's `pin_memory=True` pins its sites.
 
     Attributes:
-        positions: `[k]` int64 on the CPU: where in the store each token is.
-        tokens: `[k]` int32 on the CPU: which token it is; -1 where that is not known.
-        state: what `state_dict()` of the dataset was when it had yielded this batch and nothing after it.
+        positions: `[k]` int64 on the CPU, each token's position in the store.
+        tokens: `[k]` int32 on the CPU, the token ids; -1 if unknown.
+        state: the dataset's `state_dict()` as of this batch, whatever was yielded since.
     """
 
     positions: torch.Tensor
@@ -107,15 +106,15 @@ class Batch(dict[str, torch.Tensor]):
     def of(
         cls, activations: Mapping[str, torch.Tensor], positions: torch.Tensor, tokens: torch.Tensor, state: State
     ) -> Self:
-        """Put a batch together; it holds on to what it is given."""
+        """A batch of these parts, which are not copied."""
         batch = cls(activations)
         batch.positions, batch.tokens, batch.state = positions, tokens, state
         return batch
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """Give the same batch with its sites on another device; `positions` and `tokens` stay on the CPU.
+        """The same batch with its sites on another device; `positions` and `tokens` stay on the CPU.
 
-        `non_blocking` is as in `torch.Tensor.to`: worth it where the batch is pinned.
+        `non_blocking` is as in `torch.Tensor.to`: useful if the batch is pinned.
         """
         moved = {site: rows.to(device, non_blocking=non_blocking) for site, rows in self.items()}
         return type(self).of(moved, self.positions, self.tokens, self.state)
@@ -125,20 +124,20 @@ class Batch(dict[str, torch.Tensor]):
         return f"Batch({', '.join(sites)})"
 
 
-# A batch: which places of the order, as (start, stop), none empty, and the state behind it.
+# A batch to fetch: its places in the order, as (start, stop), none empty, and the state after it.
 Span: TypeAlias = "tuple[list[tuple[int, int]], State]"
-# The sites of a batch, and what those on a CUDA device have to be waited for with.
+# The sites of a batch, and the CUDA event after which they are complete.
 _Rows: TypeAlias = "tuple[dict[str, torch.Tensor], torch.cuda.Event | None]"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What batches are made of, whatever the epoch.
+    """The part of a feed that does not depend on the epoch.
 
     Attributes:
         store: the store.
-        kept: the tokens that take part.
-        conversions: what is done to the rows of each site wanted.
+        kept: the kept tokens.
+        conversions: for each site wanted, the conversion of its rows.
         layers: the layers wanted; None for all.
         device: where the sites' rows go.
     """
@@ -150,26 +149,26 @@ class Source:
     device: torch.device
 
     def reopened(self) -> Source:
-        """Give the same with a store of its own, opened again; it may be partial by now."""
+        """The same with its own store, opened again; shards may be missing by now."""
         return replace(self, store=reopened(self.store))
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[object, ...]]:
         return _opened, (self.store, self.kept, self.conversions, self.layers, self.device)
 
     def views(self) -> list[SiteView]:
-        """Give the sites that are wanted."""
+        """The sites that are wanted."""
         return [self.store[site] for site in self.conversions]
 
     def disk_bytes(self) -> tuple[int, int]:
-        """Give the bytes that a token has side by side on disk, in the widest site, and in all, all layers together."""
+        """Bytes of a token: contiguous on disk in the widest site, and in all sites and layers together."""
         sizes = [math.prod((view.shape[0], view.d_model, view.dtype.itemsize)) for view in self.views()]
         side_by_side = max(sizes) // (self.store.n_layers if self.store.layout == "layer" else 1)
         return side_by_side, sum(sizes)
 
     def has_room(self, tokens: int) -> bool:
-        """Tell whether so many tokens of a block shuffle have room where they are read to; says so where they have not.
+        """Whether the cache of a store in a bucket has room for so many tokens of a block shuffle; warns if not.
 
-        Of a store in a bucket that is the cache; else the page cache, of which nobody knows.
+        True for a local store, whose page cache is not checked.
         """
         remote = self.store.remote
         if remote is None or self.store.fits:
@@ -185,7 +184,7 @@ class Source:
         return needed <= remote.cache.most_bytes
 
     def shapes(self, tokens: int) -> dict[str, tuple[int, int, int]]:
-        """Give the shapes of the sites' rows of so many tokens."""
+        """The shapes of the sites' rows for so many tokens."""
         deep = self.store.n_layers if self.layers is None else len(self.layers)
         return {site: (tokens, deep, self.store[site].d_model) for site in self.conversions}
 
@@ -196,18 +195,18 @@ def _opened(store: Store, *rest: Any) -> Source:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A batch, and what its rows on a CUDA device have to be waited for with."""
+    """A batch, and the CUDA event after which its rows are complete (None on the CPU)."""
 
     batch: Batch
     done: torch.cuda.Event | None
 
     def hand_over(self) -> Batch:
-        """Give the batch to the current stream: what is queued there from now on finds it complete."""
+        """The batch, complete for everything that is queued on the current stream from now on."""
         if self.done is not None:
             for rows in self.batch.values():
                 stream = torch.cuda.current_stream(rows.device)
                 stream.wait_event(self.done)
-                # It was taken on the side stream, whose allocator must not give it away while this one uses it.
+                # Allocated on the side stream: the allocator must not reuse it while this stream uses it.
                 rows.record_stream(stream)
         return self.batch
 
@@ -216,10 +215,10 @@ class Fetcher:
     """Fetches batches of one epoch. Safe to use from several threads.
 
     Args:
-        source: what of.
-        order: the epoch's.
-        read_ahead: what brings the rows into memory before; None where nothing does.
-        buffers: what host memory is taken from: for the batches, and for stored rows on their way to them.
+        source: what the batches are made of.
+        order: the epoch's order.
+        read_ahead: prefetches the rows; None for no prefetching.
+        buffers: pools of host memory: for the batches, and for stored rows before their conversion.
     """
 
     def __init__(
@@ -237,9 +236,9 @@ class Fetcher:
             self._stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
 
     def fetch(self, spans: Sequence[Span]) -> list[Fetched]:
-        """Fetch batches; blocks until their tokens are there.
+        """Fetch batches; blocks until their rows are there, or on CUDA, until the copies are queued.
 
-        On CUDA, until the copies are queued. Errors as `SiteView.gather`: then none of them is given.
+        Errors as `SiteView.gather`: then none of them is returned.
         """
         positions = []
         for places, _ in spans:
@@ -257,12 +256,12 @@ class Fetcher:
         return batches
 
     def close(self) -> None:
-        """Read nothing more ahead. Does not block."""
+        """Stop prefetching. Does not block."""
         if self._read_ahead is not None:
             self._read_ahead.close()
 
     def _tokens_at(self, positions: np.ndarray) -> np.ndarray:
-        """Give the token ids: `[k]` int32."""
+        """The token ids: `[k]` int32."""
         if self._tokens is None:
             self._tokens = self._source.store.tokens.numpy()
         found = np.empty(len(positions), np.int32)
@@ -292,7 +291,7 @@ class Fetcher:
     def _lend(
         buffers: BufferPool, wanted: Mapping[str, tuple[tuple[int, int, int], torch.dtype]]
     ) -> dict[str, torch.Tensor]:
-        """Give a tensor for each site, of any content, out of one buffer."""
+        """An uninitialised tensor for each site, all in one buffer."""
         if not wanted:
             return {}
         memory = buffers.lend([dtype.itemsize * math.prod(shape) for shape, dtype in wanted.values()])
@@ -302,9 +301,9 @@ class Fetcher:
         }
 
     def _on_cuda(self, positions: Sequence[np.ndarray], stream: torch.cuda.Stream) -> list[_Rows]:
-        """Queue the copies, and the conversions behind them, on the side stream, from torch's own pinned memory.
+        """Queue copies and conversions on the side stream, from pinned memory of torch's allocator.
 
-        That is not given to anyone else before the copies from it are done.
+        The allocator does not reuse that memory before the copies from it are done.
         """
         source = self._source
         found: list[_Rows] = []
@@ -334,24 +333,24 @@ class Fetcher:
         return found
 
 
-# Of the wide numbers in which a piece is computed: in the caches, and few enough calls for a batch, since after each
-# the interpreter's lock has to be had back.
+# Bytes of the wide dtype per piece: fits the caches, and takes few calls per batch, since each has to get the GIL back
+# (see system/threads.py).
 _PIECE_BYTES = 8 << 20
 
 
 class Conversion:
-    """What is done to the rows of one site: nothing, a cast, or `(x - shift) * scale` and a cast.
+    """The conversion of one site's rows: none, a cast, or `(x - shift) * scale` and a cast.
 
-    Normalising is computed in float32, from float64 in float64. Immutable; it pickles.
+    Normalises in float32, or float64 rows in float64. Immutable; can be pickled.
 
     Args:
         view: the site.
         layers: the layers wanted, in their order; None for all.
         dtype: of the result; None for the storage dtype.
-        normalize: as `SiteStatistics.normalizer`; None leaves the values as they are.
+        normalize: as `SiteStatistics.normalizer`; None for no normalisation.
 
     Raises:
-        ArgumentError: the statistics of a layer cannot normalise it.
+        ArgumentError: a layer's statistics give no finite shift and scale.
     """
 
     def __init__(
@@ -381,7 +380,7 @@ class Conversion:
 
     @property
     def staged(self) -> bool:
-        """Whether the stored rows need a place of their own; otherwise they go where the result will be."""
+        """Whether the stored rows need their own buffer; otherwise they are read into that of the result."""
         return self.stored != self.dtype
 
     def apply(self, rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -402,7 +401,7 @@ class Conversion:
                 into.copy_(wide)
 
     def on_device(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give what `apply` gives, of rows on a device and there, in new memory or in the rows' own."""
+        """The result of `apply` for rows on a device, computed there, in new memory or in place."""
         if self._scale is None:
             return rows.to(self.dtype)
         wide = rows.to(self.wide)

@@ -1,10 +1,10 @@
-"""Random orders of numbers too many to be written down: a permutation is a key, and each place is computed.
+"""Random permutations of too many numbers to store: a permutation is a key, and each place is computed.
 
-The same on every machine and with every version of numpy: integers only, and no random generator.
+The same on every machine and with every version of numpy: only integer arithmetic, no random generator.
 
 Sources: the generalised Feistel network with cycle walking of Black & Rogaway, "Ciphers with Arbitrary Finite Domains"
 (CT-RSA 2002), sections 4 and 5; keys are mixed by the finaliser of splitmix64 (Steele, Lea & Flood, "Fast Splittable
-Pseudorandom Number Generators", OOPSLA 2014). This is for shuffling, and no cipher.
+Pseudorandom Number Generators", OOPSLA 2014). It is for shuffling, not a cipher.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MOST = 2**63 - 1
 _ROUNDS = 6
 _WORD = 2**64 - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-# So that the work arrays stay in the second-level cache.
+# Numbers per step, so that the work arrays stay in the L2 cache.
 _LONG = 1 << 14
 
 
 def _constant(number: int) -> np.ndarray:
-    """As an array without dimensions, which numpy takes in half the time of a scalar."""
+    """An array without dimensions, for which numpy needs half the time of a scalar."""
     return np.array(number, np.uint64)
 
 
@@ -36,7 +36,7 @@ _32, _MIX = _constant(32), _constant(_MIX_2)
 
 
 def mixed(*words: int) -> int:
-    """Mix whole numbers, such as a seed, an epoch and a purpose, into a key of 64 bits; of each, 64 bits count."""
+    """A 64-bit key mixed from integers, such as a seed, an epoch and a purpose; 64 bits of each count."""
     state = 0
     for word in words:
         state = (state + _GOLDEN + word) & _WORD
@@ -47,7 +47,7 @@ def mixed(*words: int) -> int:
 
 
 def hashed(numbers: np.ndarray, key: int) -> np.ndarray:
-    """Hash numbers, `[n]` of any integer dtype, with a key: `[n]` uint64, equal to `mixed(key, number)` of each."""
+    """Hashes of numbers, `[n]` of any integer dtype, with a key: `[n]` uint64, each equal to `mixed(key, number)`."""
     state = numbers.astype(np.uint64) + np.uint64((mixed(key) + _GOLDEN) & _WORD)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
@@ -58,16 +58,16 @@ def hashed(numbers: np.ndarray, key: int) -> np.ndarray:
 class Permutation:
     """A permutation of the numbers from 0 to `n - 1`. Memory O(1); safe to use from several threads.
 
-    A number is a pair (`left`, `right`) of about the square root of `n` each. In each of six rounds a hash of one
-    half is added to the other, modulo its size. The pairs outnumber `n` by less than its square root, and the few
-    that are too large go through it again (they walk the cycle), so that the time hardly depends on `n`.
+    A number is a pair (`left`, `right`), each of about the square root of `n` values. Each of six rounds adds a hash of
+    one half to the other, modulo its size. There are fewer than sqrt(n) more pairs than `n`; the few results that are
+    too large pass through the rounds again (cycle walking), so the time hardly depends on `n`.
 
     Args:
         n: from 1 to 2**63 - 1.
         key: 64 bits, well mixed: see `mixed`.
 
     Raises:
-        ArgumentError: there is no such `n`.
+        ArgumentError: `n` is out of range.
     """
 
     def __init__(self, n: int, key: int) -> None:
@@ -81,11 +81,11 @@ class Permutation:
         self._keys = [(_constant(mixed(key, turn, 0) | 1), _constant(mixed(key, turn, 1))) for turn in range(_ROUNDS)]
 
     def forward(self, numbers: np.ndarray) -> np.ndarray:
-        """Say which number stands at each of these places: `[k]` int64 from `[k]` int64 or uint64, 0 to n - 1."""
+        """The number at each of these places: `[k]` int64 from `[k]` int64 or uint64, 0 to n - 1."""
         return self._all(numbers, inverse=False)
 
     def inverse(self, numbers: np.ndarray) -> np.ndarray:
-        """Say at which place each of these numbers stands: what `forward` undoes."""
+        """The place of each of these numbers: the inverse of `forward`."""
         return self._all(numbers, inverse=True)
 
     def _all(self, numbers: np.ndarray, *, inverse: bool) -> np.ndarray:
@@ -105,7 +105,7 @@ class Permutation:
             self._once(part, work[:, : len(part)], inverse=inverse)
 
     def _once(self, part: np.ndarray, work: np.ndarray, *, inverse: bool) -> None:
-        """Send numbers through the six rounds, in place."""
+        """Pass numbers through the six rounds, in place."""
         left, right, mix, more = work
         np.floor_divide(part, self._right, left)
         np.multiply(left, self._right, mix)
@@ -123,7 +123,7 @@ class Permutation:
             np.right_shift(mix, _32, mix)
             np.multiply(mix, size, mix)
             np.right_shift(mix, _32, mix)
-            # Of the sum and the sum less the size, the smaller is the one that did not wrap around; and likewise back.
+            # Of the sum and the sum minus the size (unsigned), the smaller did not wrap around; likewise backwards.
             if inverse:
                 np.subtract(target, mix, target)
                 np.add(target, size, mix)

@@ -1,7 +1,6 @@
-"""Batches fetched ahead of the caller, and pools of rows read ahead of the batches.
+"""Prefetching: batches ahead of the caller (`BatchIterator`), rows ahead of the batches (`ReadAhead`, `FetchAll`).
 
-Small batches are fetched several together: a job costs three turns of the interpreter's lock, however large it is, and
-beside a busy thread each of them takes 5 ms.
+Small batches are fetched several together: a job of any size has to get the GIL three times (see system/threads.py).
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchIterator", "FetchAll", "ReadAhead"]
 
-# One waits for the disk, one converts, and one has something to begin with whenever the lock comes its way.
+# One thread waits for the disk, one converts, and one has work ready whenever it gets the GIL.
 _THREADS = 3
 
-# The batches of a job, and the error that ended it before it had them all.
+# The batches of a job, and the error that ended it before it had all of them.
 _Outcome: TypeAlias = "tuple[list[Fetched], BaseException | None]"
 
 
 class BatchIterator:
-    """An iterator over batches, for one thread. Nothing runs before the first one is asked for.
+    """An iterator over batches, for one thread. Nothing runs before the first batch is requested.
 
-    Whoever drops it ends its threads, and so does the end of the epoch, an error, or that of the interpreter. An error
-    in the background is raised by `__next__` as it is, and ends the pass.
+    Its threads end when it is dropped, at the end of the epoch, after an error, and when Python exits. `__next__`
+    raises an error of the background unchanged, and ends the iteration.
 
     Args:
-        fetcher: what fetches; closed at the end.
-        plan: what comes when.
+        fetcher: fetches the batches; closed at the end.
+        plan: the schedule of the epoch.
         position: where to begin.
-        rank: whose share.
-        worker: (which, of how many): it takes every so-manieth step only, beginning with its own.
+        rank: the rank whose share is fetched.
+        worker: (index, count): this worker takes steps index, index + count, ….
         group: batches that are fetched together.
-        ahead: batches that are being fetched, or wait, at most; as many as a group at least.
-        moved: called with the new position before each batch is given out, and behind the last one.
+        ahead: the most batches that are being fetched or ready; at least `group`.
+        moved: called with the new position before each batch is returned, and with one worker at the end of the epoch.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class BatchIterator:
         self._steps = iter(range(position.step + first, len(self._shares), self._stride))
         self._group, self._ahead, self._moved, self._process = group, ahead, moved, os.getpid()
         self._crew = ThreadPool(_THREADS, "fetch")
-        # Batches that are there, what went wrong behind them, and the jobs that make more; how many those are in all.
+        # Batches that are ready, the error after them, and the jobs that fetch more; the number of all these batches.
         self._ready: deque[Fetched] = deque()
         self._failure: BaseException | None = None
         self._jobs: deque[Future[_Outcome]] = deque()
@@ -99,7 +98,7 @@ class BatchIterator:
         return batch
 
     def _next(self) -> Fetched:
-        """Give the next batch; blocks until it is there."""
+        """The next batch; blocks until it is ready."""
         if not self._ready and self._failure is None:
             fetched, self._failure = self._jobs.popleft().result()
             self._ready.extend(fetched)
@@ -112,7 +111,7 @@ class BatchIterator:
         self.close()
 
     def close(self) -> None:
-        """Fetch nothing more, and end the threads. Does not block."""
+        """Stop fetching, and end the threads. Does not block."""
         self._ended = True
         self._jobs.clear()
         self._ready.clear()
@@ -124,12 +123,12 @@ class BatchIterator:
         if self._ended:
             return
         self.close()
-        # Of several workers, one ends before the other: each goes on to the next epoch when it is told to begin again.
+        # Several workers do not end together: each moves to the next epoch when it is iterated again.
         if self._stride == 1:
             self._moved(self._plan.begin(self._position.epoch + 1))
 
     def _top_up(self) -> None:
-        """Keep as many batches under way as there may be, whole groups of them."""
+        """Submit whole groups of batches until `ahead` of them are pending or ready."""
         while not self._ended and self._under_way + self._group <= self._ahead:
             spans = []
             for step in itertools.islice(self._steps, self._group):
@@ -142,10 +141,10 @@ class BatchIterator:
 
 
 def _fetched(fetcher: Fetcher, spans: list[Span]) -> _Outcome:
-    """Fetch batches together, or where that fails, one after the other up to the one that fails."""
+    """Fetch batches together; if that fails, one by one up to the one that fails."""
     try:
         return fetcher.fetch(spans), None
-    except Exception as error:  # noqa: BLE001 -- kept, and raised again behind the batches that are good
+    except Exception as error:  # noqa: BLE001 -- kept, and raised again after the good batches
         failure = error
     done: list[Fetched] = []
     if len(spans) > 1:
@@ -158,18 +157,18 @@ def _fetched(fetcher: Fetcher, spans: list[Span]) -> _Outcome:
     return done, failure
 
 
-# Of a bucket, blocks that come at the same time; a disk gives one after the other sooner.
+# Concurrent block downloads from a bucket; a disk is faster with one read at a time.
 _BRINGERS = 4
 
 
 class FetchAll:
-    """Brings all shards of a store in a bucket here, in order and in the background, while batches are made of rows.
+    """Downloads all shards of a store in a bucket, in order and in the background, while batches are fetched.
 
-    For a store that fits into the cache. What fails is told by the rows.
+    For a store that fits into the cache. Reading rows raises what failed.
 
     Args:
         views: the sites.
-        shard_tokens: tokens a shard.
+        shard_tokens: tokens per shard.
     """
 
     def __init__(self, views: Sequence[SiteView], shard_tokens: int) -> None:
@@ -185,11 +184,10 @@ class FetchAll:
             self._first = self._first or asked
 
     def need(self, places: Sequence[tuple[int, int]]) -> None:  # noqa: ARG002 -- as `ReadAhead.need`
-        """Wait for the first shards alone, by which it is known how quickly they come.
+        """Block until the first shards are here, which shows how fast downloads are.
 
-        Raises AccessError or RemoteError where the bucket gives none; what else fails is told by the rows.
-
-        A row that is not here yet waits for its shard where they come quickly, and else is read from the bucket.
+        Raises AccessError or RemoteError if these fail so; reading rows raises other errors. A row that is not here yet
+        waits for its shard if downloads are fast; otherwise it is read from the bucket.
         """
         for piece in self._first:
             with contextlib.suppress(CancelledError):
@@ -197,24 +195,24 @@ class FetchAll:
                     raise error
 
     def close(self) -> None:
-        """Bring no more, and have no row wait for it. Does not block."""
+        """Stop downloading, so that no row waits for it. Does not block."""
         self._end()
         self._crew.close()
 
 
 class ReadAhead:
-    """Reads the blocks of the pool that is wanted, and of the one behind it, in the background and in long pieces.
+    """Reads the blocks of the pool that is wanted, and of the next, in the background and in long pieces.
 
-    Processes of one machine that want the same pools each begin at another place of them, and leave out what they find
-    in memory: so each block is read by one of them, and copied by nobody else.
+    Processes of one machine that want the same pools each begin at a different block, and skip what is in memory
+    already: so only one of them reads a block.
 
     Args:
-        order: the epoch's.
-        kept: which tokens take part.
+        order: the epoch's order.
+        kept: the kept tokens.
         views: the sites.
-        gap: so many tokens that do not take part are read rather than left out.
-        reader: (which, of how many) processes that want the same pools.
-        remote: they are in a bucket.
+        gap: up to this many dropped tokens between kept ones are read rather than skipped.
+        reader: (index, count) of this process among those that want the same pools.
+        remote: whether the store is in a bucket.
     """
 
     def __init__(
@@ -233,10 +231,10 @@ class ReadAhead:
         self._asked: dict[int, list[Future[None]]] = {}
 
     def need(self, places: Sequence[tuple[int, int]]) -> None:
-        """Block until the pools of some places, as (start, stop), were read, and begin those behind them.
+        """Block until the pools of some places, as (start, stop), have been read; begin to read the next pools.
 
         Raises:
-            IncompleteError, CorruptError: a shard is not there, or not what belongs there.
+            IncompleteError, CorruptError: a shard is missing, damaged, or not the one that belongs there.
             CancelledError: it was closed meanwhile.
         """
         wanted: list[int] = []
@@ -253,7 +251,7 @@ class ReadAhead:
                 self._ask(following)
 
     def close(self) -> None:
-        """Read nothing more. Does not block."""
+        """Stop reading. Does not block."""
         self._crew.close()
 
     def _ask(self, pool: int) -> list[Future[None]]:
@@ -269,7 +267,7 @@ class ReadAhead:
                     for view in self._views
                     for first, last in self._kept.stretches(start, stop, self._gap)
                 ]
-                # Of those before, only that they were read is remembered.
+                # Of finished pools, remember only that they were read.
                 for number, pieces in self._asked.items():
                     if pieces and all(
                         piece.done() and not (piece.cancelled() or piece.exception()) for piece in pieces

@@ -1,14 +1,14 @@
-"""Which token comes at which step of an epoch, on which rank, and the state by which it goes on. Arithmetic only.
+"""Which token comes at which step of an epoch, on which rank, and the state to resume from. Arithmetic only.
 
-How the order of a block shuffle is dealt to several machines, so that each of them reads blocks of its own. The line of
-blocks is cut into equal lanes, and an epoch takes one token of each in turn. So every step has equally many tokens of
-each lane, whoever takes them, and how far an epoch has come stays one number.
+The order of an epoch says which kept token is at which place. It is a function of the place, so nothing is stored.
+`"global"` is a permutation of all tokens. `"block"` is for disks that are slow at random reads: blocks of consecutive
+tokens come in random order; every few successive ones are a pool, within which each token has a random place. A pool is
+read once an epoch, block by block, in long pieces, and stays in memory until it is used up. None is the order of the
+text.
 
-The order of an epoch: which kept token comes at which place. A function of its place, so that nothing is kept.
-`"global"` is a permutation of all tokens. `"block"` is for disks that hate random reads: blocks of consecutive tokens
-come in random order, and each few of them are a pool, within which every token has a random place. Reading a pool is
-reading its blocks, in long pieces, once an epoch; while it lasts it is in memory. For several machines the blocks are
-dealt out (`MachineOrder`), and each has pools of its own. None is the order of the text.
+For several machines, the line of blocks is cut into equal lanes (`MachineOrder`), each with its own pools, so that each
+machine reads blocks of its own. An epoch takes one token of each lane in turn. So every step has equally many tokens of
+each lane, whichever rank takes them, and the progress of an epoch stays one number.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MachineOrder:
-    """`tokens` places in a line, cut into `count` lanes whose lengths differ by one at most. Arithmetic only."""
+    """`tokens` places in a line, cut into `count` lanes whose lengths differ by at most one."""
 
     tokens: int
     count: int
 
     def begin(self, lane: int) -> int:
-        """Give the place where a lane begins; that behind the last one is the end of the line."""
+        """The first place of a lane; for `lane == count`, the end of the line."""
         each, more = divmod(self.tokens, self.count)
         return lane * each + min(lane, more)
 
     def lane(self, place: int) -> int:
-        """Say in which lane a place is."""
+        """The lane of a place."""
         each, more = divmod(self.tokens, self.count)
         longer = more * (each + 1)
         return place // (each + 1) if place < longer else more + (place - longer) // each
 
     def _passed(self, lane: int, turn: int) -> int:
-        """Count the tokens of a lane that come before a turn of the epoch."""
+        """The number of a lane's tokens before a turn of the epoch."""
         return (turn - lane + self.count - 1) // self.count
 
     def pieces(self, begin: int, end: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """Say which places of the line a share of a step has, as (start, stop), each in one lane, none empty.
+        """The places of the line in a share of a step, as (start, stop), each in one lane, none empty.
 
-        The turns of a step, from `begin` to before `end`, are dealt lane by lane, and the share is those from `start`
-        to before `stop` of them. So ranks of which as many are on every machine keep to the lane of theirs.
+        The turns of a step, from `begin` to before `end`, are sorted by lane; the share is those from `start` to before
+        `stop`. So if all machines have equally many ranks, each rank stays in its machine's lane.
         """
         found, at = [], begin
         for lane in range(self.count):
@@ -76,31 +76,31 @@ class MachineOrder:
         return found
 
 
-# A piece that is read from disk in one go: about where disks reach their full rate.
+# Bytes of a contiguous read: about where disks reach their full rate.
 _PIECE_BYTES = 8 << 20
-# With fewer blocks in it, a pool would mix too few places of the text.
+# The least blocks of a pool: fewer would mix too few parts of the text.
 _LEAST_BLOCKS = 8
-# Keys apart from each other.
+# Distinct keys for the permutations.
 _TOKENS, _BLOCKS, _POOL = 1, 2, 3
 
 
 class Blocks(NamedTuple):
-    """The geometry of a block shuffle: tokens a block, a power of two, and blocks a pool."""
+    """The geometry of a block shuffle: tokens per block (a power of two), and blocks per pool."""
 
     tokens: int
     pool: int
 
 
 def block_geometry(piece_bytes: int, token_bytes: int, buffer_bytes: int) -> Blocks:
-    """Choose blocks and pools, from what is asked and nothing of the machine, since the order depends on them.
+    """Choose the size of blocks and pools. Depends only on the arguments, not on the machine: it determines the order.
 
     Args:
-        piece_bytes: what one more token adds to a contiguous piece on disk, in the widest site.
-        token_bytes: what one token takes in memory while its pool lasts, all sites and layers together.
-        buffer_bytes: what a pool may take.
+        piece_bytes: bytes that a token adds to a contiguous piece on disk, in the widest site.
+        token_bytes: bytes of a token in memory, all sites and layers together.
+        buffer_bytes: the most bytes of a pool.
 
     Raises:
-        ArgumentError: not even one token fits.
+        ArgumentError: no token fits.
     """
     tokens = buffer_bytes // token_bytes
     if tokens < 1:
@@ -114,14 +114,14 @@ class Order(Protocol):
 
     @property
     def quality(self) -> float:
-        """How far apart two neighbours in the text end up on average, 1.0 being that of a uniform shuffle."""
+        """The average distance of two neighbours in the text, relative to a uniform shuffle (1.0)."""
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Give the kept indices that come at the places from `start` to before `stop`: `[stop - start]` int64."""
+        """The kept indices at the places from `start` to before `stop`: `[stop - start]` int64."""
 
 
 class _TextOrder:
-    """As in the text."""
+    """The order of the text."""
 
     def __init__(self, tokens: int) -> None:
         # Neighbours stay 1 apart; in a uniform shuffle they are (tokens + 1) / 3 apart on average.
@@ -132,7 +132,7 @@ class _TextOrder:
 
 
 class _GlobalOrder:
-    """Any token anywhere."""
+    """A uniform shuffle of all tokens."""
 
     quality = 1.0
 
@@ -144,10 +144,11 @@ class _GlobalOrder:
 
 
 class BlockOrder:
-    """Blocks in random order, and a pool's tokens in random order. All of it is arithmetic: nothing is stored.
+    """Blocks in random order, and each pool's tokens in random order. Computed, not stored.
 
-    Places are those of the line that is cut into lanes. The last block may be short: the places behind it are moved up
-    by what it lacks. No pool is of two lanes; a block may be, and is in a pool of each then.
+    Places are those of the line that is cut into lanes; a block's turn is its index in the random order. The text's
+    last block may be short: the places after it move up by the tokens it lacks. A pool is never in two lanes; a block
+    may be, and then belongs to a pool of each.
     """
 
     def __init__(self, tokens: int, blocks: Blocks, seed: int, epoch: int, lanes: int = 1) -> None:
@@ -156,28 +157,28 @@ class BlockOrder:
         self._count = -(-tokens // blocks.tokens)
         self._order = Permutation(self._count, mixed(seed, epoch, _BLOCKS))
         self._lacking = self._count * blocks.tokens - tokens
-        # Where the short block stands, and where it ends; without one, nothing is moved.
+        # The short block's turn, and the place where it ends; without a short block, nothing moves.
         self._short = int(self._order.inverse(np.array([self._count - 1]))[0])
         self._end = (self._short + 1) * blocks.tokens - self._lacking
         self.lanes = MachineOrder(tokens, lanes)
-        # Pools are numbered through lane by lane, by as many as the lane with the most blocks may have.
+        # Pools are numbered lane by lane, with as many numbers per lane as the longest lane needs.
         self._in_lane = max(self._pools_of(lane) for lane in range(lanes))
 
     @property
     def pool_tokens(self) -> int:
-        """How many tokens a pool has."""
+        """The number of tokens of a full pool."""
         return min(self._blocks.tokens * self._blocks.pool, self._tokens)
 
     def _begin(self, turn: int) -> int:
-        """Give the place where the block begins that has this turn; behind the last turn, the end of the epoch."""
+        """The first place of the block with this turn; after the last turn, the end of the epoch."""
         return turn * self._blocks.tokens - (self._lacking if turn > self._short else 0)
 
     def _turn(self, place: int) -> int:
-        """Say which turn the block of a place has."""
+        """The turn of a place's block."""
         return (place + (self._lacking if place >= self._end else 0)) // self._blocks.tokens
 
     def _turns_of(self, lane: int) -> tuple[int, int]:
-        """Give the turns of a lane's blocks: from which to before which."""
+        """The turns of a lane's blocks, as (start, stop)."""
         return self._turn(self.lanes.begin(lane)), self._turn(self.lanes.begin(lane + 1) - 1) + 1
 
     def _pools_of(self, lane: int) -> int:
@@ -185,34 +186,34 @@ class BlockOrder:
         return -(-(last - first) // self._blocks.pool)
 
     def _turns(self, pool: int) -> tuple[int, int]:
-        """Give the turns of a pool's blocks: from which to before which."""
+        """The turns of a pool's blocks, as (start, stop)."""
         lane, number = divmod(pool, self._in_lane)
         first, last = self._turns_of(lane)
         first += number * self._blocks.pool
         return first, min(first + self._blocks.pool, last)
 
     def _edges(self, pool: int) -> tuple[int, int]:
-        """Give the places of a pool: from which to before which."""
+        """The places of a pool, as (start, stop)."""
         lane = pool // self._in_lane
         first, last = self._turns(pool)
         return max(self._begin(first), self.lanes.begin(lane)), min(self._begin(last), self.lanes.begin(lane + 1))
 
     def pool(self, place: int) -> int:
-        """Say which pool a place is in."""
+        """The pool of a place."""
         lane = self.lanes.lane(place)
         return lane * self._in_lane + (self._turn(place) - self._turns_of(lane)[0]) // self._blocks.pool
 
     def next_pool(self, pool: int) -> int | None:
-        """Give the pool that follows in the same lane, if there is one."""
+        """The next pool in the same lane, or None."""
         lane, number = divmod(pool, self._in_lane)
         return pool + 1 if number + 1 < self._pools_of(lane) else None
 
     @property
     def quality(self) -> float:
-        """The sum of lanes * (pool / tokens)² over all pools: within one, neighbours are a third of it apart.
+        """The sum of lanes * (pool / tokens)² over all pools, corrected for neighbours in different blocks.
 
-        That is in its lane, and as many times further in the epoch as there are lanes. Those that the border of a block
-        parts are as far from each other as in a uniform shuffle.
+        Within a pool, neighbours are on average a third of its size apart in the lane, and `lanes` times as far in the
+        epoch. Neighbours in different blocks are as far apart as in a uniform shuffle.
         """
         squares, usual = 0, self._blocks.tokens * self._blocks.pool
         for lane in range(self.lanes.count):
@@ -226,7 +227,7 @@ class BlockOrder:
         return parted + (1 - parted) * squares * self.lanes.count / (self._tokens * self._tokens)
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Give the kept indices that come at the places from `start` to before `stop`: `[stop - start]` int64."""
+        """The kept indices at the places from `start` to before `stop`: `[stop - start]` int64."""
         parts = []
         while start < stop:
             pool = self.pool(start)
@@ -241,14 +242,14 @@ class BlockOrder:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def blocks(self, pool: int) -> list[tuple[int, int]]:
-        """List the blocks of a pool, as kept indices (start, stop), in the order of the text."""
+        """The blocks of a pool, as kept indices (start, stop), in the order of the text."""
         numbers = self._order.forward(np.arange(*self._turns(pool)))
         starts = np.sort(numbers) * self._blocks.tokens
         return [(start, min(start + self._blocks.tokens, self._tokens)) for start in starts.tolist()]
 
 
 def order_of(shuffle: str | None, tokens: int, blocks: Blocks | None, seed: int, epoch: int, lanes: int = 1) -> Order:
-    """Give the order of an epoch of `tokens` tokens, at least one; `blocks` and `lanes` are those of `"block"`."""
+    """The order of an epoch of `tokens` tokens, at least one; `blocks` and `lanes` are for `"block"`."""
     if blocks is not None:
         return BlockOrder(tokens, blocks, seed, epoch, lanes)
     return _TextOrder(tokens) if shuffle is None else _GlobalOrder(tokens, seed, epoch)
@@ -256,12 +257,12 @@ def order_of(shuffle: str | None, tokens: int, blocks: Blocks | None, seed: int,
 
 @dataclass(frozen=True)
 class RankShares:
-    """How `tokens` turns of an epoch, each of which is a token's, are laid out over the ranks. Arithmetic only.
+    """How `tokens` turns of an epoch, one token each, are divided among the ranks.
 
-    A full step is one batch for each rank, side by side. What is left for the end, fewer tokens than a full step has,
-    is shared evenly, so that no two ranks differ by more than one token. Where it would not be one token for each, the
-    last full step is shared together with it, over two steps. Only where there are not as many tokens at all is a
-    rank's last batch empty. With `drop_last` there are full steps only.
+    A full step is one batch for each rank, side by side. The rest at the end, less than a full step, is shared evenly:
+    ranks differ by at most one token. If the rest has fewer tokens than ranks, it is shared together with the last full
+    step, over two steps. A rank's last batch is empty only if there are fewer tokens than ranks, or if `batch_size` is
+    1. With `drop_last` there are only full steps.
     """
 
     tokens: int
@@ -271,7 +272,7 @@ class RankShares:
 
     @cached_property
     def _edges(self) -> tuple[int, list[int]]:
-        """Count the plain full steps, and say where each step behind them ends."""
+        """The number of plain full steps, and the turns at which the steps after them end."""
         step = self.world_size * self.batch_size
         full, rest = divmod(self.tokens, step)
         if self.drop_last or not rest:
@@ -286,14 +287,14 @@ class RankShares:
         return full + len(ends)
 
     def seen(self, step: int) -> int:
-        """Count the tokens that all ranks together have seen after `step` steps; more steps than there are see all."""
+        """The number of tokens that all ranks together have seen after `step` steps; after the last step, all."""
         full, ends = self._edges
         if step <= full:
             return step * self.world_size * self.batch_size
         return ([full * self.world_size * self.batch_size, *ends])[min(step - full, len(ends))]
 
     def share(self, step: int, rank: int) -> tuple[int, int]:
-        """Say which turns a rank takes at a step, of those that are dealt then: from `start` to before `stop`."""
+        """The turns that a rank takes at a step: from `start` to before `stop`."""
         begin = self.seen(step)
         each, more = divmod(self.seen(step + 1) - begin, self.world_size)
         start = begin + rank * each + min(rank, more)
@@ -303,14 +304,14 @@ class RankShares:
 State: TypeAlias = "dict[str, int | str | None]"
 
 _VERSION = 1
-# Of more machines, some share a lane: each step looks at all of them.
+# With more machines, some share a lane: each step iterates over all lanes.
 _MOST_LANES = 1 << 16
 
 
 class Position(NamedTuple):
-    """Where a feed stands: `step` batches into a layout of the tokens of `epoch` from turn `start` on.
+    """The position of a feed: `step` batches into the layout of the tokens of `epoch` from turn `start` on.
 
-    The epoch goes on in as many lanes as it began with, however many machines there are by now.
+    An epoch keeps the number of lanes that it began with, even if the number of machines changes.
     """
 
     epoch: int
@@ -321,16 +322,16 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class EpochSchedule:
-    """All that decides which token comes when.
+    """All that determines which token comes when.
 
     Attributes:
         seed: of the shuffle.
-        tokens: how many take part; at least one.
-        kept: the digest of which they are.
+        tokens: the number of kept tokens; at least one.
+        kept: `KeptTokens.digest`.
         shuffle: `"global"`, `"block"` or None.
         blocks: the geometry of `"block"`, else None.
         world_size, batch_size, drop_last: as `RankShares`.
-        nodes: how many machines the ranks are on.
+        nodes: the number of machines that the ranks are on.
     """
 
     seed: int
@@ -344,7 +345,7 @@ class EpochSchedule:
     nodes: int = 1
 
     def begin(self, epoch: int) -> Position:
-        """Give the start of an epoch."""
+        """The position at the start of an epoch."""
         return Position(epoch, 0, 0, min(self.nodes, self._most_lanes))
 
     @property
@@ -352,22 +353,22 @@ class EpochSchedule:
         return min(self.tokens, _MOST_LANES) if self.blocks else 1
 
     def shares(self, start: int = 0) -> RankShares:
-        """Lay out the turns of an epoch from `start` on; the shares count from there."""
+        """The shares of an epoch's turns from `start` on; they count from there."""
         return RankShares(self.tokens - start, self.world_size, self.batch_size, self.drop_last)
 
     def places(self, position: Position, shares: RankShares, rank: int) -> list[tuple[int, int]]:
-        """Say which places of the order a rank takes at a step, as (start, stop), none empty; `shares` as laid out."""
+        """The places of the order that a rank takes at a step, as (start, stop), none empty."""
         of_step = shares.seen(position.step), shares.seen(position.step + 1)
         turns = (position.start + turn for turn in (*of_step, *shares.share(position.step, rank)))
         return MachineOrder(self.tokens, position.lanes).pieces(*turns)
 
     def order(self, position: Position) -> Order:
-        """Give the order of the epoch that a position is in."""
+        """The order of a position's epoch."""
         return order_of(self.shuffle, self.tokens, self.blocks, self.seed, position.epoch, position.lanes)
 
     @property
     def _order_fields(self) -> State:
-        """What another order would differ in."""
+        """The fields of a state that determine the order."""
         block, pool = self.blocks or (0, 0)
         return {
             "seed": self.seed,
@@ -380,11 +381,11 @@ class EpochSchedule:
 
     @property
     def _layout_fields(self) -> State:
-        """What another layout of the same order would differ in."""
+        """The fields of a state that determine the layout of an order."""
         return {"world_size": self.world_size, "batch_size": self.batch_size, "drop_last": self.drop_last}
 
     def state(self, position: Position, workers: int = 1) -> State:
-        """Write a position down. `workers`: it is one of so many workers', each of which has its own."""
+        """The state of a position. `workers`: the number of workers, each of which has its own state."""
         return {
             "version": _VERSION,
             **position._asdict(),
@@ -394,16 +395,17 @@ class EpochSchedule:
         }
 
     def position(self, state: Mapping[str, object], workers: int = 1) -> Position:
-        """Read a position, in this process, which is one of `workers`; one of another layout is laid out anew.
+        """The position of a state, for this process, which is one of `workers`.
 
-        Then `start` is how many tokens all ranks had seen together, and what is left follows, each token once.
+        If the state is of another layout, `start` becomes the number of tokens that all ranks had seen together, and
+        the rest is laid out anew, each token once.
 
         Raises:
-            ArgumentError: it is no state, of another order, or of one of several workers where that is not enough.
+            ArgumentError: not a state, of another order, or of one of several workers where all would be needed.
         """
         wanted = self.state(self.begin(0))
         if isinstance(state, Mapping):
-            # Older ones know of one lane only.
+            # Older states have one lane.
             state = {"lanes": 1, **state}
         missing = [name for name in wanted if name not in state] if isinstance(state, Mapping) else list(wanted)
         if missing:

@@ -1,4 +1,4 @@
-"""Which tokens of a store take part: those that are left after `drop` and `split`, as runs of positions."""
+"""`drop=` and `split=`: the tokens of a store that training uses, as runs of positions (`KeptTokens`, `Split`)."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ __all__ = ["Drop", "KeptTokens", "Split", "as_split", "members"]
 
 _PARTS = ("train", "validation")
 _UNITS = ("sequence", "document", "shard")
-# Apart from the keys that shuffle, whatever the seed.
+# Distinct from the keys of shuffling, whatever the seed.
 _PURPOSE = 0x5B117
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a store.
+    """One part of a store, for training or validation.
 
-    Tokens near each other in the text are alike, so a unit is held back whole. One unit of every `1 / fraction`
-    consecutive ones is for validation, which one a hash of `seed` and their number says; above one half it is the
-    training part that is picked so. A store that grows keeps every unit where it was.
+    Neighbouring tokens of a text are alike, so a unit is never divided. Of every `1 / fraction` consecutive units, one
+    is for validation, picked by a hash of `seed` and their number; for a fraction above one half, the training part is
+    picked in this way. When a store grows, every unit stays in its part.
 
     Attributes:
-        part: `"train"` or `"validation"`; the two are disjoint and together everything.
-        fraction: of the units for validation, above 0 and below 1.
+        part: `"train"` or `"validation"`; the two are disjoint, and together all tokens.
+        fraction: the fraction of units for validation, above 0 and below 1.
         by: the unit: `"sequence"`, `"document"`, or `"shard"`: the sequences that start in one block of
             `shard_tokens`, so that the shards of the two parts hardly overlap.
-        seed: from 0 to 2**64 - 1: another one is another split.
+        seed: from 0 to 2**64 - 1; another seed is another split.
 
     Raises:
-        ArgumentError: one of these makes no sense.
+        ArgumentError: an attribute is invalid.
     """
 
     part: Literal["train", "validation"]
@@ -66,10 +66,10 @@ class Split:
 
 
 def as_split(given: Split | str | None) -> Split | None:
-    """Give the split that is meant: the strings are shorthands for one with the defaults.
+    """The split meant by an argument: a string is short for a `Split` with the defaults.
 
     Raises:
-        ArgumentError: there is no such part.
+        ArgumentError: not None, a split, or the name of a part.
     """
     if given is None or isinstance(given, Split):
         return given
@@ -79,7 +79,7 @@ def as_split(given: Split | str | None) -> Split | None:
 
 
 def members(split: Split, store: Store) -> np.ndarray:
-    """Tell which sequences are in the split's part: `[n_sequences]` bool, in memory of the caller's own."""
+    """Which sequences are in the split's part: `[n_sequences]` bool, the caller's own. ArgumentError if none is."""
     spans = np.asarray(store.sequences)
     if split.by == "sequence":
         numbers, units = np.arange(len(spans)), len(spans)
@@ -102,7 +102,7 @@ def members(split: Split, store: Store) -> np.ndarray:
 
 
 def _numbered(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number values by their first appearance, `[n]` int64, and count them: what follows later changes no number."""
+    """Numbers of values by first appearance, `[n]` int64, and their count; values appended later change no number."""
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
     ranks = np.empty(len(first), np.int64)
     ranks[np.argsort(first)] = np.arange(len(first))
@@ -110,7 +110,7 @@ def _numbered(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _picked(units: int, fraction: float, seed: int) -> np.ndarray:
-    """Pick one of each window of about `1 / fraction` units: `[units]` bool. Window j begins at floor(j / fraction)."""
+    """Pick one unit of each window of about `1 / fraction`: `[units]` bool. Window j begins at floor(j / fraction)."""
     windows = math.floor(units * fraction) + 2
     edges = np.minimum(np.floor(np.arange(windows + 1) / fraction), 2.0**62).astype(np.int64)
     widths = np.maximum(np.diff(edges), 1).astype(np.uint64)
@@ -122,48 +122,48 @@ def _picked(units: int, fraction: float, seed: int) -> np.ndarray:
 
 Drop: TypeAlias = "str | int | np.ndarray | torch.Tensor | Sequence[str | int | np.ndarray | torch.Tensor] | None"
 
-# What can be named. Where a store does not flag first tokens, its sequences say which they are.
+# Names that `drop` accepts. If a store does not flag first tokens, its sequences determine them.
 _FIRST = "first"
 _NAMES = tuple(known_flags(first=True))
-# Tokens looked at in one go: one shard of flags.
+# Tokens that are filtered at a time: one shard of flags.
 _PIECE = 1 << 20
 
 
 class KeptTokens:
-    """The tokens that take part, numbered through in the order of the text: a kept index is 0 to `len - 1`.
+    """The kept tokens, numbered in the order of the text: a kept index is 0 to `len - 1`.
 
-    Memory is 16 to 24 bytes a run of consecutive positions, such as a sequence without its first token. Immutable.
+    Takes 16 to 24 bytes per run of consecutive positions, such as a sequence without its first token. Immutable.
 
     Args:
-        starts, stops: int64 `[runs]` each: the runs, ascending and apart, none of them empty; at least one.
+        starts, stops: int64 `[runs]` each: the runs, at least one, ascending, not adjacent and not empty.
     """
 
     def __init__(self, starts: np.ndarray, stops: np.ndarray) -> None:
         ends = np.cumsum(stops - starts)
-        # What to add to a kept index to get its position.
+        # A kept index plus the offset of its run is its position.
         self._offsets = stops - ends
-        # Padded to a power of two by ends that are behind everything.
+        # Padded to a power of two with ends greater than any index.
         self._padded = np.full(1 << (len(ends) - 1).bit_length(), np.iinfo(np.int64).max)
         self._padded[: len(ends)] = ends
 
     @property
     def _ends(self) -> np.ndarray:
-        """The kept index behind each run."""
+        """The kept index after each run's last."""
         return self._padded[: len(self._offsets)]
 
     @classmethod
     def from_store(cls, store: Store, drop: Drop, split: Split | str | None) -> KeptTokens:
-        """Find the tokens of a store that are left. Reads the flags a million at a time, and the sequences to split.
+        """The tokens of a store that are left. Reads flags, a million at a time, and sequences only if they are needed.
 
         Args:
             store: the store.
             drop: what to leave out: `"bos"`, `"special"`, `"first"` (the first token of each sequence), bits of the
-                flags (1 to 255), or `[n_tokens]` bool, true for each token to leave out; or several of these. Where the
-                store has no flags, as a cache has none, names and bits leave nothing out, which is said once.
-            split: `None` for everything, or the part.
+                flags (1 to 255), or `[n_tokens]` bool, true for each token to leave out; or several of these. In a
+                store without flags, such as a cache, names and bits leave nothing out; this warns once.
+            split: the part, or None for all tokens.
 
         Raises:
-            ArgumentError: `drop` or `split` make no sense, or leave nothing.
+            ArgumentError: `drop` or `split` is invalid, or leaves nothing.
             DtypeError, ShapeError: an array to drop is not bool, or not `[n_tokens]`.
         """
         wanted = _parsed(drop, store)
@@ -184,7 +184,7 @@ class KeptTokens:
                 f"{why}: drop less"
             )
         both = np.concatenate(runs)
-        # A run that goes on in the next piece is one run.
+        # A run that continues in the next piece is one run.
         apart = both[1:, 0] != both[:-1, 1]
         return cls(both[np.append(True, apart), 0], both[np.append(apart, True), 1])
 
@@ -193,11 +193,11 @@ class KeptTokens:
 
     @property
     def digest(self) -> int:
-        """A crc32c by which a resume notices that it has other tokens."""
+        """A crc32c of the runs, by which a resume notices that other tokens are kept."""
         return int(crc32c.crc32c(self._offsets.data, crc32c.crc32c(self._ends.data)))
 
     def positions(self, indices: np.ndarray) -> np.ndarray:
-        """Say where kept tokens are in the store: `[k]` int64 positions from `[k]` int64 kept indices, 0 to len - 1."""
+        """Positions in the store, `[k]` int64, of kept indices, `[k]` int64 from 0 to len - 1."""
         out = np.empty(len(indices), np.int64)
         for piece in pieces(len(indices), len(indices)):
             some = indices[piece]
@@ -205,20 +205,20 @@ class KeptTokens:
         return out
 
     def _runs_of(self, indices: np.ndarray) -> np.ndarray:
-        """Say in which run each kept index is, as `np.searchsorted` does, which always lets go of the lock."""
+        """The run of each kept index, as `np.searchsorted`, but keeps the GIL (see system/threads.py)."""
         runs = np.zeros(len(indices), np.int64)
         step = len(self._padded) // 2
         while step:
-            # As many runs end before it, or more: add them.
+            # At least `step` more runs end before it: skip them.
             behind = self._padded[runs + (step - 1)] <= indices
             runs += behind * step
             step //= 2
         return runs
 
     def stretches(self, start: int, stop: int, gap: int) -> list[tuple[int, int]]:
-        """Say which positions hold the kept indices from `start` to before `stop`, as ascending (start, stop).
+        """Position ranges that hold the kept indices from `start` to before `stop`, as ascending (start, stop).
 
-        Runs with at most `gap` tokens between them that were left out are one stretch. `start < stop`.
+        Runs with at most `gap` dropped tokens between them are one range. `start < stop`.
         """
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
         offsets = self._offsets[first : last + 1]
@@ -229,7 +229,7 @@ class KeptTokens:
 
 
 class _Left(NamedTuple):
-    """What leaves a token out: bits of its flags, arrays, and to be the first of a sequence, which no flag says."""
+    """What drops a token: bits of its flags, arrays, and being first in a sequence where no flag says so."""
 
     bits: int
     arrays: list[np.ndarray]
@@ -265,7 +265,7 @@ def _parsed(drop: Drop, store: Store) -> _Left:
 
 
 def _said(drop: Drop) -> str:
-    """Say what was asked to be dropped, in a line."""
+    """One line for errors about what was to be dropped."""
     if isinstance(drop, (np.ndarray, torch.Tensor)):
         return f"an array of {len(drop)}"
     if isinstance(drop, (list, tuple)):
@@ -282,7 +282,7 @@ def _warn_once() -> None:
 
 
 def _runs(store: Store, left: _Left, among: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Give the runs that are left, `[runs, 2]` int64, piece by piece; a run ends where its piece ends."""
+    """The runs that are left, `[runs, 2]` int64, piece by piece; a run ends where its piece ends."""
     # `store.flags` would hold a byte for each token of the store.
     folder = store.array("flags") if left.bits else None
     starts = np.asarray(store.sequences)[:, 0].copy() if left.first or among is not None else np.empty(0, np.int64)

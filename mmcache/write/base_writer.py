@@ -1,4 +1,4 @@
-"""What `Writer` and `FullActivationCache` share: claiming a path, one writer, one commit point."""
+"""`BaseWriter`, shared by `Writer` and `FullActivationCache`: claiming a path, the writer's lock, the commit point."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _OPEN: weakref.WeakSet[BaseWriter] = weakref.WeakSet()
 
 
 def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
-    """Check that a new store may be made at `path`. Nothing is written.
+    """Check that a new store may be made at `path`; returns it. Writes nothing.
 
     Raises:
-        StoreExistsError: a store is there, or a file, or something under a name that the store would use.
-        LinkError: under a name that a store uses there is a symbolic link.
+        StoreExistsError: the path has a store, or is a file, or has something under a name that the store would use.
+        LinkError: a name that a store uses is a symbolic link.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -59,9 +59,9 @@ def claim(path: str | os.PathLike[str], sites: tuple[str, ...]) -> Path:
 
 
 class BaseWriter:
-    """A store that one writer grows: the pipeline behind it, its lock, and the commit.
+    """A store that one writer grows: its pipeline, its lock, and the commit.
 
-    A writer that is still open when Python ends is closed then, as files are.
+    A writer that is still open when Python exits is closed then, as files are.
     """
 
     _manifest: Manifest
@@ -70,10 +70,10 @@ class BaseWriter:
         self._path, self._durable = path, durable
         self._pipeline: Pipeline | None = None
         self._stager: Stager | None = None
-        # Not open before `_begin`: a writer that could not be made has nothing to close.
+        # Not open before `_begin`: a writer whose `__init__` failed has nothing to close.
         self._closed = True
         self._process = os.getpid()
-        # What is under way, and leaves the store's next commit torn if it is interrupted.
+        # The operation in progress; if it is interrupted, the next commit would be torn.
         self._torn: str | None = None
         self._changed = self._ending = False
         make_folder(path)
@@ -95,16 +95,16 @@ class BaseWriter:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the writer was closed."""
         return self._closed
 
     @property
     def ours(self) -> bool:
-        """Whether this is the process that opened it, and no fork of that."""
+        """Whether this is the process that opened it, and not a fork of that."""
         return self._process == os.getpid()
 
     def _start(self, row_bytes: int) -> tuple[Pipeline, Stager]:
-        """Give the pipeline and its stager, made with the first rows."""
+        """The pipeline and its stager, made with the first rows."""
         if self._pipeline is None or self._stager is None:
             # A slot holds at least one row, and whole pages.
             self._pipeline = Pipeline(max(SLOT_BYTES, -(-row_bytes // PAGE) * PAGE))
@@ -127,9 +127,9 @@ class BaseWriter:
             )
 
     def _create(self, manifest: Manifest, arrays: dict[str, int], tokenizer: Any = None) -> None:
-        """Commit an empty store, with a tokenizer if there is one, or leave the path as free as it was.
+        """Commit an empty store, with a tokenizer if there is one; on failure, leave the path as it was.
 
-        The root first: whatever a crash leaves is a store, or a path that is free.
+        The root is written first: a crash leaves a store, or a path that is free.
         """
         claim(self._path, tuple(manifest.sites))
         try:
@@ -139,7 +139,7 @@ class BaseWriter:
             if arrays:
                 self._commit_root(manifest, arrays)
         except BaseException:
-            # What cannot be removed would only hide why.
+            # A failure to remove would hide the original error.
             with contextlib.suppress(OSError):
                 for file in (*(f"{array}/{ROOT}" for array in arrays), TOKENIZER):
                     remove_file(self._path, file)
@@ -157,27 +157,27 @@ class BaseWriter:
         self._manifest = manifest
 
     def _commit(self) -> None:
-        """Make durable, and count, everything that was handed over."""
+        """Make everything that was handed over durable, and commit it."""
         raise NotImplementedError
 
     def _abandon(self) -> None:
-        """Remove the drafts that are still open; the pipeline has ended."""
+        """Remove the temporary files that are still open; the pipeline has ended."""
 
     def close(self) -> None:
-        """Commit, and let the store go. Safe to call twice.
+        """Commit, and release the store. Safe to call twice.
 
         Raises:
-            WriteError: the commit failed; the store is closed all the same, as of its last commit.
+            WriteError: the commit failed; the writer is closed all the same, and the store as of its last commit.
         """
         if self._closed or self._process != os.getpid():
-            # A fork has the writer's memory, but none of its threads: only the process that made it may end it.
+            # A fork has the writer's memory, but none of its threads: only the process that made it may close it.
             return
         try:
             if not self._ending:
                 self._check_open()
                 self._commit()
         finally:
-            # Where an interrupt comes in between, the next call goes on, and commits no more.
+            # After an interrupt in between, the next call continues here, without another commit.
             self._ending = True
             if self._pipeline is not None:
                 self._pipeline.close()
@@ -203,7 +203,7 @@ class _Closable(Protocol):
 
 
 def close_after(store: _Closable, error: BaseException | None) -> None:
-    """Close at the end of a `with` block; a failure to close never hides the error that ended the block."""
+    """Close at the end of a `with`; a failure to close never hides the error that ended it."""
     try:
         store.close()
     except MmcacheError as failed:
@@ -214,7 +214,7 @@ def close_after(store: _Closable, error: BaseException | None) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    # Every one of them, though others fail.
+    # Close every one, even if others fail.
     with contextlib.ExitStack() as stack:
         for store in list(_OPEN):
             stack.callback(store.close)

@@ -1,4 +1,4 @@
-"""`FullActivationCache`: every layer of one sequence, pushed layer by layer; a store of one site."""
+"""`FullActivationCache`: every layer of one sequence, pushed layer by layer, as a store of one site."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ __all__ = ["FullActivationCache", "LayerWriter"]
 
 
 class LayerWriter(BaseWriter):
-    """The writing half of a cache: a grown store without tokens, whose layers grow instead."""
+    """The writing half of a cache: a grown store without tokens, to which layers are added."""
 
     def __init__(self, path: Path, manifest: Manifest, asked: int | None, *, temporary: bool) -> None:
         super().__init__(path, durable=not temporary)
@@ -71,7 +71,7 @@ class LayerWriter(BaseWriter):
 
     @property
     def manifest(self) -> Manifest:
-        """What was pushed so far, committed or not."""
+        """The metadata of what was pushed so far, committed or not."""
         return self._manifest
 
     def push(self, tensor: torch.Tensor) -> None:
@@ -132,14 +132,14 @@ class LayerWriter(BaseWriter):
             raise DtypeError(f"layer {number} is {tensor.dtype}: expected {self._pushed}, as the layers before it")
 
     def _first(self, tensor: torch.Tensor) -> Manifest:
-        """Fix the geometry, now that the first layer is known."""
+        """The manifest, with the geometry that the first layer determines."""
         seq_len, width = tensor.shape
         dtype = activation_dtype(self._manifest.dtype or tensor.dtype)
         manifest = replace(self._manifest, dtype=dtype.name, sites={self._site: width}, n_tokens=seq_len, n_sequences=1)
         return manifest.with_geometry(shard_rows([width * dtype.size], self._asked, seq_len), seq_len)
 
     def wait(self, slot: int, _block: int) -> None:
-        """Block until a layer's shards are in place; raises what failed behind the caller's back."""
+        """Block until a layer's shards are in place. Raises what failed in the background."""
         for seal in self._seals[slot]:
             if not (self.ours or seal.done.is_set()):
                 raise ClosedError(f"{self._path} belongs to the process that fills it: open it again to read from here")
@@ -148,7 +148,7 @@ class LayerWriter(BaseWriter):
             self._pipeline.check()
 
     def commit(self) -> None:
-        """Make everything pushed durable, and count it."""
+        """Make everything pushed durable, and commit it."""
         self._check_open()
         self._commit()
 
@@ -161,7 +161,7 @@ class LayerWriter(BaseWriter):
         self._changed = False
 
     def close(self) -> None:
-        """Commit and let go; a temporary cache, which is about to be removed, is not committed."""
+        """Commit and release; a temporary cache, which is about to be removed, is not committed."""
         self._changed = self._changed and not self._temporary
         super().close()
 
@@ -171,7 +171,7 @@ class LayerWriter(BaseWriter):
 
 
 def _remove(writer: LayerWriter, folder: Path) -> None:
-    """Remove a temporary cache once nothing writes to it, but not from a fork of the process that made it."""
+    """Close and remove a temporary cache, but not in a fork of the process that made it."""
     if not writer.ours:
         return
     dropped = not writer.closed
@@ -183,21 +183,21 @@ def _remove(writer: LayerWriter, folder: Path) -> None:
 
 
 def _all(start: int, stop: int) -> np.ndarray:
-    """Tell which tokens count in the statistics: no token of a cache is known to be special."""
+    """Which tokens count in the statistics: all, since no token of a cache is known to be special."""
     return np.ones(stop - start, bool)
 
 
 class FullActivationCache:
-    """Every layer's activations of one sequence, on disk: candle-mi's cache of the same name.
+    """Every layer's activations of one sequence, on disk, like candle-mi's class of the same name.
 
     Made by `with_capacity` to be filled, or by `open` to be read. Layers are numbered in the order in which
     they are pushed. What is returned is the caller's own memory: writing to it never reaches the file.
-    Filling is for one thread at a time; reading is safe from several.
+    Pushing is for one thread at a time; reading is safe from several.
     """
 
     def __init__(self, writer: LayerWriter | None, view: SiteView | None, path: Path) -> None:
         self._writer, self._read, self._path = writer, view, path
-        # What `_read` shows of a cache that is being filled.
+        # The manifest that `_read` was made of, in a cache that is being filled.
         self._shown: Manifest | None = None
         self._closed = False
         self._remove: weakref.finalize[[LayerWriter, Path], FullActivationCache] | None = None
@@ -216,16 +216,16 @@ class FullActivationCache:
         """Make an empty cache.
 
         Args:
-            n_layers: how many layers are expected; a hint, more may be pushed.
-            path: its folder, which must not hold a store; None for a temporary one (where `tempfile` keeps
-                them: set TMPDIR to move it off a small or in-memory /tmp), which is removed on close.
+            n_layers: the expected number of layers; a hint, more may be pushed.
+            path: its folder, which must not hold a store. None for a temporary folder, which is removed on close (in
+                `tempfile`'s directory: set TMPDIR if /tmp is small or in memory).
             dtype: the storage dtype, to which layers are cast; None for the first layer's.
-            site: what the activations are, in the names of DESIGN: `resid_post`, `mlp_in`, ….
-            shard_tokens: tokens a shard where the default (256 MiB) does not fit.
+            site: the name of the site, such as `resid_post` or `mlp_in`.
+            shard_tokens: tokens per shard; None for shards of up to 256 MiB.
 
         Raises:
             StoreExistsError: the path already holds a store. LockedError: another writer has it.
-            ArgumentError, DtypeError: the other arguments make no sense.
+            ArgumentError, DtypeError: another argument is invalid.
         """
         check_site_name(site)
         manifest = Manifest(
@@ -269,17 +269,17 @@ class FullActivationCache:
     def push(self, tensor: torch.Tensor) -> None:
         """Add the next layer: `[seq_len, d_model]`, any device, any strides, with or without grad.
 
-        The layer is copied into staging buffers (64 MiB at most, whatever its size) and written behind this
-        call, which blocks only while the disk is behind by all of them. On CUDA a side stream takes it to the
-        host and the forward pass goes on; the tensor may be written to at once, as later work of the current
-        stream. It is durable after `flush` or `close`.
+        The layer is copied into staging buffers (64 MiB at most, whatever its size) and written in the background.
+        This call blocks only while all buffers wait for the disk. From CUDA, a side stream copies the layer to the
+        host while the forward pass continues; later work of the current stream may overwrite the tensor at once.
+        The layer is durable after `flush` or `close`.
 
         Raises:
-            ShapeError: not 2-D, empty, or another shape than the first layer's.
-            DtypeError: another dtype than the first layer's, or one that cannot be stored.
+            ShapeError: not 2-D, empty, or of another shape than the first layer.
+            DtypeError: of another dtype than the first layer, or of one that cannot be stored.
             ArgumentError: `shard_tokens` does not fit the first layer.
             ClosedError, ReadOnlyError: the cache is closed, or was opened for reading.
-            WriteError: the disk refused, now or for an earlier layer.
+            WriteError: writing this or an earlier layer failed.
         """
         self._check_open()
         if self._writer is None:
@@ -288,14 +288,14 @@ class FullActivationCache:
 
     @property
     def _view(self) -> SiteView | None:
-        """What is there to read; None for no layers. Made when it is asked for: pushing takes no time for it."""
+        """A view of the layers so far; None if there are none. Made on demand, so that pushing takes no time for it."""
         if self._writer is None or self._closed:
             return self._read
         manifest = self._writer.manifest
         if manifest.layers and manifest is not self._shown:
             site, seq_len = next(iter(manifest.sites)), manifest.n_tokens or 0
             folder = ShardFolder(self._path, manifest, site, seq_len, wait=self._writer.wait)
-            # Nothing here points back at the cache: a temporary one goes with its last reference.
+            # Nothing here refers to the cache: a temporary one is removed with its last reference.
             self._read = SiteView(
                 site, folder, "layer", manifest.layers, lambda _: (0, seq_len), _all, length="seq_len"
             )
@@ -314,7 +314,7 @@ class FullActivationCache:
         return view
 
     def get_layer(self, layer: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """Read a layer: `[seq_len, d_model]`, or None where it is not cached.
+        """Read a layer: `[seq_len, d_model]`, or None if it is not cached.
 
         Right after its push this blocks until the layer is written. Errors as `get_position`.
         """
@@ -328,7 +328,7 @@ class FullActivationCache:
 
         Raises:
             OutOfRangeError: the layer or the position is not in the cache.
-            CorruptError: its shard is not what belongs there.
+            CorruptError: its shard is damaged, or not the one that belongs there.
             WriteError: writing it failed. ClosedError: the cache is closed.
         """
         view = self._view
@@ -352,7 +352,7 @@ class FullActivationCache:
 
     @property
     def n_layers(self) -> int:
-        """Layers pushed so far."""
+        """The number of layers pushed so far."""
         self._check_open()
         return 0 if self._view is None else len(self._view)
 
@@ -363,12 +363,12 @@ class FullActivationCache:
 
     @property
     def seq_len(self) -> int:
-        """Tokens of the sequence. Raises EmptyCacheError before the first push."""
+        """The number of tokens of the sequence. Raises EmptyCacheError before the first push."""
         return self._known("seq_len").shape[1]
 
     @property
     def d_model(self) -> int:
-        """Numbers a row. Raises EmptyCacheError before the first push."""
+        """Values per row. Raises EmptyCacheError before the first push."""
         return self._known("d_model").d_model
 
     @property
@@ -399,10 +399,10 @@ class FullActivationCache:
         return cache_html(self._path, state, self._view)
 
     def flush(self) -> None:
-        """Return when everything pushed so far is durable, and counts after a crash.
+        """Commit everything pushed so far; blocks until it is durable.
 
         Raises:
-            WriteError: something could not be written; the cache is as of its last flush.
+            WriteError: something could not be written; the cache on disk is as of its last flush.
             ClosedError: the cache is closed.
         """
         self._check_open()
@@ -410,7 +410,7 @@ class FullActivationCache:
             self._writer.commit()
 
     def close(self) -> None:
-        """Flush, and let the cache go; a temporary one is removed. Safe to call twice. Errors as `flush`."""
+        """Flush, and release the cache; a temporary one is removed instead. Safe to call twice. Errors as `flush`."""
         if self._closed and (self._writer is None or self._writer.closed):
             return
         self._closed, self._read = True, None

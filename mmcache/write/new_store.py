@@ -1,4 +1,4 @@
-"""What a new store may be: what is made can be opened, written to and verified, or is refused before it is there."""
+"""Checks of a new store: one that could not be opened, written to or verified is refused before it is made."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_LAYERS", "check_new", "row_sizes", "site_widths"]
 
-# More than any model has; the lists of them that JSON and headers have room for are shorter.
+# More than any model has; JSON and headers have room for fewer.
 MOST_LAYERS, _MOST_WIDTH = 1 << 16, 1 << 28
-# What is staged holds a row at least, and the ring has four such pieces.
+# A staging slot holds at least one row, and the ring has four slots.
 _MOST_ROW_BYTES = 1 << 31
-# Left free in the root, for what is added to it later.
+# Left free in the root for later additions.
 _SPARE = 1 << 20
 
 
 def site_widths(name: str, value: Any) -> dict[str, int]:
-    """Sites of a new store and their `d_model`, as an argument.
+    """The checked argument `sites`: each site of a new store and its `d_model`.
 
     Raises:
-        ArgumentError: they are no dict of names to whole numbers, or none at all.
+        ArgumentError: not a dict of names to integers, or empty.
     """
     if not isinstance(value, Mapping) or not value:
         raise ArgumentError(f"{name} is {shown(value)}: expected a dict of site name to d_model")
@@ -42,24 +42,24 @@ def site_widths(name: str, value: Any) -> dict[str, int]:
 
 
 def row_sizes(manifest: Manifest) -> list[int]:
-    """Bytes of a row of each site: of one layer, or of all of them in the token layout."""
+    """Bytes of a row of each site: of one layer, or in the token layout of all layers."""
     size = BY_NAME[manifest.dtype or ""].size
     return [size * math.prod(manifest.row_shape(site)) for site in manifest.sites]
 
 
 def check_new(manifest: Manifest) -> None:
-    """Refuse what could be written down, and not be used: a root too large, rows too long, names too long.
+    """Refuse a store that could be described but not used: its root is too large, its rows or names too long.
 
     Args:
-        manifest: a store that is to be made, with its geometry if that is known already.
+        manifest: of the new store, with its geometry if that is known already.
 
     Raises:
-        ArgumentError: what it is that makes no sense, or does not fit.
+        ArgumentError: names what is invalid or too large.
     """
     _check_root(manifest)
     if manifest.shard_tokens is None:
         return
-    # The fewer tokens come first, the smaller and the more are the inner chunks.
+    # The fewer tokens are appended first, the smaller the inner chunks, and the more of them.
     _check_root(manifest.with_geometry(manifest.shard_tokens, 1))
     for site, size in zip(manifest.sites, row_sizes(manifest), strict=True):
         if size > _MOST_ROW_BYTES:
@@ -89,7 +89,7 @@ def _check_root(manifest: Manifest) -> None:
 
 
 def _check_arrays(manifest: Manifest) -> None:
-    # They differ in the site's width alone.
+    # The sites' arrays differ only in width.
     site = next(iter(manifest.sites))
     _check_size(array_json(manifest, site, 0), ARRAY_LIMIT - _SPARE // 64, f"the zarr.json of {site}", ("layers",))
 

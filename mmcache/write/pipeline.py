@@ -1,9 +1,9 @@
 """Writes in the background: a ring of staging slots and the threads that empty it.
 
-A job passes three stages in order: `digest` (checksum and statistics while the bytes are in cache), `write` (to the
-device) and `publish` (sync and rename). So the digest of one slot runs while those before it are written, two at a
-time, lest the device wait for us, and shards before that are synced. The ring bounds the memory: when the disk is
-slower than the model, the caller waits for a slot.
+A job passes three stages in order: `digest` (checksum and statistics, while the bytes are in the processor's cache),
+`write` (to the device) and `publish` (sync and rename). The stages overlap: while one slot is digested, earlier ones
+are written, two at a time to keep the device busy, and still earlier shards are synced. The ring bounds the memory: if
+the disk is slower than the model, the caller waits for a slot.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ __all__ = ["SLOT_BYTES", "Job", "Pipeline", "Ring", "Slot"]
 
 SLOT_BYTES = 16 << 20
 _SLOTS = 4
-# Writes in flight: the device is done with one while the next is under way.
+# Writes in flight: the device has the next one when it finishes one.
 _WRITERS = 2
-# Shards that wait for their sync, with up to two descriptors each, of the 1,024 that a process usually may have.
+# Shards that wait for their sync, with up to two file descriptors each, of the usual limit of 1,024 per process.
 _MAX_FILES = 128
 
 
 class Job:
-    """What passes through the pipeline; each stage does nothing unless a kind of job says otherwise.
+    """A job of the pipeline; each stage is a no-op unless a subclass overrides it.
 
-    Once something failed, jobs pass without their stages being run, and `abandon` comes at the very end: no
-    thread can be in the middle of an earlier job by then.
+    After a failure, the stages of later jobs are skipped, and `abandon` is called at the very end: by then, no thread
+    is still working on an earlier job.
     """
 
-    # How many open files go with the job, and are closed at its end.
+    # Open files that belong to the job, and are closed at its end.
     files = 0
 
     def digest(self) -> None:
-        """Checksum and statistics; of one job at a time, in order."""
+        """Compute checksums and statistics; one job at a time, in order."""
 
     def write(self) -> None:
-        """To the device; of several jobs at the same time, in any order."""
+        """Write to the device; several jobs at the same time, in any order."""
 
     def publish(self) -> None:
-        """Sync and rename; of one job at a time, in order, once it and all before it are written."""
+        """Sync and rename; one job at a time, in order, once it and all before it are written."""
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Remove what the job has made."""
 
 
 def _nothing() -> None:
@@ -78,14 +78,14 @@ class Slot:
                 raise WriteError(f"pinning {size} bytes of staging memory failed with CUDA error {status}")
 
     def free(self) -> None:
-        """Unpin; the memory goes with its last view."""
+        """Unpin; the memory is freed with its last view."""
         if self.pinned:
             _cudart().cudaHostUnregister(self.memory.ctypes.data)
             self.pinned = False
 
 
 class Ring:
-    """A few slots that are used again and again; memory is taken as they are first touched."""
+    """A few slots that are reused; their memory is taken when first touched."""
 
     def __init__(self, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
@@ -94,11 +94,11 @@ class Ring:
 
     @property
     def has_room(self) -> bool:
-        """Whether the next slot is there at once."""
+        """Whether `acquire` would return at once."""
         return len(self._slots) < _SLOTS or not self._free.empty()
 
     def acquire(self, *, pin: bool, alive: Callable[[], None]) -> Slot:
-        """Give a free slot; blocks until there is one. `alive` is asked now and then, and raises on failure."""
+        """A free slot; blocks until there is one. Meanwhile `alive` is called now and then, and may raise."""
         while True:
             try:
                 slot = self._free.get_nowait()
@@ -119,7 +119,7 @@ class Ring:
             return slot
 
     def release(self, slot: Slot) -> None:
-        """Give a slot back."""
+        """Return a slot to the ring."""
         self._free.put(slot)
 
     def close(self) -> None:
@@ -130,26 +130,25 @@ class Ring:
 
 
 class _Barrier(Job):
-    """A job that does nothing, and says when everything before it is done."""
+    """A job that does nothing, and shows when all jobs before it are done."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
 
     def publish(self) -> None:
-        """Everything before has been published."""
+        """All jobs before have been published."""
         self.done.set()
 
     def abandon(self) -> None:
-        """Everything before has been abandoned or published."""
+        """All jobs before have been abandoned or published."""
         self.done.set()
 
 
 class Pipeline:
-    """The threads, and the ring they empty.
+    """The background threads, and the ring that they empty.
 
-    The first failure stops everything: what is under way is abandoned, and every later call raises a
-    `WriteError` that names it. Threads start with the first job. `submit`, `drain` and `close` belong to one
-    thread at a time.
+    The first failure stops everything: unfinished jobs are abandoned, and every later call raises an error that names
+    it. Threads start with the first job. `submit`, `drain` and `close` are for one thread at a time.
     """
 
     def __init__(self, slot_bytes: int) -> None:
@@ -172,29 +171,28 @@ class Pipeline:
         failure = self._failure
         if failure is None:
             return
-        # An OSError's text would tell number and file a second time; an interrupt has none.
+        # An OSError's text would repeat number and file; an interrupt has no text.
         why = (isinstance(failure, OSError) and failure.strerror) or str(failure) or repr(failure)
         message = (
             f"an earlier write failed in the background, and nothing after it was kept ({why}). What was committed or "
             f"published before is intact: go on from there, with a new writer or the same command"
         )
         if isinstance(failure, MmcacheError):
-            # The same class again, so that a full disk is still a full disk to the one who catches it.
+            # The same class again, so that callers can still catch a full disk as such.
             if isinstance(failure, OSError) and failure.errno is not None:
                 raise type(failure)(failure.errno, message, failure.filename) from failure
             raise type(failure)(message) from failure
         raise WriteError(message) from failure
 
     def acquire(self, *, pin: bool = False) -> Slot:
-        """Give a free slot; blocks while the disk is behind. Raises what failed in the background."""
+        """A free slot; blocks while all of them wait for the disk. Raises what failed in the background."""
         self.check()
         return self.ring.acquire(pin=pin, alive=self.check)
 
     def submit(self, job: Job) -> None:
-        """Hand over a job; blocks only while a great many files wait to be published.
+        """Queue a job; blocks only while 128 files or more wait to be published.
 
-        One that may have been handed over already, as its caller was interrupted, may be handed over again if no other
-        came in between: it is done once.
+        A caller that was interrupted may submit the same job again, if no other came in between: it is done once.
         """
         if self._closed:
             raise ClosedError("the writer is closed: open the store again to write to it")
@@ -207,9 +205,9 @@ class Pipeline:
         self._count_files(job.files)
 
     def _start(self) -> None:
-        # The writers too, by a job of no work: what keeps a thread from being started is raised here, to the caller.
+        # The writers too, with an empty job: a failure to start a thread is raised here, to the caller.
         self._writers.submit(_nothing)
-        # An interrupt may come between any two of them: those that run are not started again, the others still are.
+        # An interrupt may come between any two starts: the next call starts only those that do not run.
         for thread in self._threads:
             if thread.ident is None:
                 thread.start()
@@ -242,7 +240,7 @@ class Pipeline:
     def _publish(self) -> None:
         while (item := self._written.get()) is not None:
             job, written = item
-            # Whatever failed: a job that is being written is not abandoned yet.
+            # Even after a failure: a job must not be abandoned while it is being written.
             try:
                 written.result()
             except CancelledError:
@@ -251,7 +249,7 @@ class Pipeline:
             self._end(job)
 
     def _end(self, job: Job) -> None:
-        """Do what comes after the last stage."""
+        """Finish a job after its last stage: abandon it if anything failed."""
         if self._failure is not None:
             job.abandon()
         self._count_files(-job.files)
@@ -260,7 +258,7 @@ class Pipeline:
         """Block until every job so far is published.
 
         Raises:
-            WriteError: something failed; the class is the failure's own where it is one of ours.
+            WriteError: something failed; if that was an MmcacheError, an error of its class.
         """
         if self._running:
             barrier = _Barrier()
@@ -269,9 +267,9 @@ class Pipeline:
         self.check()
 
     def close(self) -> None:
-        """End the threads, after all jobs so far. Never raises for what failed before: `drain` does.
+        """End the threads after all jobs so far; blocks until then. Never raises for earlier failures: `drain` does.
 
-        Safe to call twice; a call that was interrupted is gone on with by the next.
+        Safe to call twice; after an interrupt, call it again to finish.
         """
         if not self._closed:
             self._jobs.put(None)

@@ -1,4 +1,4 @@
-"""A shard that is being written, and a block of tokens with a shard for each site, or for each site and layer."""
+"""Writing shards: `ShardWriter` (one), `BlockWriter` (all shards of a block of tokens), `Seal` (the last step)."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ __all__ = ["BlockWriter", "Run", "Seal", "ShardWriter"]
 
 @lru_cache(maxsize=8)
 def _layout(spec: ShardSpec, rows: int) -> Layout:
-    """Give a layout; that of full shards, of which there are many, is computed once."""
+    """The layout of a shard; cached, since most shards are full ones."""
     return Layout(spec, rows)
 
 
 def _digest_rows(spec: ShardSpec) -> int:
-    """Give the rows that are digested together: an inner chunk, or a block of sums where that is larger."""
+    """Rows that are digested together: an inner chunk, or the rows that are summed together if these are more."""
     if not spec.stat_layers:
         return spec.chunk_rows
     return max(spec.chunk_rows, block_rows(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows))
 
 
 class ShardWriter:
-    """One shard that is being filled, in order. Equal, byte for byte, to `shard.encode` of the same rows.
+    """One shard that is filled in order. Byte-identical to `shard.encode` of the same rows.
 
-    Made in the caller's thread, which meets a full disk there unless it is told to leave that to the digest thread;
-    digested, written and published in the pipeline's threads, each of which touches only its own part of the state.
+    Made in the caller's thread, where a full disk is an error at once, unless `later` leaves it to the digest thread.
+    Digested, written and published in the pipeline's threads, each of which touches only its own part of the state.
 
     Args:
-        root: the folder from which on no link is followed.
-        name: the final name from there.
-        spec: the array's shards.
+        root: the folder below which no link is followed.
+        name: the final name, relative to `root`.
+        spec: the geometry of the array's shards.
         metadata: the header's strings.
         first_token: the position of the shard's first row in the store.
-        rows: rows it will have, where that is known: their space is reserved at once.
-        policy: what goes past the page cache.
+        rows: the number of rows it will have, if known: their space is reserved at once.
+        policy: decides which writes go past the page cache.
         durable: sync before the rename.
-        later: make the file when the first rows are digested: a caller who has computed all rows loses nothing by it.
+        later: make the file only when the first rows are digested, for callers that have all rows already.
         inspect: called, in the digest thread, with the finished statistics; raising there keeps the shard from
             being published.
     """
@@ -84,7 +84,7 @@ class ShardWriter:
         self.folder = (root / name).parent
         self._metadata, self._first_token, self._durable = metadata, first_token, durable
         self._inspect = inspect
-        # The caller's side, and the digest thread's: rows, and bytes of them whose place is given out.
+        # Rows staged (caller's thread), rows digested, and bytes whose offset in the file is taken (digest thread).
         self.staged = 0
         self._digested = 0
         self._begun = 0
@@ -98,7 +98,7 @@ class ShardWriter:
 
     @property
     def path(self) -> Path:
-        """The final name."""
+        """The final path."""
         return self._root / self._name
 
     @cached_property
@@ -113,12 +113,12 @@ class ShardWriter:
         return shard_moments(self.spec, self._first_token, busy=self._policy.busy)
 
     def carry(self, overflow: np.ndarray) -> None:
-        """Go on counting from the overflow of the shard that this one replaces. Before anything is staged."""
+        """Add the overflow counts of the shard that this one replaces. Call it before anything is staged."""
         if self._moments is not None:
             self._moments.add_overflow(overflow)
 
     def digest(self, data: np.ndarray, keep: np.ndarray | None, overflow: Sequence[np.ndarray]) -> None:
-        """Take the next rows, as `[bytes]` uint8, into checksums and statistics."""
+        """Add the next rows, `[bytes]` uint8, to checksums and statistics."""
         spec, step = self.spec, _digest_rows(self.spec)
         rows = len(data) // spec.row_bytes
         done = 0
@@ -126,7 +126,7 @@ class ShardWriter:
             some = min(step - self._digested % step, rows - done)
             part = data[done * spec.row_bytes : (done + some) * spec.row_bytes]
             self._check(part)
-            # While the rows are still in the processor's cache.
+            # Now, while the rows are in the processor's cache.
             if self._moments is not None:
                 shaped = part.view(spec.dtype.numpy).reshape(some, spec.stat_layers, spec.row_shape[-1])
                 self._moments.add(shaped, None if keep is None else keep[done : done + some])
@@ -136,7 +136,7 @@ class ShardWriter:
                 self._moments.add_overflow(lost)
 
     def _check(self, data: np.ndarray) -> None:
-        """Take the next rows into the checksums of their inner chunks."""
+        """Add the next rows to the checksums of their inner chunks."""
         size = self.spec.row_bytes
         while len(data):
             room = self.spec.chunk_rows - self._digested % self.spec.chunk_rows
@@ -148,14 +148,14 @@ class ShardWriter:
             self._digested += len(part) // size
 
     def begin_write(self, size: int) -> Callable[[np.ndarray], None]:
-        """Give what writes the next rows, `size` bytes of them, as `[size]` uint8: in any thread, beside others."""
+        """A function that writes the next rows, `[size]` uint8; it may run in any thread, together with others."""
         self._direct = self._policy.past_it(size)
         offset = HEADER_BYTES + self._begun
         self._begun += size
         return partial(self._draft.write, offset=offset, direct=self._direct)
 
     def finish_digest(self) -> None:
-        """Compute what stands behind the rows."""
+        """Compute the tail, which follows the rows."""
         layout = _layout(self.spec, self._digested)
         padding = layout.chunk_padding()
         if padding:
@@ -164,11 +164,11 @@ class ShardWriter:
         if self._inspect is not None and statistics is not None:
             self._inspect(statistics)
         self._tail = layout.tail(self._crcs, statistics)
-        # Not needed any more, and the writer is kept until it is published.
+        # Freed now, since the writer is kept until it is published.
         self._moments = None
 
     def publish(self) -> None:
-        """Write what stands behind the rows, and the header; make the file durable and give it its name."""
+        """Write tail and header, make the file durable, and rename it to its final name."""
         layout = _layout(self.spec, self._digested)
         header = layout.header(self._metadata)
         for part, offset in ((self._tail, HEADER_BYTES + self._begun), (header, 0)):
@@ -177,16 +177,16 @@ class ShardWriter:
         self._draft.publish(layout.size, durable=self._durable)
 
     def discard(self) -> None:
-        """Leave nothing behind. Only while no thread of the pipeline can touch the shard."""
+        """Remove the temporary file. Only while no thread of the pipeline can touch the shard."""
         if "_draft" in self.__dict__:
             self._draft.discard()
 
 
 class Seal(Job):
-    """The job that finishes shards, publishes them, and makes their folders durable if asked to.
+    """The job that finishes and publishes shards, and with `durable` makes their folders durable.
 
-    `done` is set once they are in place, or abandoned. `published` is told where they are once they all are in place,
-    in the publish thread.
+    `done` is set once they are all in place, or abandoned. Once they are all in place, `published` is called with
+    their paths, in the publish thread.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Seal(Job):
         self.done = threading.Event()
 
     def digest(self) -> None:
-        """Compute checksums and statistics."""
+        """Finish checksums and statistics."""
         for shard in self._shards:
             shard.finish_digest()
 
@@ -215,19 +215,19 @@ class Seal(Job):
                 sync_folder(folder)
         if self._published is not None:
             self._published([shard.path for shard in self._shards])
-        # Whoever waits for it keeps nothing but that.
+        # Freed now: whoever waits for `done` may keep this job.
         self._shards = ()
         self.done.set()
 
     def abandon(self) -> None:
-        """Remove the drafts."""
+        """Remove the temporary files."""
         for shard in self._shards:
             shard.discard()
         self._shards = ()
         self.done.set()
 
 
-# Tokens in a row: of each site a `[n, d_model]` tensor a layer, and `keep` as in `Stager.stage`.
+# Consecutive tokens: for each site a `[n, d_model]` tensor per layer, and `keep` as in `Stager.stage`.
 Run: TypeAlias = "tuple[Mapping[str, Sequence[torch.Tensor]], np.ndarray | None]"
 
 
@@ -235,15 +235,16 @@ class BlockWriter:
     """The shards of one block of tokens, of all sites (and, in the layer layout, all layers), filled in order.
 
     Args:
-        path: the store.
+        path: the store's folder.
         manifest: its geometry.
-        number: which block.
-        policy: what goes past the page cache.
-        rows: tokens the block will have, where that is known.
+        number: the number of the block.
+        policy: decides which writes go past the page cache.
+        rows: the number of tokens the block will have, if known.
+        durable: sync shards and folders.
         inspect: called with site, slot and statistics of each shard before it is published, in a thread of the
             pipeline; raising there keeps it from being published.
-        ids: the digest of the tokens that the block's rows are of, where its headers say it.
-        only: (site, slot) of the shards to make, where the others are there already; None for all.
+        ids: the digest of the block's tokens, if its headers record it.
+        only: (site, slot) of the shards to make, if the others exist already; None for all.
         published: called with the shards' paths once all are in place, in a thread of the pipeline.
     """
 
@@ -262,7 +263,7 @@ class BlockWriter:
         published: Callable[[Sequence[Path]], None] | None = None,
     ) -> None:
         self.number, self.rows, self._durable = number, 0, durable
-        # The position of its first token.
+        # The position of the block's first token.
         self.first = number * (manifest.shard_tokens or 0)
         self._published = published
         self._seal: Seal | None = None
@@ -292,9 +293,9 @@ class BlockWriter:
             raise
 
     def append(self, stager: Stager, runs: Sequence[Run]) -> None:
-        """Stage the next tokens of every site, one run of them after the other.
+        """Stage the next tokens of every site, run by run.
 
-        All runs of a shard are staged in a row, so that they are written in pieces as large as can be.
+        All runs of a shard are staged one after the other, so that writes are as large as possible.
         """
         if self._old is not None:
             self._stage_old(stager, *self._old)
@@ -306,9 +307,7 @@ class BlockWriter:
             self.rows += sum(len(next(iter(activations.values()))[0]) for activations, _ in runs)
 
     def resume(self, old: Mapping[str, ShardFolder], keep: np.ndarray) -> None:
-        """Begin with the rows of the partly filled shards on disk: staged with the first that are appended.
-
-        Their checksums are compared now.
+        """Begin with the rows of the partly filled shards on disk: checked now, staged by the first `append`.
 
         Raises:
             CorruptError: a shard on disk is damaged.
@@ -330,13 +329,13 @@ class BlockWriter:
         return self._seal is not None
 
     def seal(self, pipeline: Pipeline, stager: Stager) -> None:
-        """Send the block on its way to the disk; returns at once. Where that was interrupted, it is called again."""
+        """Submit the block for writing; returns at once. After an interrupt, call it again."""
         if self._seal is None:
             self._seal = Seal(list(self._shards.values()), durable=self._durable, published=self._published)
         stager.flush()
         pipeline.submit(self._seal)
 
     def discard(self) -> None:
-        """Leave nothing of it behind. Only while no thread of the pipeline can touch it."""
+        """Remove the temporary files. Only while no thread of the pipeline can touch them."""
         for shard in self._shards.values():
             shard.discard()

@@ -1,4 +1,4 @@
-"""From tensors to shards: rows are copied into staging slots, and the pipeline makes shards of them."""
+"""`Stager`: copies rows of tensors into staging slots, of which the pipeline makes shards."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Piece:
     """Some rows of one shard in a slot: bytes `start` to `stop`.
 
-    Of each time that rows were added: how many, which of them count in the statistics (None for all), and what
-    overflowed (None for nothing).
+    `kept` has for each time that rows were added their number, and which of them count in the statistics (None for
+    all). `overflow` has the overflow counts of those that overflowed.
     """
 
     shard: ShardWriter
@@ -40,7 +40,7 @@ class _Piece:
     overflow: list[torch.Tensor]
 
     def keep(self) -> np.ndarray | None:
-        """Tell which rows count: `[n]` bool, or None for all."""
+        """Which rows count in the statistics: `[n]` bool, or None for all."""
         if all(kept is None for _, kept in self.kept):
             return None
         return np.concatenate([np.ones(rows, np.bool_) if kept is None else kept for rows, kept in self.kept])
@@ -52,30 +52,30 @@ class _SlotJob(Job):
     def __init__(self, slot: Slot, pipeline: Pipeline) -> None:
         self.slot, self.used = slot, 0
         self.pieces: list[_Piece] = []
-        # Packed on a device, and kept until they have been copied from there, which `copied` tells.
+        # Packed tensors on a device, kept until they were copied from there (event `copied`).
         self.sources: list[torch.Tensor] = []
         self.copied: torch.cuda.Event | None = None
-        # Nothing more is staged in it: it may be handed over.
+        # Nothing more will be staged in it: it may be submitted.
         self.full = False
         self._pipeline = pipeline
         self._writes: list[tuple[Callable[[np.ndarray], None], np.ndarray]] = []
 
     def begin(self, shard: ShardWriter) -> int:
-        """Give the byte that the next rows of a shard go to.
+        """The offset in the slot for the next rows of a shard.
 
-        Right behind its last ones, or as far into a page as in its file: so all whole pages can be written directly.
+        Directly after its last rows, or as far into a page as in its file, so that whole pages can be written directly.
         """
         if self.pieces and self.pieces[-1].shard is shard:
             return self.used
         into_page = shard.staged * shard.spec.row_bytes % PAGE
-        # A slot may have room for just one row, and none before it.
+        # A slot may have room for just one row, and none for an offset.
         fits = into_page + shard.spec.row_bytes <= len(self.slot.memory)
         return -(-self.used // PAGE) * PAGE + into_page * fits
 
     def add(
         self, shard: ShardWriter, start: int, stop: int, keep: np.ndarray | None, overflow: torch.Tensor | None
     ) -> None:
-        """Note that bytes `start` to `stop` are the next rows of a shard."""
+        """Record that bytes `start` to `stop` are the next rows of a shard."""
         if not (self.pieces and self.pieces[-1].shard is shard):
             self.pieces.append(_Piece(shard, start, start, [], []))
         piece = self.pieces[-1]
@@ -101,12 +101,12 @@ class _SlotJob(Job):
 
 
 class Stager:
-    """Copies rows into slots and hands full slots to the pipeline. Used by one thread at a time."""
+    """Copies rows into slots and submits full slots to the pipeline. Used by one thread at a time."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        # Those that were not handed over yet; only the last may be not full. An interrupt between any two steps loses
-        # none of them, and leaves no step that cannot be done again.
+        # Jobs not submitted yet; only the last may be not full. An interrupt between any two steps loses none of them,
+        # and every step can be repeated.
         self._filled: list[_SlotJob] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -114,11 +114,11 @@ class Stager:
         """Stage the next rows of a shard; blocks only while every slot is in use.
 
         Args:
-            shard: where they go.
-            parts: one `[n, d_model]` tensor a layer of the shard's row, any device, strides and float dtype:
-                cast to the storage dtype. Read before this returns; on CUDA, before any later work of the
+            shard: the shard that they belong to.
+            parts: one `[n, d_model]` tensor for each layer of the shard's row, of any device, strides and float
+                dtype; cast to the storage dtype. Read before this returns; on CUDA, before any later work of the
                 current stream.
-            keep: `[n]` bool: rows that count in the statistics.
+            keep: `[n]` bool, the rows that count in the statistics; None for all.
         """
         spec = shard.spec
         rows, done = len(parts[0]), 0
@@ -131,13 +131,13 @@ class Stager:
             start = job.begin(shard)
             room = (len(job.slot.memory) - start) // spec.row_bytes
             if job.used and room < whole_rows <= room_for_all // 4 and shard.staged % whole_rows == 0:
-                # The next block of sums would be cut, even if these rows have room: others may follow them.
+                # The rows that are summed together next would be split, even if these have room: others may follow.
                 self._set_aside()
                 continue
             fit = min(room, rows - done)
             if fit < rows - done:
-                # Whole pages, so that the next piece starts on one and may go to the device directly; and whole
-                # blocks of sums where it can be, which need not be kept until their other rows are there.
+                # Whole pages, so that the next piece starts on one and can be written directly; and if possible all
+                # rows that are summed together, which then need not be kept until the others arrive.
                 whole = fit - (shard.staged + fit) % whole_rows
                 fit = whole if whole > 0 or job.used else fit
             elsewhere = bool(job.sources) and job.sources[0].device != parts[0].device
@@ -166,7 +166,7 @@ class Stager:
         return job
 
     def flush(self) -> None:
-        """Hand over the slots that were filled, and the one that is being filled."""
+        """Submit the filled slots, and the one that is being filled."""
         self._set_aside()
         self._submit()
 
@@ -176,10 +176,10 @@ class Stager:
             del self._filled[0]
 
     def _set_aside(self) -> None:
-        """Be done with a slot, and hand it over once nothing can be staged without.
+        """Mark the open slot as full; submit slots only when none is free.
 
-        What is staged while the ring is idle is copied without threads beside it that want the same memory and the
-        same processors: the caller waits for the copies alone.
+        While the ring has room, rows are copied without background threads that compete for memory bandwidth and
+        processors, so that the caller waits only for the copies.
         """
         job = self._open()
         if job is None:
@@ -192,16 +192,16 @@ class Stager:
             self._submit()
 
     def settle(self) -> None:
-        """Give the packed rows' device memory back soon: it is held until their slot is handed over."""
+        """Flush if packed rows hold device memory, which is freed only after their slot is submitted."""
         job = self._open()
         if job is not None and job.sources:
             self.flush()
 
     def _copy_from_cuda(self, job: _SlotJob, into: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor | None:
-        """Queue the copy: packed and cast on the caller's stream, then one run into pinned memory on a side stream.
+        """Queue the copy: pack and cast on the caller's stream, then one copy to pinned memory on a side stream.
 
-        Packing always copies, which takes microseconds on the device. So whatever the caller does to the tensors
-        next, in place or not, comes after it, and they need not be kept.
+        Packing always copies, which takes microseconds on the device. So whatever the caller does to the tensors next,
+        even in place, comes after it, and they need not be kept.
         """
         device = parts[0].device
         stream = self._streams.get(device)
@@ -227,7 +227,7 @@ class Stager:
 
 
 def _whole_rows(spec: ShardSpec, slot_bytes: int) -> int:
-    """Give how many rows are whole pages, and whole blocks of sums where a slot has room for one, or parts of one."""
+    """The number of rows that fill whole pages, and if a slot has room, all rows that are summed together."""
     block = block_rows(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows) if spec.stat_layers else WHOLE_ROWS
     fits = block * spec.row_bytes <= slot_bytes
     return max(PAGE // math.gcd(spec.row_bytes, PAGE), block if fits else WHOLE_ROWS)
@@ -238,7 +238,7 @@ def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
 
 
 def _plain(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> list[np.ndarray] | None:
-    """Give the bits of rows of host memory that need no cast, as integers; None where one of them is anything else."""
+    """The bits of the parts as integers, if all are in host memory and need no cast; else None."""
     if any(part.dtype != dtype or part.device.type != "cpu" or part.is_neg() for part in parts):
         return None
     return [part.detach().view(_INTEGERS[dtype.itemsize]).numpy() for part in parts]
@@ -252,13 +252,13 @@ def _copy_plain(into: np.ndarray, parts: list[np.ndarray], row_shape: tuple[int,
 
 
 def _within(rows: torch.Tensor, most: float) -> bool:
-    """Tell in one quick pass whether no magnitude is larger, and nothing is NaN; the norm takes 16 times as long."""
+    """Whether no magnitude is larger and none is NaN, in one quick pass; computing the norm takes 16 times as long."""
     low, high = torch.aminmax(rows)
     return bool(low >= -most) and bool(high <= most)
 
 
 def _copy(into: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Copy rows of host (or any other blocking) memory; count per layer what became infinite in the cast."""
+    """Copy rows of host (or any other blocking) memory; returns how many values per layer the cast made infinite."""
     views = [into] if into.ndim == 2 else list(into.unbind(1))
     counted = None
     for layer, (view, part) in enumerate(zip(views, parts, strict=True)):

@@ -1,4 +1,4 @@
-"""`tokens`, `flags` and `sequences`: small arrays, in the same kind of shard, whose last shard is rewritten."""
+"""Writing `tokens`, `flags` and `sequences`: small arrays of ordinary shards, whose last shard is rewritten."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Column", "publish_columns"]
 
 
 class Column:
-    """One of the three arrays while it grows: in memory from the shard on that may still change.
+    """One of the three arrays while it grows; the shards that may still change are in memory.
 
     Args:
-        path: the store.
-        manifest: what the store says of itself.
+        path: the store's folder.
+        manifest: the store's metadata.
         array: `tokens`, `flags` or `sequences`.
-        total: rows that are committed.
+        total: the number of committed rows.
     """
 
     def __init__(self, path: Path, manifest: Manifest, array: str, total: int) -> None:
@@ -38,7 +38,7 @@ class Column:
         if total:
             folder = ShardFolder(path, manifest, array, total)
             rows = folder.checked(0, since // self._spec.shard_rows).numpy().copy()
-        # The first row in memory, and the rows: together, so that an interrupt cannot come in between.
+        # The number of the first row in memory, and the rows: one value, so that no interrupt can separate them.
         self._held = (since, [rows])
         remove_drafts(path, array)
 
@@ -52,27 +52,27 @@ class Column:
         self._held[1].append(rows.astype(self._spec.dtype.numpy))
 
     def last(self) -> np.ndarray:
-        """Give the last row, to be read or changed in place: the column must have one."""
+        """The last row, to be read or changed in place; the column must have one."""
         self._dirty = True
         last: np.ndarray = self._held[1][-1][-1]
         return last
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows `[stop - start, …]`, whether they are on disk yet or not.
+        """Rows `[stop - start, …]`, from memory or disk.
 
         Raises:
-            CorruptError, IncompleteError: what is on disk is damaged, or gone.
+            CorruptError, IncompleteError: the rows on disk are damaged, or missing.
         """
         since, rows = self._together()
         found = rows[max(0, start - since) : max(0, stop - since)]
         if start < since:
-            # Whole shards, and durable, since they were let go of; whether the root counts them yet or not.
+            # Whole shards, already durable, whether or not the root counts them yet.
             folder = ShardFolder(self._path, self._manifest, self._array, since)
             found = np.concatenate([folder.read(start, min(stop, since)).numpy(), found])
         return found
 
     def _together(self) -> tuple[int, np.ndarray]:
-        """Put what is in memory together: the number of its first row, and the rows."""
+        """Merge the rows in memory: returns the number of the first, and the rows."""
         since, parts = self._held
         if len(parts) > 1:
             parts = [np.concatenate(parts)]
@@ -80,7 +80,7 @@ class Column:
         return since, parts[0]
 
     def _changed(self) -> dict[str, bytes]:
-        """The shards that changed, by their names in the store."""
+        """The content of the shards that changed, by their names in the store."""
         if not self._dirty:
             return {}
         spec, files = self._spec, {}
@@ -94,7 +94,7 @@ class Column:
         return files
 
     def _settle(self) -> None:
-        """Let go of all but the last row's shard: it may be extended, or its last sequence continued."""
+        """Keep only the last row's shard in memory: it may be extended, or its last sequence continued."""
         if self._dirty:
             since, rows = self._together()
             full = max(0, len(rows) - 1) // self._spec.shard_rows * self._spec.shard_rows
@@ -103,7 +103,7 @@ class Column:
 
 
 def publish_columns(path: Path, columns: Collection[Column]) -> None:
-    """Put those shards of some columns in place that changed; blocks until they and their names are durable."""
+    """Publish the changed shards of some columns; blocks until they and their names are durable."""
     files = [column._changed() for column in columns]  # noqa: SLF001 -- of the module's own class
     publish_all(path, {file: data for changed in files for file, data in changed.items()})
     for column in columns:

@@ -1,4 +1,4 @@
-"""Many sequences into one store: `create`, `append`, `commit`."""
+"""Writing many sequences into one store: `create`, `append` and `Writer`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Activations: TypeAlias = "Mapping[str, torch.Tensor | Sequence[torch.Tensor]]"
 
 @dataclass
 class SequenceRows:
-    """One sequence: `tokens` int64 and `flags` uint8 `[n]`, and a `[n, d_model]` tensor a layer of each site."""
+    """One sequence: `tokens` int64 and `flags` uint8 `[n]`, and for each site a `[n, d_model]` tensor per layer."""
 
     tokens: np.ndarray
     flags: np.ndarray
@@ -68,7 +68,7 @@ def _whole_numbers(values: Ids, what: str, low: int, high: int) -> np.ndarray:
 def _layers_of(
     given: torch.Tensor | Sequence[torch.Tensor], site: str, manifest: Manifest, shape: tuple[int, ...]
 ) -> list[torch.Tensor]:
-    """Give one `[batch, seq, d_model]` tensor a layer, or refuse."""
+    """Check the activations of a site; returns one `[batch, seq, d_model]` tensor per layer."""
     n_layers, width = len(manifest.layers), manifest.sites[site]
     expected = (*shape, width)
     if isinstance(given, torch.Tensor) and given.ndim == 0:
@@ -98,10 +98,10 @@ def check_batch(
 ) -> list[SequenceRows]:
     """Check the arguments of `append` against the store and each other, and cut them into sequences.
 
-    The activations are views of the caller's tensors wherever the mask is one run of ones.
+    Where the ones of a sequence's mask are contiguous, its activations are views of the caller's tensors.
 
     Raises:
-        ShapeError, DtypeError, UnknownSiteError, ArgumentError: with what was found and what was expected.
+        ShapeError, DtypeError, UnknownSiteError, ArgumentError: say what was found and what was expected.
     """
     ids = _whole_numbers(tokens, "tokens", -1, 2**31 - 1)
     if ids.ndim not in (1, 2):
@@ -156,13 +156,13 @@ def _cut(
 def runs_by_block(
     batch: list[SequenceRows], keeps: Iterable[np.ndarray], at: int, shard_tokens: int
 ) -> Iterator[list[Run]]:
-    """Cut sequences into the runs of each block that they go to, from token `at` of the store on.
+    """Split sequences into the runs of each block, from token `at` of the store on.
 
     Args:
         batch: the sequences.
-        keeps: of each, which rows count in the statistics: `[n]` bool.
+        keeps: for each, which rows count in the statistics: `[n]` bool.
         at: the position of the first token.
-        shard_tokens: tokens a block.
+        shard_tokens: tokens per block.
     """
     runs: list[Run] = []
     for item, keep in zip(batch, keeps, strict=True):
@@ -183,15 +183,15 @@ def runs_by_block(
 class Writer(BaseWriter):
     """Appends sequences to a store. Made by `mmcache.create` and `mmcache.append`.
 
-    What was appended counts once `commit` or `close` has returned; a crash before that loses it, and nothing
-    else. Used by one thread at a time.
+    Appended tokens count once `commit` or `close` has returned; a crash before that loses only these. Used by one
+    thread at a time.
     """
 
     def __init__(self, path: Path, manifest: Manifest | None, tokenizer: Any = None) -> None:
         super().__init__(path)
         try:
             if manifest is None:
-                # Read behind the lock: another writer may have committed until now.
+                # Read with the lock held: another writer may have committed until now.
                 manifest = read_manifest(path)
             else:
                 self._create(manifest, dict.fromkeys(RESERVED, 0), tokenizer)
@@ -202,7 +202,7 @@ class Writer(BaseWriter):
         self._begin()
 
     def _load(self, manifest: Manifest) -> None:
-        """Take the state from the commit point."""
+        """Set the state as of the last commit."""
         self._manifest = manifest
         self._policy = PageCachePolicy()
         self._block: BlockWriter | None = None
@@ -212,7 +212,7 @@ class Writer(BaseWriter):
         totals = {"tokens": self._n_tokens, "flags": self._n_tokens, "sequences": manifest.n_sequences}
         self._columns = {array: Column(self._path, manifest, array, total) for array, total in totals.items()}
         if manifest.n_sequences:
-            # A crash may have left it continued further than what counts.
+            # After a crash, the last one may extend past the committed tokens.
             self._columns["sequences"].last()[1] = self._n_tokens
         for site in manifest.sites:
             remove_drafts(self._path, site)
@@ -240,24 +240,23 @@ class Writer(BaseWriter):
         flags: Ids | None = None,
         continues: bool = False,
     ) -> None:
-        """Append one sequence, or a batch of them; the bytes go to disk behind this call.
+        """Append one sequence, or a batch of them; the write happens in the background.
 
         Args:
             tokens: ids, `[n]` for one sequence or `[batch, seq]`: a tensor, an array or lists.
             activations: for each site of the store `[n_layers, *tokens.shape, d_model]`, or a list of
-                `n_layers` tensors `[*tokens.shape, d_model]`, on any device, in any float dtype: cast to the
+                `n_layers` tensors `[*tokens.shape, d_model]`, on any device, in any float dtype; cast to the
                 store's. Read before this returns (on CUDA: before later work on the current stream).
-            attention_mask: like `tokens`; where it is 0 there is padding, which is not stored.
-            flags: like `tokens`, 0 to 255: 1 is BOS, 2 special, 8 to 128 your own. 4 is first, which the first token
-                of each sequence gets by itself (in a store that has no such flag, it is your own too). Tokens that are
-                in the store's `special_tokens` are flagged special, and BOS too where a sequence begins with one.
-            continues: go on with the last sequence (chunked prefill) instead of beginning another.
+            attention_mask: as `tokens`; 0 marks padding, which is not stored.
+            flags: as `tokens`, 0 to 255: 1 is BOS, 2 special, 8 to 128 your own. 4 is set by the store for the first
+                token of each sequence (in a store without that flag, 4 is your own too). Tokens in the store's
+                `special_tokens` are flagged special, and also BOS if they begin a sequence.
+            continues: continue the last sequence (chunked prefill) instead of beginning another.
 
-        Blocks only while the disk is behind by the whole staging ring (64 MiB).
+        Blocks only while all of the staging ring (64 MiB) waits for the disk.
 
         Raises:
-            ShapeError, DtypeError, UnknownSiteError, ArgumentError: the arguments do not fit; nothing of them
-                is stored.
+            ShapeError, DtypeError, UnknownSiteError, ArgumentError: the arguments do not fit; nothing is stored.
             WriteError: an earlier write failed in the background.
             ClosedError: the writer is closed.
         """
@@ -271,7 +270,7 @@ class Writer(BaseWriter):
         if not batch:
             return
         if not self._n_tokens:
-            # The size of the inner chunks is open until there are rows.
+            # The size of the inner chunks is chosen with the first rows.
             known = sum(len(item.tokens) for item in batch)
             self._manifest = self._manifest.with_geometry(self._manifest.shard_tokens or 1, known)
         self._append_batch(batch, continues=continues)
@@ -288,7 +287,7 @@ class Writer(BaseWriter):
             at = block.first + block.rows
             if block.rows == shard_tokens:
                 self._send()
-                # Ahead of what counts, as after a crash: if the next block cannot be begun, nothing was appended.
+                # Not counted yet, as after a crash: if the next block cannot be begun, nothing was appended.
                 self._torn = None
         self._torn = "an append"
         self._note(batch, flags, continues=continues)
@@ -296,7 +295,7 @@ class Writer(BaseWriter):
         self._torn = None
 
     def _note(self, batch: list[SequenceRows], flags: list[np.ndarray], *, continues: bool) -> None:
-        """Note tokens, flags and sequences whose rows are staged."""
+        """Record tokens, flags and sequences whose rows are staged."""
         self._changed = True
         for item, its_flags in zip(batch, flags, strict=True):
             start, stop = self._n_tokens, self._n_tokens + len(item.tokens)
@@ -309,9 +308,9 @@ class Writer(BaseWriter):
             self._n_tokens = stop
 
     def _open_block(self, at: int) -> BlockWriter:
-        """Give the block that token `at` goes to, or begin it; nothing is changed where that fails.
+        """The block of token `at`, begun if necessary; if that fails, nothing is changed.
 
-        One that is on disk in part begins with the rows that it has there.
+        A block that is partly on disk begins with its rows from there.
         """
         if self._block is not None and self._block.sealed:
             self._send()
@@ -323,7 +322,7 @@ class Writer(BaseWriter):
         try:
             if rows:
                 self._started()[0].drain()
-                # Not from the disk: a commit may have failed before its flags were there.
+                # Not from disk: a commit may have failed before it wrote its flags.
                 keep = counted(self._columns["flags"].read(at - rows, at), self._left_out)
                 block.resume({site: ShardFolder(self._path, manifest, site, at) for site in manifest.sites}, keep)
         except BaseException:
@@ -332,7 +331,7 @@ class Writer(BaseWriter):
         return block
 
     def _send(self) -> None:
-        """Send the open block on its way, or what an interrupt left of that."""
+        """Submit the open block, also again after an interrupt."""
         if self._block is not None:
             self._block.seal(*self._started())
             self._block = None
@@ -341,10 +340,9 @@ class Writer(BaseWriter):
         return self._start(self._manifest.widest_row())
 
     def commit(self) -> None:
-        """Make everything appended so far durable, and count it; blocks until then.
+        """Commit everything appended so far; blocks until it is durable.
 
-        A partly filled last shard is written whole again when more is appended: commit every few thousand
-        tokens, not every few.
+        A partly filled last shard is rewritten when more is appended: commit every few thousand tokens, not every few.
 
         Raises:
             WriteError: something could not be written; the store is as of its last commit.
@@ -390,24 +388,24 @@ def create(
     tokenizer: Any = None,
     metadata: dict[str, Any] | None = None,
 ) -> Writer:
-    """Make a store for many sequences, and give its writer.
+    """Make a store for many sequences, and return its writer.
 
     Args:
-        path: a folder that is not there yet, or holds no store.
+        path: a folder that does not exist, or holds no store.
         sites: each site's `d_model`.
-        n_layers: how many layers every site has, numbered from 0.
+        n_layers: the number of layers of every site, numbered from 0.
         dtype: the storage dtype, to which activations are cast.
-        layout: `"token"` (all layers of a token side by side: training) or `"layer"` (each layer apart).
-        shard_tokens: tokens a shard where the default (256 MiB of the widest site) does not fit.
+        layout: `"token"` (all layers of a token side by side, for training) or `"layer"` (each layer apart).
+        shard_tokens: tokens per shard; None for shards of up to 256 MiB at the widest site.
         special_tokens: ids that are flagged as special, and left out of the statistics. A sequence's first token is
             flagged BOS too if it is one of them.
-        tokenizer: a Hugging Face tokenizer, which the store keeps (`Store.tokenizer_json`) if it has a JSON. Its own
+        tokenizer: a Hugging Face tokenizer, which is stored (`Store.tokenizer_json`) if it has a JSON form. Its
             special ids are added to `special_tokens`, so that the BOS is flagged.
-        metadata: anything that JSON keeps, for the user's own use.
+        metadata: anything that JSON can hold, for the user's own use.
 
     Raises:
         StoreExistsError: the path is taken. LockedError: another writer is making it.
-        ArgumentError, DtypeError: the other arguments make no sense.
+        ArgumentError, DtypeError: another argument is invalid.
     """
     special = set(special_tokens or ())
     source: dict[str, Any] = {}
@@ -435,7 +433,7 @@ def create(
 
 @public(path=a_folder)
 def append(path: str | os.PathLike[str]) -> Writer:
-    """Go on with a store that `create` made, from its last commit.
+    """A writer that continues a store made by `create`, from its last commit.
 
     Raises:
         StoreNotFoundError: there is no store. CorruptError: it is damaged. LockedError: another writer has it.
@@ -447,6 +445,6 @@ def append(path: str | os.PathLike[str]) -> Writer:
         made_by = "extract" if manifest.kind == "planned" else "a FullActivationCache"
         raise ReadOnlyError(f"{folder} was made by {made_by}: only stores made by mmcache.create can be appended to")
     check_no_links(folder, manifest.sites)
-    # Complete as of its commit, before anything is built on it.
+    # Check that it is complete as of its last commit before anything is added.
     open_store(folder).close()
     return Writer(folder, None)
