@@ -305,7 +305,7 @@ class BucketOutput:
             self._fetch(sites)
             manifest = open_plan()
             while not self._here.send():
-                # Another machine was first. The corpus may be readable only once, so compare what the plans record of it.
+                # Another machine was first. The corpus may be readable only once: compare what the plans record.
                 self._fetch(sites)
                 ours, manifest = manifest, join_plan()
                 self._compare(ours, manifest)
