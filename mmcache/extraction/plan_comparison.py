@@ -163,7 +163,7 @@ def _source(manifest: Manifest, settings: Settings) -> dict[str, Any]:
         source["accepted"] = [*source["accepted"], numerics]
     elif _same(source["numerics"], numerics):
         source["numerics"] = {**numerics, **source["numerics"]}
-    # Older plans do not record `bos`: it was 'auto'.
+    # Older plans do not record `bos`; it is known to be 'auto', and need not be added.
     added = {name: value for name, value in settings.identity.items() if name != "bos"}
     source["identity"] = {**added, **source["identity"]}
     # Shards of an older plan may hold sequences that were padded in batches with others.

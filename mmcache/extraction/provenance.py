@@ -162,7 +162,7 @@ _LIMIT = "OMP_NUM_THREADS"
 
 
 def plan_threads(path: Path, rank: Rank, planned: Manifest | None = None) -> None:
-    """Set torch's number of threads to that of the plan at `path`, or without a plan to the default of one process.
+    """Set torch's number of threads to the plan's, or, without a plan and under a launcher, to torch's default.
 
     `planned` is a plan that is stored elsewhere.
 

@@ -48,7 +48,7 @@ __all__ = ["Batches", "NonFiniteWarning", "ShardFiller", "forward"]
 
 # Seconds between two looks at other workers' shards: first, and at most.
 _LOOK_AGAIN, _LOOK_AT_LAST = 1.0, 30.0
-# The smallest slot (two huge pages); and slots per job: a smaller job gets smaller slots.
+# The smallest slot (two huge pages); and a job of fewer than this many full slots gets smaller ones.
 _LEAST_SLOT, _SLOTS_A_JOB = 4 << 20, 16
 
 
@@ -187,7 +187,7 @@ class ShardFiller:
             self._warn()
 
     def _tell(self, tell: TellProgress, *, waits: bool = False) -> None:
-        """Report progress. With several workers it is read from the store, now and then, by workers that lead."""
+        """Report progress. With several workers, those that lead list the store now and then to see that of all."""
         if self._rank.of == 1:
             tell(self._done, self._ran, waits=waits)
             return
