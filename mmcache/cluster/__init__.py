@@ -1,4 +1,4 @@
-"""The same extraction on many machines, by Ray: `mmcache.cluster.extract`.
+"""`mmcache.cluster.extract`: run an extraction on the machines of a Ray cluster.
 
 Every worker is a Ray actor that holds the model. One of them plans. Then this process, which needs neither GPU nor
 model, hands out ranges of missing blocks, one at a time to each worker, and reads the progress from the store. Ray

@@ -89,7 +89,7 @@ class Listing:
 
     @classmethod
     def of(cls, bucket: ObjectStore, sites: Collection[str]) -> Listing:
-        """List a bucket; blocks meanwhile.
+        """List a bucket; blocks until done.
 
         Args:
             bucket: that of the store.

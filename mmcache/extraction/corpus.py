@@ -127,8 +127,8 @@ def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text"
 
     Args:
         sources: files and folders, or names of datasets on the Hugging Face hub:
-            `.jsonl` one document a line, under `field`; `.parquet` one document a row, in the column `field`;
-            `.npy` token ids: `[n]` one document, `[n, length]` one document a row; a folder that
+            `.jsonl` one document per line, under `field`; `.parquet` one per row, in the column `field`;
+            `.npy` token ids: `[n]` one document, `[n, length]` one document per row; a folder that
             `Dataset.save_to_disk` made; a one-dimensional zarr array of token ids; any other file is one document of
             plain text in UTF-8; anything that is no path is a hub dataset, `name` or `name:split`, streamed.
         field: the key of the text in JSON lines, Parquet and datasets.

@@ -167,7 +167,7 @@ def _sketches(rows: dict[tuple[str, int], torch.Tensor]) -> dict[str, list[list[
 
 
 def _output(returned: Any) -> torch.Tensor | None:
-    """The first tensor that a model returned, as `[tokens, width]` on the CPU; None if there is none of floats."""
+    """The first tensor that a model returned, as `[tokens, width]` on the CPU; None without a floating-point one."""
     found = returned
     while not isinstance(found, torch.Tensor):
         values = list(found.values()) if isinstance(found, dict) else found

@@ -105,7 +105,7 @@ def _same(stored: dict[str, Any], asked: dict[str, Any]) -> bool:
 
 
 def _compare_sites(path: Path, manifest: Manifest, settings: Settings) -> None:
-    """Refuse to add sites now if that is not possible yet, or to omit incomplete sites."""
+    """Refuse other sites while the plan grows, new sites in an incomplete store, and to omit incomplete sites."""
     stored, asked = set(manifest.source["modules"]), set(settings.modules)
     incomplete = stored
     if manifest.n_tokens is not None:

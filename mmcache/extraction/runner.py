@@ -187,7 +187,7 @@ class ShardFiller:
             self._warn()
 
     def _tell(self, tell: TellProgress, *, waits: bool = False) -> None:
-        """Report progress. With several workers, those that lead list the store now and then to see that of all."""
+        """Report progress. With several workers, those that lead list the store at intervals, to report all shards."""
         if self._rank.of == 1:
             tell(self._done, self._ran, waits=waits)
             return
@@ -313,7 +313,7 @@ class ShardFiller:
             self._bad.append(what)
 
     def _warn(self) -> None:
-        """Warn once, of the first rows that the digest thread found; all are in the statistics."""
+        """Warn once, about the first rows that the digest thread found; all are in the statistics."""
         if self._bad and not self._warned:
             self._warned = True
             warnings.warn(

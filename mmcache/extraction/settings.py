@@ -97,7 +97,7 @@ class Settings:
         return [deep * width * BY_NAME[self.dtype].size for width in widths.values()]
 
     def contexts(self, tokenizer: Any, *, doubled: bool = False) -> Contexts:
-        """A cutter of documents into contexts; `doubled` as in plans of format version 1."""
+        """The `Contexts` that cut documents for this job; `doubled` as in plans of format version 1."""
         identity = self.identity
         return Contexts(
             tokenizer,

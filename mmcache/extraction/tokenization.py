@@ -41,7 +41,7 @@ __all__ = [
     "tokenise",
 ]
 
-# Limits of the texts per call of the tokenizer: enough for its threads, and bounded memory.
+# Limits per call of the tokenizer: enough text for its threads, in bounded memory.
 _TOGETHER_CHARACTERS = 1 << 20
 _TOGETHER_TEXTS = 1 << 10
 _NOTHING = np.empty(0, np.int32)

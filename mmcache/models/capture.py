@@ -237,7 +237,7 @@ def probe(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None =
     Raises:
         ShapeError: A site that is not [batch, seq, width], or whose width differs between layers.
         IncompleteError: A site with a module that did not run.
-        UnsupportedModelError: The model does not run on token ids alone; what it said is in the message.
+        UnsupportedModelError: The model does not run on token ids alone; its error is in the message.
         UnknownSiteError: As `capture`; so are UnsupportedModelError, OutOfRangeError and ArgumentError.
     """
     inner = unwrap(model)

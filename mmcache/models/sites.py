@@ -296,7 +296,7 @@ class _Finder:
         return sites[name]
 
     def _at_hook(self, name: str, inside: str, side: Side) -> ResolvedSite:
-        """A site at a TransformerLens hook point, or at a module, of every block that has it."""
+        """A site at a TransformerLens hook point, or at a module, in every layer that has it."""
         found = {}
         for number, _ in enumerate(self.modules["blocks"].children()):
             path = f"blocks.{number}.{inside}"
