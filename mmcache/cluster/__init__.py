@@ -1,9 +1,9 @@
-"""The same extraction on many machines, by Ray: `mmcache.cluster.extract`.
+"""`mmcache.cluster.extract`: run an extraction on the machines of a Ray cluster.
 
-Every worker is an actor that holds the model. One plans; then this process, which needs neither GPU nor model, hands
-out stretches of the blocks that are missing, one at a time to each worker, and looks at the store for how far all are.
-Ray starts the worker of a lost machine again, and gives it what it had, as soon as there is a machine for it; what is
-still left of that when nothing else is, is handed to others as well: it is the same bytes, whoever makes it.
+Every worker is a Ray actor that holds the model. One of them plans. Then this process, which needs neither GPU nor
+model, hands out ranges of missing blocks, one at a time to each worker, and reads the progress from the store. Ray
+restarts the worker of a lost machine, with the same task, as soon as another machine has room. When no other blocks are
+left, unstarted blocks of a busy or lost worker are also given to others; the bytes are the same, whoever makes them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["extract", "named"]
 
-# Seconds in which the head has to take a connection. Ray itself would try for minutes.
+# Timeout in seconds for connecting to the head node. Ray itself would try for minutes.
 _REACHED_WITHIN = 5.0
 _USAGE = "RAY_USAGE_STATS_ENABLED"
 _ADVICE = "Start it with `ray start --head`, give the address that it prints, or none to use this machine alone"
@@ -49,7 +49,7 @@ _ADVICE = "Start it with `ray start --head`, give the address that it prints, or
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Give Ray, connected: as it is already, or to the cluster at an address, or to one on this machine.
+    """The connected `ray` module: an existing connection, the cluster at `address`, or a new one on this machine.
 
     Raises:
         ClusterError: Ray is not installed, or there is no cluster at the address.
@@ -69,7 +69,7 @@ def connected(address: str | None) -> Iterator[Any]:
     before = signal.getsignal(signal.SIGTERM)
     _connect(ray, where)
     try:
-        # Ray makes SIGTERM exit at once, past whoever wants to tidy up.
+        # Ray replaces the SIGTERM handler with one that exits at once, without cleanup.
         if ours and callable(before):
             signal.signal(signal.SIGTERM, before)
         with _undisguised():
@@ -82,7 +82,7 @@ def connected(address: str | None) -> Iterator[Any]:
 
 @contextmanager
 def _undisguised() -> Iterator[None]:
-    """Let out what a signal's handler raised: it comes out of Ray's compiled calls as the cause of a SystemError."""
+    """Raise again what a signal handler raised: Ray's compiled calls wrap it in a SystemError."""
     try:
         yield
     except SystemError as error:
@@ -108,13 +108,13 @@ def _connect(ray: Any, where: str) -> None:
         with _nothing_sent() if alone else contextlib.nullcontext():
             ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-        # What was begun is ended, so that the next call does not find half a connection.
+        # So that the next call does not find half a connection.
         ray.shutdown()
         raise ClusterError(f"no Ray cluster could be joined at {where!r}: {error}. {_ADVICE}") from error
 
 
 def _check_reachable(where: str) -> None:
-    """Refuse an address at which nobody listens."""
+    """Refuse an address at which nothing listens."""
     if where == "auto":
         return
     parts = urlsplit(where if "://" in where else f"ray://{where}")
@@ -134,7 +134,7 @@ def _check_reachable(where: str) -> None:
 
 @contextmanager
 def _nothing_sent() -> Iterator[None]:
-    """Keep a Ray that we start from reporting to its makers, unless the user has said something about it."""
+    """Turn off usage statistics of a Ray that we start, unless the user has set the variable."""
     said = _USAGE in os.environ
     os.environ.setdefault(_USAGE, "0")
     try:
@@ -162,41 +162,40 @@ def extract(
 ) -> Store:
     """Run a model over text on the machines of a Ray cluster; blocks until the store is complete.
 
-    Each file is byte for byte that of `mmcache.extract` in one process, but for what the root records of when and how
-    it was made. Either goes on where the other was interrupted. All machines, this one too, see the same folder at
-    `path`, and have this package; none but the workers' loads the model. Whatever ends the call, Ctrl-C included, ends
-    the workers; shards that were published stay.
+    Each file is byte-identical to that of `mmcache.extract` in one process, except for the root's record of when and
+    how it was made. The two can resume each other's stores. All machines, this one too, must see the same folder at
+    `path` and have this package; only workers load the model. When the call ends, also by Ctrl-C, the workers end too;
+    published shards stay.
 
-    Ray retries what a lost machine had: its worker is started again wherever there is room, and is given the same task;
-    only one that is lost six times before it is done with anything ends the job. While no machine has room for any
-    worker, the call waits.
+    The worker of a lost machine is restarted wherever there is room, with the same task; only a worker that is lost six
+    times before it finishes any task ends the job. While no machine has room for a worker, the call waits.
 
     Args:
-        model: a name or folder, as `mmcache extract` takes it, or what gives a model when called with nothing: it is
-            called on each worker.
-        tokenizer: a name or folder, a Hugging Face tokenizer, or what gives one.
-        texts: documents, or what gives them when called with nothing, on one worker: so does
+        model: a name or folder, as in `mmcache extract`, or a function without arguments that returns a model; each
+            worker calls it.
+        tokenizer: a name or folder, a Hugging Face tokenizer, or a function without arguments that returns one.
+        texts: documents, or a function without arguments that returns them, called on one worker, such as
             `functools.partial(mmcache.read_texts, ["corpus.jsonl"])`.
-        path: the store, new or to be gone on with.
-        address: of the cluster: `"host:port"` of its head, `"auto"` for the one that this machine belongs to; None for
-            the one of the environment's RAY_ADDRESS, else for this machine alone. Where Ray is connected already, that
-            connection is used, and left open.
-        workers: how many; None for one a GPU, or, without GPUs, one a machine.
-        num_gpus: GPUs a worker; None for one where the cluster has any. A model that is too wide for one takes
-            several, and a `device_map`: `functools.partial(load_model, name, None, device_map="auto")`, of
+        path: the store, new or to be resumed.
+        address: of the cluster: `"host:port"` of its head, or `"auto"` for the one that this machine belongs to. None
+            for that in RAY_ADDRESS, or else for this machine alone. If Ray is connected already, that connection is
+            used, and left open.
+        workers: how many; None for one per GPU, or, without GPUs, one per machine.
+        num_gpus: GPUs per worker; None for one if the cluster has any. A model that is too large for one needs
+            several, and a `device_map`: `functools.partial(load_model, name, None, device_map="auto")`, from
             `mmcache.loading`.
-        num_cpus: processors that Ray sets apart for a worker. How many threads it computes with is the plan's to say.
+        num_cpus: CPUs that Ray reserves for a worker. The plan, not this, sets how many threads it computes with.
         accept_numerics: as in `mmcache.extract`.
         strict: as in `mmcache.extract`.
-        planned: called once with what there is to do.
-        progress: called about once a second. `run_tokens` are those of all workers.
-        **options: as in `mmcache.extract`; `device` is each worker's, None for its GPU if it was given one.
+        planned: called once with a survey of what is to do.
+        progress: called about once a second; `run_tokens` counts all workers.
+        **options: as in `mmcache.extract`; `device` is that of each worker, None for its GPU if it was given one.
 
     Raises:
-        ClusterError: there is no cluster at `address`, or it cannot do the job: a machine that does not see `path`, or
-            a worker that dies again and again.
-        ArgumentError: these arguments cannot be sent to workers.
-        MmcacheError: whatever `mmcache.extract` raises, on whichever machine.
+        ClusterError: there is no cluster at `address`, or it cannot do the job: a machine does not see `path`, or a
+            worker dies repeatedly.
+        ArgumentError: an argument cannot be sent to workers.
+        MmcacheError: any error of `mmcache.extract`, on any machine.
     """
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
@@ -247,7 +246,7 @@ def _model(model: Any) -> Callable[[], nn.Module]:
 def _tokenizer(tokenizer: Any) -> Callable[[], Any]:
     if isinstance(tokenizer, str | os.PathLike):
         return partial(load_tokenizer, named(tokenizer))
-    # Tokenizers are functions too, but of texts.
+    # Tokenizers are callable too.
     if hasattr(tokenizer, "all_special_ids"):
         return partial(_same, tokenizer)
     if not callable(tokenizer):
@@ -276,11 +275,11 @@ def _same(value: Any) -> Any:
 
 
 def named(name: str | os.PathLike[str]) -> str:
-    """Give the name of a model or a text as workers understand it, whose working folder is another."""
+    """A model or file name for workers, whose working directory is another: absolute if it exists here."""
     return str(Path(name).absolute()) if Path(name).exists() else str(name)
 
 
 def _threads() -> int | None:
-    """Say how many threads the user wants, where the environment says it."""
+    """The number of threads set in OMP_NUM_THREADS; None if it is not set."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(first) if first.isdecimal() and int(first) else None

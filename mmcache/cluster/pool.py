@@ -1,4 +1,4 @@
-"""The workers of an extraction on a cluster, and which blocks each of them is given."""
+"""The pool of Ray workers of an extraction: resources, handing out blocks, restarts and progress."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool", "Resources", "deal"]
 
-# How often Ray starts a worker again that did nothing else than die; what it was doing is then taken for the cause.
-# Of tasks there is no such number: Ray counts each call to a machine that it has not given up yet as a try.
+# How often Ray restarts a worker that keeps dying; then its task is assumed to be the cause. Retries of tasks are
+# unlimited: Ray counts each call to a machine that it has not given up yet as a retry.
 _RESTARTS = 5
-# Seconds between two looks at what there is.
+# Seconds between two looks at the store.
 _LOOK_AGAIN = 1.0
 _AGAIN = 0.05
-# Seconds after which others may take what a worker was given and has not begun, once there is nothing else.
+# Seconds after which others may take blocks that a worker was given and has not begun, if no others are left.
 _PATIENCE = 5.0
-# Seconds for which a worker may find shards that this machine does not see.
+# Seconds in which shards that a worker finds must appear on this machine.
 _SEEN_WITHIN = 60.0
-# Seconds that workers have, in the end, to return from what is there already, or to vanish after they were stopped.
+# Seconds that workers have, at the end, to return from blocks that others made, or to exit after a kill.
 _GRACE = 2.0
-# Stretches for each worker: as many as this, so that they end together; unless the batches on both sides of an end,
-# which are run twice, would be more than one in so many.
+# Tasks per worker, so that workers finish at about the same time; and the least batches per task, since batches at the
+# ends of a task's range may be run twice.
 _STRETCHES, _BATCHES = 16, 8
 
 
 @dataclass(frozen=True)
 class Resources:
-    """How many workers, and what each of them is given."""
+    """The number of workers, and GPUs and CPUs for each."""
 
     workers: int
     gpus: float
@@ -57,11 +57,11 @@ class Resources:
 
     @classmethod
     def of(cls, ray: Any, workers: int | None, gpus: float | None, cpus: float) -> Self:
-        """Choose what was not asked for by what the cluster has.
+        """Choose what was not asked for from the cluster's resources.
 
         Raises:
             ArgumentError: these numbers make no sense.
-            ClusterError: no machine has as much as one worker is to be given.
+            ClusterError: no machine has room for a worker.
         """
         if workers is not None and workers < 1:
             raise ArgumentError(f"workers is {workers}: expected a positive number")
@@ -84,13 +84,13 @@ class Resources:
 
 
 def _fit(machine: dict[str, float], gpus: float, cpus: float) -> int:
-    """Tell how many workers a machine has room for."""
+    """The number of workers that a machine has room for."""
     rooms = [machine.get(name, 0) / need for name, need in (("GPU", gpus), ("CPU", cpus)) if need]
     return math.floor(min(rooms, default=1))
 
 
 def deal(manifest: Manifest, missing: int, workers: int, batch_size: int) -> int:
-    """Tell how many of so many missing blocks are given to a worker at a time."""
+    """The number of blocks in a worker's task, of `missing` blocks in all."""
     batch = batch_size * (manifest.n_tokens or 0) / max(1, manifest.n_sequences)
     least = math.ceil(_BATCHES * batch / (manifest.shard_tokens or 1))
     return max(1, min(max(least, math.ceil(missing / workers / _STRETCHES)), math.ceil(missing / workers)))
@@ -98,7 +98,7 @@ def deal(manifest: Manifest, missing: int, workers: int, batch_size: int) -> int
 
 @dataclass
 class _Task:
-    """What a worker was given, and when."""
+    """The blocks that a worker was given, and when."""
 
     worker: int
     blocks: np.ndarray
@@ -106,13 +106,13 @@ class _Task:
 
 
 class Pool:
-    """The workers. Leaving the block ends them, whatever they are doing.
+    """The workers, as a context manager: leaving it kills them, whatever they are doing.
 
     Args:
-        ray: connected.
-        job: what they are told.
-        resources: how many.
-        progress: is told how far all of them are.
+        ray: the connected `ray` module.
+        job: given to each worker.
+        resources: how many workers, and what each gets.
+        progress: called with the progress of all of them.
     """
 
     def __init__(self, ray: Any, job: Job, resources: Resources, progress: Callable[[Progress], None]) -> None:
@@ -140,20 +140,20 @@ class Pool:
     def __exit__(self, kind: object, *_: object) -> None:
         for worker in self._workers:
             self._ray.kill(worker, no_restart=True)
-        # A killed worker leaves its drafts; they cannot be removed before it is gone.
+        # A killed worker leaves temporary files, which cannot be removed before it has exited.
         until = time.monotonic() + _GRACE
-        # Of a store that was refused nothing is touched.
+        # `_proven`: nothing is removed from a store that was refused.
         while kind is not None and self._proven and self._drafts() and time.monotonic() < until:
             time.sleep(_AGAIN)
 
     def _drafts(self) -> bool:
-        """Remove what dead workers left half-made; tell whether there is more, of live ones."""
+        """Remove the temporary files of dead workers; True if there are others, of live ones."""
         path = self._job.path
         sites = read_manifest(path).sites if is_store(path) else ()
         return bool([name for site in sites for name in remove_drafts(path, site)])
 
     def plan(self, texts: Callable[[], Iterable[Document]]) -> Planned:
-        """Let one worker plan, while the others load their models."""
+        """The plan, made by one worker while the others load their models; blocks until then."""
         for number in range(1, len(self._workers)):
             self._load(number)
         asked = self._workers[0].plan.remote(texts)
@@ -162,7 +162,7 @@ class Pool:
             source = read_manifest(path).source if is_store(path) else {}
             tokens = source.get("tokenised", {}).get("tokens", 0)
             self._progress(Progress("tokenise", tokens, 0, 0, 0, 0, time.monotonic() - self._began))
-            # What keeps another worker from its model is likely to keep all.
+            # Raises the error of a worker that cannot load its model: all are likely to fail.
             self._collect(0)
         planned: Planned = self._result(asked)
         self._idle.append(0)
@@ -173,7 +173,7 @@ class Pool:
         self._tasks[self._workers[number].load.remote()] = _Task(number, np.empty(0, np.int64))
 
     def fill(self, planned: Planned) -> None:
-        """Have everything made that is missing; blocks until it is there, and durable."""
+        """Make all missing shards; blocks until they are durable."""
         path, manifest, survey = self._job.path, planned.manifest, planned.survey
         turns = BlockScheduler(path, manifest, Rank())
         size = deal(manifest, int(turns.wanted.sum()), len(self._workers), survey.batch_size)
@@ -196,11 +196,11 @@ class Pool:
             )
         self._see_off()
         for site in turns.missing:
-            # A worker that has not returned may have renamed its last shard, and not made that durable.
+            # A worker that has not returned may have renamed its last shard without syncing the folder.
             sync_folder(path / site)
 
     def _hand_out(self, planned: Planned, turns: BlockScheduler, size: int) -> None:
-        """Give every idle worker something to do: what nobody has, or else what others have and did not begin."""
+        """Give blocks to every idle worker: unassigned ones, or else those that others have not begun."""
         given, fresh, now = np.zeros_like(turns.wanted), np.zeros_like(turns.wanted), time.monotonic()
         for task in self._tasks.values():
             given[task.blocks] = True
@@ -210,7 +210,7 @@ class Pool:
             blocks = np.flatnonzero(open_blocks & ~given)[:size]
             if not len(blocks):
                 late = open_blocks & ~fresh
-                # From the end: its worker is coming from the beginning.
+                # The second half: its worker goes from the first block on.
                 left = [task.blocks[late[task.blocks]] for task in self._tasks.values()]
                 most = max(left, key=len, default=blocks)
                 blocks = most[len(most) // 2 :]
@@ -222,7 +222,7 @@ class Pool:
             given[blocks] = fresh[blocks] = True
 
     def _collect(self, timeout: float) -> np.ndarray | None:
-        """Take what workers are done with, or wait for some; give the blocks of one that found nothing to do."""
+        """Wait for a finished task. Returns its blocks if its worker found nothing to do there, else None."""
         futile = None
         if not self._tasks:
             time.sleep(timeout)
@@ -235,7 +235,7 @@ class Pool:
             except ClusterError:
                 if task.worker not in self._proven:
                     raise
-                # It has worked, and was lost often since: what it had is missing, and so will be given to somebody.
+                # It has worked before: start another. Its blocks are still missing, and so are handed out again.
                 self._proven.remove(task.worker)
                 self._workers[task.worker] = self._start()
                 self._load(task.worker)
@@ -252,7 +252,7 @@ class Pool:
         return futile
 
     def _result(self, done: Any) -> Any:
-        """Give what a worker returned, or raise what it raised."""
+        """The result of a task, or its error."""
         try:
             return self._ray.get(done)
         except self._ray.exceptions.RayTaskError as error:
@@ -267,7 +267,7 @@ class Pool:
             ) from error
 
     def _check_seen(self, blocks: np.ndarray, moved: float) -> None:
-        """Refuse to go on where a worker finds shards that do not appear here."""
+        """Refuse to continue if a worker finds shards that do not appear on this machine."""
         if time.monotonic() - moved > _SEEN_WITHIN:
             raise ClusterError(
                 f"{self._job.path}: a worker finds the shards of block {blocks[0]}, and this machine has not for "
@@ -275,7 +275,7 @@ class Pool:
             )
 
     def _see_off(self) -> None:
-        """Let workers return from what is there already; one that was lost will not."""
+        """Wait a moment for workers to return from blocks that others made; a lost one does not."""
         tasks = [asked for asked, task in self._tasks.items() if len(task.blocks)]
         if tasks:
             ended, _ = self._ray.wait(tasks, num_returns=len(tasks), timeout=_GRACE)
@@ -286,6 +286,6 @@ class Pool:
 
 
 def _tokens(manifest: Manifest, blocks: np.ndarray) -> int:
-    """Add up the tokens of some blocks: `[blocks]` bool."""
+    """The number of tokens in some blocks: `[blocks]` bool."""
     shard, total = manifest.shard_tokens or 1, manifest.n_tokens or 0
     return int(blocks.sum()) * shard - bool(blocks[-1]) * (len(blocks) * shard - total)

@@ -1,7 +1,7 @@
-"""One worker of an extraction on a cluster: it holds the model, and makes the blocks that it is given.
+"""One worker of an extraction on a cluster: it holds the model and makes the blocks that it is given.
 
-It knows nothing of Ray, which keeps it in a process of its own and starts it again elsewhere when its machine is lost.
-So whatever it has is made when it is needed, and made again after a loss.
+It does not import Ray, which runs it in a process of its own and restarts it elsewhere if its machine is lost. So it
+loads everything on first use, and again after a restart.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "Made", "Options", "Planned", "Worker", "see_plan"]
 
-# Seconds that a network's file system may take to show a machine what another one wrote.
+# Seconds that a network file system may take to show a machine what another one wrote.
 _SEEN_WITHIN = 15.0
 _LOOK_AGAIN = 0.5
 _LIMIT = "OMP_NUM_THREADS"
 
 
 class Options(TypedDict, total=False):
-    """The options of `mmcache.extract` that say what is stored, and how."""
+    """The options of `mmcache.extract` that say what is stored and how."""
 
     sites: Sequence[str]
     layers: Sequence[int] | None
@@ -64,10 +64,10 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told.
+    """The job, as it is sent to every worker.
 
-    `model` and `tokenizer` give those; `on_gpu` says that each worker was given a GPU, and `threads` how many threads
-    the user wants, None where nothing was said.
+    `model` and `tokenizer` are functions that return them; `on_gpu`: each worker has a GPU; `threads`: the number that
+    the user set, None if none.
     """
 
     model: Callable[[], nn.Module]
@@ -82,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner says: the plan, what is to do, on which machine it wrote it down, and what it warned of."""
+    """The plan, a survey of what is to do, the host that planned, and its warnings."""
 
     manifest: Manifest
     survey: Survey
@@ -92,14 +92,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Made:
-    """What a worker did: the tokens that it ran, and what is to be warned of."""
+    """The result of a task: the tokens that it ran, and its warnings."""
 
     ran: int = 0
     warned: tuple[str, ...] = ()
 
 
 class Worker:
-    """A worker. Used by one thread."""
+    """Makes the blocks that it is given. Used by one thread."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -109,19 +109,19 @@ class Worker:
         self._manifest: Manifest | None = None
 
     def load(self) -> Made:
-        """Load the model and the tokenizer."""
+        """Load the model and the tokenizer, once."""
         if self._model is None:
             self._model, self._tokenizer = self._job.model(), self._job.tokenizer()
         return Made()
 
     def plan(self, texts: Callable[[], Iterable[Document]]) -> Planned:
-        """Plan, or compare with the plan that is there; blocks until then."""
+        """Plan, or compare with the existing plan; blocks until then."""
         job = self._job
         if not is_store(job.path) and job.threads is not None:
             torch.set_num_threads(job.threads)
         else:
-            # Ray gives a process as many threads as the processors that it asks for, and says so here; then a job would
-            # not be the same, to the last bit, as that of a process which Ray did not start.
+            # Ray sets this to the number of CPUs of the actor; then the last bits would differ from those of a process
+            # that Ray did not start.
             os.environ[_LIMIT] = "1"
             plan_threads(job.path, Rank(launcher="Ray"))
         try:
@@ -137,10 +137,10 @@ class Worker:
         return Planned(manifest, survey, socket.gethostname(), _said(caught, BosWarning))
 
     def make(self, planned: Planned, blocks: np.ndarray) -> Made:
-        """Make those of some blocks, ascending, that are missing; blocks until they are durable."""
+        """Make those of `blocks` (ascending) that are missing; blocks until they are durable."""
         total = 0
 
-        def told(done: int, ran: int, *, waits: bool) -> None:  # noqa: ARG001 -- what is done is seen in the store
+        def told(done: int, ran: int, *, waits: bool) -> None:  # noqa: ARG001 -- progress is read from the store
             nonlocal total
             total = ran
 
@@ -155,7 +155,7 @@ class Worker:
         return Made(total, _said(caught, NonFiniteWarning))
 
     def _joined(self, planned: Planned) -> tuple[Extraction, Manifest]:
-        """Give the job and its plan; of a plan that another worker made, once it was seen and compared."""
+        """The job and its plan; a plan of another worker is compared first, once this machine sees it."""
         if self._extraction is None or self._manifest is None:
             see_plan(self._job.path, planned)
             plan_threads(self._job.path, Rank(launcher="Ray"))
@@ -179,10 +179,10 @@ def _said(caught: list[warnings.WarningMessage], kind: type[Warning]) -> tuple[s
 
 
 def see_plan(path: Path, planned: Planned) -> None:
-    """Check that this machine sees the store that was planned, and not another one; waits for it a while.
+    """Check that this machine sees the store that was planned, and not another one; waits up to 15 s for it.
 
     Raises:
-        ClusterError: it does not.
+        ClusterError: it does not see it.
     """
     deadline = time.monotonic() + _SEEN_WITHIN
     while not (there := is_store(path)) or _mark(read_manifest(path)) != _mark(planned.manifest):
@@ -196,12 +196,12 @@ def see_plan(path: Path, planned: Planned) -> None:
 
 
 def _mark(manifest: Manifest) -> tuple[Any, ...]:
-    """Tell plans apart, also two of the same settings: one says when it was made."""
+    """Values that identify a plan: `record` has the time, so that two plans with equal settings differ."""
     return manifest.store, manifest.n_tokens, tuple(manifest.sites), manifest.source["record"]
 
 
 def _raise_from_here(error: MmcacheError) -> NoReturn:
-    """Raise an error again that says on which machine it came."""
+    """Raise an error again, with this machine's name in its message."""
     where = f" (on the machine {socket.gethostname()})"
     if isinstance(error, OSError) and error.errno is not None:
         raise type(error)(error.errno, f"{error.strerror}{where}", error.filename) from error

@@ -1,1 +1,1 @@
-"""From a model and text to a store: plan, fill, resume."""
+"""Extraction: plan a store from a model and text, fill it, resume it."""

@@ -1,7 +1,8 @@
-"""The plan of a store that is made for a bucket: as the bucket has it, and as the staging folder has it.
+"""Sync the plan of a store in a bucket with its local staging folder.
 
-What lists or plans a store's folder works on it as on any other; who reads an empty shard is refused. The bucket is the
-truth: what it does not have is missing, whatever is here.
+In the staging folder, an empty file stands for each shard that the bucket has. So code that lists or plans a store's
+folder works there unchanged; reading an empty shard is an error. The bucket is authoritative: a shard that it lacks is
+missing, whatever is in the folder.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ _COLUMN = re.compile(r"c\.(0|[1-9]\d{0,17})(\.0)?", re.ASCII)
 
 
 def read_planned(bucket: ObjectStore, folder: Path) -> Manifest | None:
-    """Read the plan that the bucket has, or else the one that was begun in a folder; writes nothing.
+    """The plan in the bucket, or else the one begun in the staging folder, or None; writes nothing.
 
     Raises:
-        AccessError, RemoteError, CorruptError: as `ObjectStore.read`; it is damaged.
+        AccessError, RemoteError, CorruptError: as `ObjectStore.read`; or the plan is damaged.
     """
     root = read_if_there(bucket, ROOT)
     if root is not None:
@@ -62,22 +63,22 @@ def read_planned(bucket: ObjectStore, folder: Path) -> Manifest | None:
 
 
 def shard_numbers(name: str) -> tuple[int, int] | None:
-    """Read slot and block off the name of a site's shard; None of any other name."""
+    """Slot and block in the name of a site's shard; None for any other name."""
     match = _KEY.fullmatch(name)
     return None if match is None else (int(match[1]), int(match[2]))
 
 
 def is_column(name: str) -> bool:
-    """Tell whether a name is that of a shard of tokens, flags or sequences."""
+    """Whether a name is that of a shard of tokens, flags or sequences."""
     return _COLUMN.fullmatch(name) is not None
 
 
 @dataclass
 class Listing:
-    """A bucket, as of one moment as far as that can be told.
+    """The content of a bucket, as consistent as a listing can be.
 
-    `root` and `manifest` are None where there is no store; `plan` has the bytes of the plan's other objects, `there`
-    tells of each site which shards are there, `[slots, blocks]` bool, and `strange` names what is in a new site's way.
+    `root` and `manifest` are None if there is no store. `plan` has the sizes in bytes of the plan's other objects,
+    `there` which shards of each site exist, `[slots, blocks]` bool, and `strange` the objects in the way of a new site.
     """
 
     root: bytes | None
@@ -88,15 +89,15 @@ class Listing:
 
     @classmethod
     def of(cls, bucket: ObjectStore, sites: Collection[str]) -> Listing:
-        """List a bucket; blocks until then.
+        """List a bucket; blocks until done.
 
         Args:
-            bucket: the store's.
-            sites: those that a job makes, of which the bucket may have none yet.
+            bucket: that of the store.
+            sites: the sites that a job makes; the bucket may have none of them yet.
 
         Raises:
-            ReadOnlyError: it is a store that `extract` does not make.
-            CorruptError: its root is damaged, or a shard has another size than it should.
+            ReadOnlyError: the store was not made by `extract`.
+            CorruptError: its root is damaged, or a shard has the wrong size.
             AccessError, RemoteError: as `ObjectStore.read`.
         """
         root = read_if_there(bucket, ROOT)
@@ -108,7 +109,7 @@ class Listing:
             try:
                 found._list(bucket, sites)
             except CorruptError:
-                # Of another plan, if somebody changes it at this moment.
+                # If the plan was changed meanwhile, the sizes are those of the new one: list again.
                 before, root = root, read_if_there(bucket, ROOT)
                 if before == root:
                     raise
@@ -138,7 +139,7 @@ class Listing:
                 self.strange.append(bucket.where(key))
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Say of each site what its full shards and its last one take, and begin with none that is there."""
+        """Bytes of a full shard and of the last one, by site; also initialises `there` with False."""
         manifest, sizes = self.manifest, {}
         if manifest is not None and manifest.n_tokens is not None:
             total = manifest.n_tokens
@@ -151,11 +152,11 @@ class Listing:
         return sizes
 
     def refuse(self, bucket: ObjectStore, sites: Collection[str]) -> None:
-        """Refuse to make sites where something else is.
+        """Refuse to make sites if other objects are in their way.
 
         Raises:
-            StoreExistsError: there is no store, and something in its way.
-            PlanMismatchError: there is one, and something in the way of another site.
+            StoreExistsError: there is no store, and something is in its way.
+            PlanMismatchError: there is a store, and something is in the way of a new site.
         """
         if not self.strange:
             return
@@ -170,43 +171,43 @@ class Listing:
         )
 
 
-# Requests that are under way together.
+# Concurrent requests.
 _THREADS = 4
-# Seconds between two listings, and how many times as long as one takes.
+# Least time between two listings: seconds, and a multiple of the duration of one.
 _LIST_AGAIN, _SHARE = 10.0, 50
-# Seconds by which clocks of files and of processes may differ.
+# Seconds by which file times and the process's clock may differ.
 _CLOCKS = 0.1
-# What the bucket's root was when it was last seen: a bucket that had one, and has none, was emptied.
+# The last root seen in the bucket: if the bucket has none now, it was emptied.
 _SEEN = f"{STAGING}/seen"
 
 
 class BucketFolder:
-    """A folder that stands for a store in a bucket. `fetch` and `send` by one process at a time, with its lock held.
+    """A staging folder that mirrors a store in a bucket. `fetch` and `send` need the folder's lock.
 
     Args:
-        bucket: where the store is.
-        folder: made with the first `mark`.
+        bucket: that of the store.
+        folder: created by the first `mark`.
     """
 
     def __init__(self, bucket: ObjectStore, folder: Path) -> None:
         self.bucket, self.folder = bucket, folder
         self._root: bytes | None = None
         self._manifest: Manifest | None = None
-        # Shards that the bucket had when it was fetched, and the plan's files that are equal to its objects.
+        # The bucket's shards as of the last fetch, and the plan's files that are equal to its objects.
         self._there: dict[str, np.ndarray] = {}
         self._equal: dict[str, tuple[int, ...]] = {}
         self._next = 0.0
 
     def mark(self, sites: Collection[str]) -> None:
-        """Make the folder, and say in it whose it is; `sites` are those that the job makes.
+        """Create the folder and write the store's address into it; `sites` are those that the job makes.
 
         Raises:
-            StoreExistsError: it is another store's, or holds something else.
+            StoreExistsError: the folder belongs to another store, or has other content.
             LinkError: a file or folder of it is a symbolic link.
-        WriteError: it cannot be made.
+            WriteError: it cannot be created.
         """
         check_no_links(self.folder, sites)
-        # Before the marker is looked for: another process may be making the folder at this moment, the marker first.
+        # Listed before the check for the marker: another process may be creating the folder, marker first.
         names = set(list_names(self.folder))
         if is_staging(self.folder):
             said = read_file(self.folder / STAGING / MARKER, METADATA_LIMIT).decode(errors="replace").strip()
@@ -222,16 +223,16 @@ class BucketFolder:
         raise StoreExistsError(errno.EEXIST, f"{why}: choose another with --staging (staging=…)", str(self.folder))
 
     def fetch(self, sites: Collection[str]) -> list[str]:
-        """Make the folder what the bucket says, and name the shards that are here and were not sent; blocks.
+        """Make the folder equal to the bucket. Returns the keys of local shards that were not sent; blocks.
 
         Args:
-            sites: those that the job makes, of which the bucket may have none yet.
+            sites: the sites that the job makes; the bucket may have none of them yet.
 
         Raises:
-            StoreExistsError, PlanMismatchError: the bucket holds something else there.
-            ReadOnlyError: it is a store that `extract` does not make.
-            CorruptError: its root is damaged, or a shard has another size than it should.
-            AccessError, RemoteError, WriteError: as `ObjectStore.read`; this folder cannot be written to.
+            StoreExistsError, PlanMismatchError: other objects are in the way.
+            ReadOnlyError: the store was not made by `extract`.
+            CorruptError: its root is damaged, or a shard has the wrong size.
+            AccessError, RemoteError, WriteError: as `ObjectStore.read`; or this folder cannot be written to.
         """
         listed = self._listed(sites)
         self._root, self._manifest, self._there = listed.root, listed.manifest, listed.there
@@ -261,7 +262,7 @@ class BucketFolder:
         return found
 
     def _is_this_plan(self, here: bytes) -> bool:
-        """Tell whether shards of a root that was here before are those of the bucket's."""
+        """Whether shards of `here`, the root in the folder so far, belong to the bucket's plan."""
         ours, manifest = None, self._manifest
         with suppress(MmcacheError):
             ours = manifest_of(self.bucket, here)
@@ -281,7 +282,7 @@ class BucketFolder:
         self._equal[key] = _identity(file)
 
     def _name_shards(self, manifest: Manifest, there: dict[str, np.ndarray], *, ours: bool) -> list[str]:
-        """Make an empty file for each shard that the bucket has, and for no other; name those that are not empty."""
+        """Make an empty file for each shard in the bucket, remove others. Returns the keys of unsent shards."""
         unsent = []
         for site in manifest.sites:
             shape = (len(manifest.slots(site)), manifest.spec(site).blocks(manifest.n_tokens or 0))
@@ -308,10 +309,10 @@ class BucketFolder:
             make_empty(self.folder, site, keys)
 
     def refresh(self, manifest: Manifest) -> None:
-        """See what the bucket has now, if that is long enough ago; blocks for one listing.
+        """List the bucket again if the last listing is old enough; blocks for one listing.
 
         Raises:
-            PlanMismatchError: there is another plan now, or none.
+            PlanMismatchError: the bucket has another plan now, or none.
             CorruptError, AccessError, RemoteError: as `fetch`.
         """
         if time.monotonic() < self._next:
@@ -334,22 +335,22 @@ class BucketFolder:
             self._stubs(manifest, site, there & ~here)
             for slot, block in in_order(here & ~there):
                 key = f"{site}/{manifest.shard_key(site, block, slot)}"
-                # One that has been sent since the listing began is in none.
+                # A shard that was sent after the listing began is not in it.
                 with suppress(FileNotFoundError):
                     status = (self.folder / key).lstat()
                     if not status.st_size and status.st_mtime < clock - _CLOCKS:
                         remove_file(self.folder, key)
 
     def unsent(self, manifest: Manifest) -> dict[str, int]:
-        """Give keys and bytes of the shards that are here themselves."""
+        """Keys and bytes of the shards that are still in this folder."""
         found = ((site, name, size) for site in manifest.sites for name, size in _sizes(self.folder / site))
         return {f"{site}/{name}": size for site, name, size in found if size and shard_numbers(name)}
 
     def send(self) -> bool:
-        """Make the bucket's plan the one that is here, its root last; False if it was given another one meanwhile.
+        """Upload the plan in this folder, its root last; False if another machine uploaded a plan first.
 
         Raises:
-            StoreExistsError: the bucket holds something else under a name of the plan.
+            StoreExistsError: the bucket has another object under a key of the plan.
             AccessError, RemoteError: as `ObjectStore.read`.
         """
         root, old = read_file(self.folder / ROOT, METADATA_LIMIT), self._manifest
@@ -400,13 +401,13 @@ class BucketFolder:
             return False
 
     def fetch_statistics(self) -> None:
-        """Bring the merged statistics that the bucket has. Errors as `fetch`."""
+        """Download the merged statistics. Errors as `fetch`."""
         for key in StoreListing(self.bucket, STATISTICS_FOLDER).metadata:
             make_folder(self.folder, key.rpartition("/")[0])
             publish(self.folder, key, self.bucket.read_whole(key, METADATA_LIMIT), durable=False)
 
     def send_statistics(self, site: str) -> None:
-        """Send the merged statistics of a site, what says that they are there last. Errors as `send`."""
+        """Upload the merged statistics of a site, its `zarr.json` last as the commit. Errors as `send`."""
         above, last = f"{STATISTICS_FOLDER}/{ROOT}", f"{STATISTICS_FOLDER}/{site}/{ROOT}"
         files = (self.folder / STATISTICS_FOLDER / site).rglob("*")
         keys = {file.relative_to(self.folder).as_posix() for file in files if file.is_file()} - {last}
@@ -414,7 +415,7 @@ class BucketFolder:
             self.bucket.put(key, read_file(self.folder / key, METADATA_LIMIT))
 
     def forget(self) -> None:
-        """Remove the plan and the shards, all but what says whose folder this is."""
+        """Remove the plan and the shards; keep the marker of the folder."""
         for name in list_names(self.folder):
             if name != STAGING:
                 if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
@@ -426,7 +427,7 @@ class BucketFolder:
 
 
 def _together(work: Callable[[str], None], keys: Iterable[str]) -> None:
-    """Do something for each key, some at a time; blocks until all are done, and raises what failed first."""
+    """Call `work` for each key, in a few threads; blocks until all are done, and raises the first failure."""
     crew = ThreadPool(_THREADS, "plan")
     try:
         for done in [crew.submit(work, key) for key in keys]:
@@ -441,10 +442,10 @@ def _identity(file: Path) -> tuple[int, ...]:
 
 
 def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    """Give the names of a folder's shards and their bytes; one that is not there has none."""
+    """Names and bytes of a folder's shards; none if there is no such folder."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("c."):
-                # Somebody else may have put another in its place, or removed it.
+                # Another process may have replaced or removed it.
                 with suppress(FileNotFoundError):
                     yield entry.name, entry.stat(follow_symlinks=False).st_size

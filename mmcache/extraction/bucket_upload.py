@@ -1,4 +1,4 @@
-"""A store that is made for a bucket: planned and filled in a bounded folder, from which shards are uploaded."""
+"""Extraction into a bucket: plan and fill a staging folder of bounded size, and upload its shards."""
 
 from __future__ import annotations
 
@@ -52,37 +52,39 @@ if TYPE_CHECKING:
 
 __all__ = ["BucketOutput", "UploadQueue", "outgoing_for", "planned_in_bucket", "staging_folder"]
 
-# Shards that are sent at a time, each in several parts.
+# Concurrent uploads, each in several parts.
 _THREADS = 3
-# Seconds between two looks at what others are doing.
+# Seconds between two looks at other uploads.
 _LOOK_AT_UPLOADS = 0.2
 
 
 class _StoppedError(Exception):
-    """Nothing more is to be sent."""
+    """The queue was stopped, or an upload failed."""
 
 
 class UploadQueue:
-    """The shards that this process has in a staging folder. `send` by one thread at a time, the rest by the job's.
+    """Uploads this process's shards from a staging folder, in a thread pool.
+
+    `send` is called by one thread at a time, everything else by the job's thread.
 
     Args:
-        bucket: where they go.
-        folder: where they are.
-        claims: says that they are ours.
+        bucket: where to.
+        folder: the staging folder.
+        claims: this process's claims.
     """
 
     def __init__(self, bucket: ObjectStore, folder: Path, claims: Claims) -> None:
         self._bucket, self._folder, self._claims = bucket, folder, claims
         self._crew = ThreadPool(_THREADS, "upload")
-        # What is queued or being sent, the first failure, and whether it is over.
+        # `_queued` counts shards that are queued or being sent; `_failure` is the first error.
         self._changed = threading.Condition()
         self._queued, self._stopping = 0, False
         self._failure: BaseException | None = None
-        # Whether a shard that was left here was removed.
+        # Whether an adopted shard was damaged, and so removed.
         self.damaged = False
 
     def reserve(self, sizes: Mapping[str, int], most: Callable[[int], int], alive: Callable[[], None]) -> None:
-        """Claim room for shards; blocks until there is some. Raises what failed, and what `alive` raises meanwhile."""
+        """Claim room for shards; blocks until there is some. Raises errors of uploads, and of `alive`."""
         self.check()
         while not self._claims.claim(sizes, most):
             with self._changed:
@@ -91,11 +93,11 @@ class UploadQueue:
             self.check()
 
     def send(self, key: str) -> None:
-        """Queue a shard that is made; does not block."""
+        """Queue a finished shard; does not block."""
         self._submit(self._send, key)
 
     def adopt(self, sizes: Mapping[str, int], manifest: Manifest) -> bool:
-        """Queue what processes that died have left, to be checked and sent, or removed; False where it is nobody's."""
+        """Queue shards of dead processes, to be checked and sent, or removed. False if none of `sizes` is unclaimed."""
 
         def check_and_send(key: str) -> None:
             if self._is_whole(key, manifest):
@@ -122,7 +124,7 @@ class UploadQueue:
             work(key)
         except _StoppedError:
             pass
-        except BaseException as error:  # noqa: BLE001 -- kept, and raised again in the caller's thread
+        except BaseException as error:  # noqa: BLE001 -- raised again in the caller's thread
             with self._changed:
                 self._failure = self._failure or error
         finally:
@@ -145,7 +147,7 @@ class UploadQueue:
         self._claims.release([key])
 
     def _is_there(self, key: str) -> bool:
-        """Tell whether somebody else was quicker: a large one is not sent to be refused."""
+        """Whether another process sent the shard first: saves an upload that would be refused."""
         with contextlib.suppress(StoreNotFoundError):
             self._bucket.size(key, self._alive)
             return True
@@ -162,7 +164,7 @@ class UploadQueue:
         return not wrong
 
     def check(self) -> None:
-        """Raise what failed in a thread, if anything did, and say where the rest is."""
+        """Raise the first error of a thread, if any; the message says where unsent shards are."""
         failure = self._failure
         if failure is None:
             return
@@ -175,7 +177,7 @@ class UploadQueue:
         raise RemoteError(f"sending to {self._bucket.url} failed ({failure!r}). {left}") from failure
 
     def wait(self, waiting: Callable[[int], None] = lambda _: None) -> None:
-        """Wait until all that is queued is sent; `waiting` hears now and then how much is left. Raises what failed."""
+        """Wait until the queue is empty; `waiting` is called with the number left. Raises errors of uploads."""
         while True:
             with self._changed:
                 if self._queued and self._failure is None:
@@ -187,22 +189,22 @@ class UploadQueue:
             waiting(left)
 
     def stop(self) -> None:
-        """Send nothing more. What is under way ends with its next part, in its thread."""
+        """Send nothing more. Uploads in progress end at their next part, in the background."""
         with self._changed:
             self._stopping = True
         self._crew.close()
 
 
-# Of all that is staged, where nobody says: the most, and the part of the free room.
+# Default limit of staged shards: bytes, and the fraction of the free space (1 / _SHARE).
 _MOST, _SHARE = 4 << 30, 4
-# Blocks that there is room for all the same: one is made while another is sent.
+# Blocks per process that are allowed in any case: one is made while another is sent.
 _BLOCKS = 2
-# Seconds between two looks at what others are sending.
+# Seconds between two looks at what other processes send: first, and at most.
 _AGAIN, _AGAIN_AT_LAST = 0.2, 30.0
 
 
 def staging_folder(url: str, staging: str | os.PathLike[str] | None) -> Path:
-    """Give the folder in which a store for a bucket is made: one for each address, where another one is not chosen."""
+    """The staging folder of a store in a bucket: as given, or one per address in the cache folder."""
     if staging is not None:
         return Path(staging)
     return cache_folder() / "staging" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
@@ -211,7 +213,7 @@ def staging_folder(url: str, staging: str | os.PathLike[str] | None) -> Path:
 def outgoing_for(
     path: str | os.PathLike[str], staging: str | os.PathLike[str] | None, staging_bytes: int | None
 ) -> BucketOutput | None:
-    """Give what makes a store for an address; None for a folder. Raises ArgumentError as `BucketOutput`."""
+    """The output for an address of a bucket; None for a folder. Raises ArgumentError as `BucketOutput`."""
     place = placed(path)
     if isinstance(place, str):
         return BucketOutput(place, staging, staging_bytes)
@@ -221,24 +223,24 @@ def outgoing_for(
 
 
 def planned_in_bucket(path: str, staging: str | os.PathLike[str] | None) -> Manifest | None:
-    """Give the plan that there is at an address already; None for a folder. Errors as `ObjectStore.read`."""
+    """The plan that exists at an address, if any; None for a folder. Errors as `ObjectStore.read`."""
     return BucketOutput(path, staging, None).planned() if is_url(path) else None
 
 
 class BucketOutput:
-    """A store that is made for a bucket. Made, it has written nothing yet.
+    """The output of an extraction into a bucket. The constructor writes nothing.
 
-    `plan` comes first, then what `ShardFiller` calls, `drain`, `complete`; `stop` always. By one thread, but for
-    `published`.
+    Call `plan` first, then the methods that `ShardFiller` calls, `drain`, `complete`; and `stop` always. Used by one
+    thread, except for `published`.
 
     Args:
         url: the store's address.
-        staging: the folder, or None.
-        staging_bytes: what the shards in it may take, of all processes that work there; None for 4 GiB, or a quarter
-            of the free room if that is less, and at least two blocks a process.
+        staging: the staging folder; None for one in the cache folder.
+        staging_bytes: limit of the shards in it, for all processes that use it; None for 4 GiB, or a quarter of the
+            free space if that is less, and at least two blocks per process.
 
     Raises:
-        ArgumentError, AccessError: as `ObjectStore`; no bytes at all.
+        ArgumentError, AccessError: as `ObjectStore`; or `staging_bytes` is less than 1.
     """
 
     def __init__(self, url: str, staging: str | os.PathLike[str] | None, staging_bytes: int | None) -> None:
@@ -253,11 +255,11 @@ class BucketOutput:
         self._planned: Manifest | None = None
 
     def planned(self) -> Manifest | None:
-        """Give the plan that there is already; writes nothing. Errors as `ObjectStore.read`."""
+        """The plan in the bucket or else the staging folder, if any; writes nothing. Errors as `ObjectStore.read`."""
         return read_planned(self._bucket, self.folder)
 
     def sent(self) -> Manifest | None:
-        """The plan that the bucket itself has; writes nothing. Errors as `ObjectStore.read`."""
+        """The plan in the bucket, or None; writes nothing. Errors as `ObjectStore.read`."""
         root = read_if_there(self._bucket, ROOT)
         return None if root is None else manifest_of(self._bucket, root)
 
@@ -280,18 +282,18 @@ class BucketOutput:
         join_plan: Callable[[], Manifest],
         waiting: Callable[[], None],
     ) -> Manifest:
-        """Give the plan, the same here and in the bucket, once what was left here to be sent is there; blocks.
+        """Plan, or compare with the existing plan, here and in the bucket; first send shards left here; blocks.
 
         Args:
-            sites: those that the job makes.
-            open_plan: plans in the folder, or compares with the plan that is there.
+            sites: the sites that the job makes.
+            open_plan: plans in the folder, or compares with the plan there.
             join_plan: compares all but the corpus.
-            waiting: called now and then while another process of this machine plans.
+            waiting: called repeatedly while another process of this machine plans.
 
         Raises:
-            StoreExistsError: folder or prefix hold something else.
-            LinkError: in the folder there is a symbolic link.
-            MmcacheError: what `open_plan` raises, and `BucketFolder.fetch`.
+            StoreExistsError: folder or prefix have other content.
+            LinkError: the folder contains a symbolic link.
+            MmcacheError: errors of `open_plan` and `BucketFolder.fetch`.
         """
         if self._staging is None:
             private_folder(cache_folder(), "staging")
@@ -303,12 +305,12 @@ class BucketOutput:
             self._fetch(sites)
             manifest = open_plan()
             while not self._here.send():
-                # Another machine was quicker. The corpus may be read only once, and was when ours was planned.
+                # Another machine was first. The corpus may be readable only once: compare what the plans record.
                 self._fetch(sites)
                 ours, manifest = manifest, join_plan()
                 self._compare(ours, manifest)
         except PlanMismatchError as error:
-            # Of the folder nobody has asked anything.
+            # The user knows the address, not the staging folder.
             raise PlanMismatchError(str(error).replace(str(self.folder), self.url)) from error
         finally:
             lock.release()
@@ -331,13 +333,13 @@ class BucketOutput:
             self._uploads.wait()
 
     def check_room(self, missing: Mapping[str, np.ndarray]) -> None:
-        """Check that there is room here for what waits to be sent while missing shards are made.
+        """Check that the staging folder has room for the shards that wait to be sent.
 
         Args:
             missing: of each site, `[slots, blocks]` bool.
 
         Raises:
-            ArgumentError: one block is more than may be staged.
+            ArgumentError: one block is larger than `staging_bytes`.
             DiskFullError: with the bytes needed and free.
         """
         manifest = self._manifest
@@ -366,28 +368,28 @@ class BucketOutput:
         return max(min(_MOST, free_bytes(self.folder) // _SHARE), _BLOCKS * self._block * processes)
 
     def refresh(self) -> None:
-        """See now and then which shards the bucket has. Errors as `BucketFolder.refresh`."""
+        """List the bucket's shards again if it is time. Errors as `BucketFolder.refresh`."""
         self._here.refresh(self._manifest)
 
     def reserve(self, files: Mapping[Path, int], alive: Callable[[], None]) -> None:
-        """Wait until there is room for some more shards.
+        """Wait until there is room for more shards, and claim it.
 
         Args:
-            files: where they will be, and their bytes.
-            alive: called now and then; raises to end it.
+            files: their paths and bytes.
+            alive: called repeatedly; raises to end the wait.
 
         Raises:
-            MmcacheError: what failed while others were sent.
+            MmcacheError: an upload failed.
         """
         self._uploads.reserve({self._key(file): size for file, size in files.items()}, self._most, alive)
 
     def release(self, files: Collection[Path]) -> None:
-        """Give back the room of shards that will not be made."""
+        """Release the room of shards that will not be made."""
         if self._claims is not None:
             self._claims.release([self._key(file) for file in files])
 
     def published(self, files: Sequence[Path]) -> None:
-        """Send shards that are made; does not block. By one thread at a time."""
+        """Queue finished shards for upload; does not block. Called by one thread at a time."""
         for file in files:
             self._uploads.send(self._key(file))
 
@@ -395,13 +397,13 @@ class BucketOutput:
         return file.relative_to(self.folder).as_posix()
 
     def drain(self, waiting: Callable[[int], None] = lambda _: None) -> bool:
-        """Wait until nothing is here that is not in the bucket, whoever made it; False where some has to be made again.
+        """Wait until all shards here are in the bucket, whoever made them. False if damaged ones must be made again.
 
         Args:
-            waiting: called now and then with how many shards are still to be sent.
+            waiting: called repeatedly with the number of shards that are still to be sent.
 
         Raises:
-            MmcacheError: what failed.
+            MmcacheError: an upload failed.
         """
         uploads, manifest = self._uploads, self._manifest
         uploads.damaged, pause = False, _AGAIN
@@ -416,7 +418,7 @@ class BucketOutput:
         return not uploads.damaged
 
     def complete(self) -> Store:
-        """Open the finished store, with its merged statistics in the bucket, and leave nothing of it here."""
+        """Open the finished store; upload merged statistics; empty the staging folder if no other process uses it."""
         self._here.fetch_statistics()
         store = open_store(self.url)
         with contextlib.suppress(LockedError):
@@ -439,7 +441,7 @@ class BucketOutput:
             return False
 
     def stop(self) -> None:
-        """Send nothing more; what was not sent stays where it is. Does not wait for what is under way."""
+        """Send nothing more; unsent shards stay in the folder. Does not wait for uploads in progress."""
         if self._made is not None:
             self._made.stop()
         if self._claims is not None:

@@ -1,6 +1,6 @@
-"""Where documents come from: text, JSON lines, Parquet, Hugging Face datasets, and token ids made elsewhere.
+"""`read_texts`: read documents from text, JSON lines, Parquet, Hugging Face datasets, and arrays of token ids.
 
-A document is a text, or a one-dimensional array of token ids, which is taken as it is.
+A document is a text, or a one-dimensional array of token ids, which is not tokenised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HEAD", "Document", "check_kind", "check_size", "check_sources", "read_texts"]
 
-# Bytes at the beginning of a file that say what it is.
+# Bytes at the start of a file by which its kind is recognised.
 HEAD = 4096
 
 _UNPACK = "unpack it first"
@@ -36,7 +36,7 @@ _TENSORS = "save token ids as .npy, texts as .jsonl"
 _JSON = "write it as .jsonl, one object a line, such as by `jq -c '.[]'`; rename it if that is what it is"
 _ARROW = "give the folder that Dataset.save_to_disk made, or save it as Parquet"
 
-# Kinds that are known by name and are no plain text: what they are, and what to do.
+# Suffixes of files that are no plain text: what they are, and what to do.
 _NAMES: dict[str, tuple[str, str]] = {
     suffix: (what, remedy)
     for suffixes, what, remedy in (
@@ -55,7 +55,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     for suffix in suffixes.split()
 }
 
-# What files begin with that are no text, and what to do.
+# First bytes (regular expressions) of files that are no text: what they are, and what to do.
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x1f\x8b", "gzip", _UNPACK),
     (rb"\x28\xb5\x2f\xfd", "Zstandard", _UNPACK),
@@ -78,20 +78,20 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (rb"(?:[^\x00]\x00){4}", "UTF-16, or 16-bit token ids", f"convert text to UTF-8; of token ids, {_IDS}"),
     (rb"(?:\x00[^\x00]){4}", "UTF-16", "convert it to UTF-8, such as by `iconv -f UTF-16BE -t UTF-8`"),
 )
-# Below 32 and no white space, backspace or escape: text has hardly any.
+# Control characters other than white space, backspace and escape: text has hardly any.
 _CONTROLS = re.compile(rb"[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 
 
 def check_kind(path: Path, head: bytes, wanted: str | None = None) -> None:
-    """Refuse a file that is of another kind than it is read as.
+    """Refuse a file that is of another kind than it would be read as.
 
     Args:
         path: The file.
-        head: Its first bytes, HEAD of them or all there are.
-        wanted: What its name says that it is; None for text, unless its name says otherwise.
+        head: Its first HEAD bytes, or all if there are fewer.
+        wanted: The kind by its name; None for text, unless its name says otherwise.
 
     Raises:
-        CorpusError: What it is, and what to do.
+        CorpusError: It is of another kind; says which, and what to do.
     """
     if wanted is None and path.suffix.lower() in _NAMES:
         what, remedy = _NAMES[path.suffix.lower()]
@@ -111,13 +111,13 @@ def check_kind(path: Path, head: bytes, wanted: str | None = None) -> None:
 Document: TypeAlias = "str | np.ndarray"
 
 _JSON_LINES = (".jsonl", ".ndjson")
-# What files are read as that are not read as text, and what they begin with.
+# Suffixes of files that are not read as text: their kind, and their first bytes.
 _KINDS = {
     **dict.fromkeys(_JSON_LINES, ("JSON lines", b"")),
     ".parquet": ("Parquet", b"PAR"),
     ".npy": ("a numpy array", b"\x93NUMPY"),
 }
-# Memory that a tokenizer takes for one byte of one text: measured, 60 to 270 for text of all kinds, 450 for blanks.
+# Memory that a tokenizer needs per byte of one text: measured, 60 to 270 for text of all kinds, 450 for blanks.
 _TOKENIZING = 320
 _SPLIT = 'put its texts one a line into a .jsonl, as {"text": …}, or cut the file, such as by `split -C 16M`'
 
@@ -127,16 +127,15 @@ def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text"
 
     Args:
         sources: files and folders, or names of datasets on the Hugging Face hub:
-            `.jsonl` one document a line, under `field`; `.parquet` one document a row, in the column `field`;
-            `.npy` token ids: `[n]` one document, `[n, length]` one document a row; a folder that
-            `Dataset.save_to_disk` made; a one-dimensional zarr array of token ids; any other file with plain text is
-            one document in UTF-8; what is no path is a hub dataset, `name` or `name:split`, streamed.
+            `.jsonl` one document per line, under `field`; `.parquet` one per row, in the column `field`;
+            `.npy` token ids: `[n]` one document, `[n, length]` one document per row; a folder that
+            `Dataset.save_to_disk` made; a one-dimensional zarr array of token ids; any other file is one document of
+            plain text in UTF-8; anything that is no path is a hub dataset, `name` or `name:split`, streamed.
         field: the key of the text in JSON lines, Parquet and datasets.
 
     Raises:
-        CorpusError: a source that is not there, that is not what its name says, that is of a kind that is not read (a
-            table, a JSON document, an archive, …), or a document that memory does not suffice for; source and line (or
-            row) are named.
+        CorpusError: a source does not exist, is not what its name says, or is of a kind that is not read (a table, a
+            JSON document, an archive, …), or memory does not suffice for a document; names source and line or row.
     """
     for name, path in _named(sources):
         with _explained(path):
@@ -149,7 +148,7 @@ def read_texts(sources: Iterable[str | os.PathLike[str]], *, field: str = "text"
 
 
 def check_sources(sources: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuse files that are not there or of a kind that is not read: a look at them before a model is loaded.
+    """Refuse files that do not exist or are of a kind that is not read; a quick check before a model is loaded.
 
     Raises:
         CorpusError: As `read_texts`.
@@ -184,7 +183,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _is_there(name: str, path: Path) -> bool:
-    """Whether there is such a file or folder; if not, it may be a dataset on the hub."""
+    """Whether the file or folder exists. If not, refuse a name that cannot be a dataset on the hub."""
     there = path.exists()
     if not there and (path.suffix or name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise CorpusError(f"{path} is not there: give files, folders or the name of a dataset on the hub")
@@ -192,10 +191,10 @@ def _is_there(name: str, path: Path) -> bool:
 
 
 def check_size(size: int, where: str, remedy: str) -> None:
-    """Refuse a text of so many bytes where there is not enough memory to tokenise it.
+    """Refuse a text of `size` bytes if there is not enough memory to tokenise it.
 
     Raises:
-        CorpusError: its size, what tokenising it takes, and what is free.
+        CorpusError: with its size, the memory needed and the memory free.
     """
     free = available_memory()
     if size * _TOKENIZING > free:
@@ -217,7 +216,7 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
     if path.is_block_device() or path.is_char_device():
         raise CorpusError(f"{path} is a device: give a file")
     with path.open("rb") as file:
-        # A pipe can be read once only: what is looked at stays in the buffer.
+        # A pipe can be read only once: `peek` leaves the bytes in the buffer.
         _check_file(path, file.peek(HEAD)[:HEAD])
         if suffix in _JSON_LINES:
             yield from _read_json_lines(file, path, field)
@@ -237,7 +236,7 @@ def _read_text(file: IO[bytes], path: Path) -> str:
     check_size(len(data), str(path), _SPLIT)
     if (at := data.find(b"\0")) >= 0:
         raise CorpusError(f"{path} is binary, not text: it has a zero at byte {at}")
-    # Line ends as Python's text files have them.
+    # Line endings as in Python's text mode.
     return _decoded(data, str(path)).replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -260,7 +259,7 @@ def _read_json_lines(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
 
 
 def _value(line: str, where: str, field: str, *, first: bool) -> object:
-    """What a line of JSON has under a key."""
+    """The value of the key `field` in a line of JSON."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -311,8 +310,8 @@ def _read_npy(path: Path) -> Iterator[np.ndarray]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # numpy and Python's parser say in many ways that a header is damaged
-        # Only the first sentence: numpy goes on to advise loading pickles.
+    except Exception as error:  # numpy and Python's parser raise many kinds of errors for a damaged header
+        # Only the first sentence: the next ones advise loading pickles.
         raise CorpusError(f"{path} is no array of numbers: {str(error).partition('. ')[0]}") from error
     for row in array if array.ndim == 2 else [array]:
         yield _ids(row, str(path))
@@ -327,7 +326,7 @@ def _read_folder(path: Path, field: str) -> Iterator[Document]:
     datasets = _datasets(str(path))
     try:
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets and pyarrow say in many ways that a folder is damaged
+    except Exception as error:  # datasets and pyarrow raise many kinds of errors for a damaged folder
         raise CorpusError(f"{path} cannot be read as a dataset of save_to_disk: {error!r}") from error
     if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
         raise CorpusError(f"{path} holds the splits {', '.join(dataset)}: give the folder of one of them")
@@ -335,7 +334,7 @@ def _read_folder(path: Path, field: str) -> Iterator[Document]:
 
 
 def _check_ids(size: int, path: Path) -> None:
-    # They are read, checked and cut.
+    # Reading, checking and cutting them needs about three copies.
     if 3 * size > available_memory():
         raise CorpusError(
             f"{path} is one document of {size / 1e9:,.1f} GB of token ids, and {available_memory() / 1e9:,.1f} GB of "
@@ -352,7 +351,7 @@ def _read_zarr(path: Path) -> np.ndarray:
             ids = np.asarray(node[:])
     except CorpusError:
         raise
-    except Exception as error:  # zarr and its codecs say in many ways that an array is damaged
+    except Exception as error:  # zarr and its codecs raise many kinds of errors for a damaged array
         raise CorpusError(f"{path} cannot be read as a zarr array: {error!r}") from error
     if not isinstance(node, zarr.Array):
         raise CorpusError(f"{path} is a zarr group: give one of its arrays, such as {path / 'tokens'}")
@@ -373,9 +372,9 @@ def _read_hub(name: str, field: str) -> Iterator[str]:
     datasets = _datasets(f"{name} is not a path here; as a dataset on the hub")
     repository, _, split = name.partition(":")
     try:
-        # Releases before 4 would ask, on the terminal, whether to run what the dataset brings along.
+        # Releases before 4 would ask on the terminal whether to run the dataset's own code.
         rows = datasets.load_dataset(repository, split=split or "train", streaming=True, trust_remote_code=False)
-    except Exception as error:  # datasets, its readers and the hub's client fail in many ways
+    except Exception as error:  # datasets, its readers and the hub's client raise many kinds of errors
         raise CorpusError(f"{name} is no path here, and could not be had from the hub: {error}") from error
     yield from _rows(rows, name, field)
 
@@ -391,5 +390,5 @@ def _rows(dataset: Any, where: str, field: str) -> Iterator[str]:
             number += 1
     except CorpusError:
         raise
-    except Exception as error:  # as above, and connections fail
+    except Exception as error:  # as above, also for lost connections
         raise CorpusError(f"{where}, row {number}: cannot be read: {error!r}") from error

@@ -1,4 +1,4 @@
-"""What a job will take, before it takes it: tokens, bytes, room and time; and the batch size that is quickest."""
+"""Predict a job's tokens, bytes, disk space and time before it runs; find the fastest batch size."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["Survey", "quickest_batch", "survey_contexts", "survey_plan"]
 
 _LARGEST_BATCH = 256
-# A larger batch has to be this much quicker to be worth its memory.
+# A larger batch has to be faster by this factor to be worth its memory.
 _WORTH = 1.05
 _MEASURED_BATCHES = 3
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a job will take.
+    """The size, work and estimated time of a job.
 
-    `sites` maps each site to its width; `bytes_a_token` is what all sites and layers take for one token,
-    `bytes_to_do` and `shards_to_do` what is missing of `total_bytes` and `shards`; `seconds` is an estimate from
-    a few measured batches, None where none was measured. `staging` is the folder in which shards wait to be sent to a
-    bucket, None for a store of this machine's; there `free_bytes` are that folder's. `framed` documents bring special
-    tokens themselves which would be put around them.
+    `sites` maps each site to its width; `bytes_a_token` counts all sites and layers for one token; `bytes_to_do` and
+    `shards_to_do` are the missing part of `total_bytes` and `shards`; `seconds` is an estimate from a few measured
+    batches, None if none was measured. `staging` is the folder in which shards wait for upload to a bucket, None for a
+    local store; `free_bytes` is then that of the staging folder. `framed` counts the documents that already have
+    special tokens which would be put around them.
     """
 
     tokens: int
@@ -69,7 +69,7 @@ class Survey:
 
 
 def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, int] | None = None) -> Survey:
-    """Add up a plan; `to_do` is what is missing in bytes, shards and tokens, None for all of it."""
+    """The survey of a plan; `to_do` is what is missing in bytes, shards and tokens, None for all."""
     size = sum(plan.array_bytes(site) for site in plan.sites)
     shards = sum(plan.n_shards(site) for site in plan.sites)
     bytes_to_do, shards_to_do, tokens_to_do = to_do or (size, shards, plan.n_tokens or 0)
@@ -92,7 +92,7 @@ def _survey(path: Path, plan: Manifest, batch_size: int, to_do: tuple[int, int, 
 
 
 def survey_plan(path: Path, manifest: Manifest, fill: ShardFiller, batch_size: int) -> Survey:
-    """Say what is left to do of a plan."""
+    """The survey of a plan, with what is left to do."""
     found = _survey(path, manifest, batch_size, (fill.bytes, fill.shards, fill.tokens))
     return replace(found, framed=Tokenised.of(manifest).framed)
 
@@ -105,15 +105,15 @@ def survey_contexts(
     batch_size: int,
     run: Callable[[np.ndarray, np.ndarray], None],
 ) -> Survey:
-    """Say what a job that is not planned yet would take; writes nothing, and runs the first three batches.
+    """The survey of a job that is not planned yet; writes nothing, and runs the first three batches.
 
     Args:
         path: where the store would be.
-        settings: what is asked for.
-        contexts: cuts documents,
-        texts: these, up to `max_tokens`.
-        batch_size: contexts a batch.
-        run: runs one batch of ids and attention mask.
+        settings: those of the job.
+        contexts: cuts documents into contexts.
+        texts: the documents, read up to `max_tokens`.
+        batch_size: contexts per batch.
+        run: runs one batch, given ids and attention mask.
     """
     tokens = sequences = framed = 0
     first: list[np.ndarray] = []
@@ -144,7 +144,7 @@ def survey_contexts(
 
 
 def _rate(batches: list[list[np.ndarray]], run: Callable[[np.ndarray, np.ndarray], None]) -> float | None:
-    """Measure tokens a second; the first batch, which warms up, is left out where there are others."""
+    """Tokens per second, measured; None without batches. The first batch is a warm-up if there are others."""
     taken = []
     for batch in batches:
         longest = max(map(len, batch))
@@ -158,9 +158,9 @@ def _rate(batches: list[list[np.ndarray]], run: Callable[[np.ndarray, np.ndarray
 
 
 def quickest_batch(model: nn.Module, captured: Captured, length: int, device: torch.device) -> int:
-    """Find the batch size with the most tokens a second: doubled until that no longer pays, or memory ends.
+    """The batch size with the most tokens per second: doubled until that no longer pays, or memory runs out.
 
-    Blocks for a few forward passes of `length` tokens each.
+    Blocks for two forward passes at each size, of contexts of `length` tokens.
     """
     best, best_rate = 1, 0.0
     for size in itertools.takewhile(lambda size: size <= _LARGEST_BATCH, (1 << power for power in range(20))):

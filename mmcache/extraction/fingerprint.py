@@ -1,22 +1,22 @@
-"""What a model does on a fixed short context: a sketch that other hardware gives too, and another model does not.
+"""Fingerprint of a model: a sketch of its activations on a fixed short context, equal up to rounding on any hardware.
 
-The identity of a model is not its weights alone: a changed `rope_theta`, a hook, an adapter, autocast or other kernels
-change every activation. So a short pass is made before a job, of up to 64 ids that are a function of the vocabulary's
-size alone, and a sketch of each site and layer, and of the model's own output, is kept in the store. The output's is
-there for jobs with other sites: whatever changes inside a model reaches its output.
+Weights alone do not identify a model: a changed `rope_theta`, a hook, an adapter, autocast or other kernels change
+every activation. So before a job the model runs on up to 64 ids that depend only on the vocabulary's size, and a sketch
+of each site and layer, and of the model's output, is kept in the store. The output is for jobs with other sites:
+any change inside a model reaches its output.
 
-*Sketch.* Of activations `x` `[tokens, width]`, `m` is the median of `|x|`, and `g = asinh(x / m)`: so that neither the
+*Sketch.* For activations `x` `[tokens, width]`, `m` is the median of `|x|`, and `g = asinh(x / m)`, so that neither the
 attention sink at the first token nor an outlier dimension, both hundreds of times the rest, hides all others. The
-tokens are cut into 16 groups, and of each group the sketch has the sum of `g` times random signs, divided by the root
-of their number: of two sketches, the difference is normal, with the root mean square of the difference of `g` (the
-lemma of Johnson and Lindenstrauss, with the signs of Achlioptas, 2003). `m` itself is kept too, for the scale.
+tokens are cut into 16 groups; for each group the sketch has the sum of `g` times random signs, divided by the square
+root of the number of terms. The difference of two sketches is then normal, with the root mean square of the difference
+of `g` (the lemma of Johnson and Lindenstrauss, with the signs of Achlioptas, 2003). `m` is kept too, for the scale.
 
-*Tolerance.* The three groups that differ most are left out, since rounding may send a token to another expert; of the
-others the root mean square counts. Measured on 14 families: in float32, threads and attention kernels change 6e-6 at
+*Tolerance.* The three groups that differ most are ignored, since rounding may send a token to another expert; the root
+mean square of the others is compared. Measured on 14 families: in float32, threads and attention kernels change 6e-6 at
 most, rounding to TF32 before each product 1.5e-3 at 4 layers and 5e-3 at 24; in bfloat16, attention kernels change 1e-2
-at 4 layers, 4e-2 with experts and 1.1e-1 at 24. So 1e-2 and 1.5e-1 are let pass. Other rotary angles change 1.3e-1 and
-more, another activation function 2.5e-1, one expert less 3e-1, a shorter window 8e-1, a vector of a tenth of a layer's
-size 8e-2, weights in 8 bits 2e-2. What is smaller than the tolerance is seen by the exact digest, one of the numerics.
+at 4 layers, 4e-2 with experts and 1.1e-1 at 24. So the tolerances are 1e-2 and 1.5e-1. Other rotary angles change
+1.3e-1 and more, another activation function 2.5e-1, one expert less 3e-1, a shorter window 8e-1, a vector of a tenth of
+a layer's size 8e-2, weights in 8 bits 2e-2. Changes below the tolerance are seen by the exact digest in the numerics.
 """
 
 from __future__ import annotations
@@ -48,25 +48,26 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "ProvenanceWarning", "check_fingerprint", "probe_model", "with_sites"]
 
 _TOKENS, _GROUPS, _LEFT_OUT = 64, 16, 3
-# Columns of a model's output that are looked at: a vocabulary has a quarter of a million.
+# The most columns of a model's output that are sketched: a vocabulary can have 250,000.
 _COLUMNS = 4096
 _TOLERANCES = {"float64": 1e-2, "float32": 1e-2, "float16": 5e-2, "bfloat16": 1.5e-1}
-# What the shape of a batch may change in one process, at least: eight times what it changes where nothing is padded.
+# How much the shape of a batch may change activations in one process: the larger of this and _ABOVE_NOISE times the
+# change of a sequence that is not padded.
 _ROUNDING = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 _ABOVE_NOISE = 8.0
 
 
 class ProvenanceWarning(UserWarning):
-    """Where activations come from is not known as well as it should be: what is unknown, and what was assumed."""
+    """The provenance of activations is uncertain: says what is unknown and what is assumed."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model did on the fixed context.
+    """The result of the pass over the fixed context.
 
-    `widths` are the sites' own; `fingerprint` has the sketches, `{"tokens": n, "output": […], "sites": {site: [a sketch
-    a layer]}}`, and `digest` is exact, of every bit; both are None for a model that gives something else each time.
-    `padding_shows` says that a shorter sequence gets other activations where it is padded beside a longer one.
+    `widths` are those of the sites. `fingerprint` has the sketches, `{"tokens": n, "output": […], "sites": {site: [one
+    sketch per layer]}}`; `digest` is exact, over every bit of the output (None without one). Both are None if the model
+    is not deterministic. `padding_shows`: a sequence gets other activations if it is padded beside a longer one.
     """
 
     widths: dict[str, int]
@@ -82,17 +83,17 @@ def probe_model(
     device: torch.device,
     batch_size: int | str,
 ) -> Probe:
-    """Run a model on the fixed context: whole, twice in part, and both in one padded batch; blocks for 240 tokens.
+    """Run a model on the fixed context: whole, twice in part, and both in one padded batch (240 tokens); blocks.
 
     Args:
         model: in eval mode, without its wrappers.
         sites: as in `capture`.
-        layers: as there.
-        device: where ids go.
-        batch_size: the job's; a model that cannot run two sequences may only do one at a time.
+        layers: as in `capture`.
+        device: that of the ids.
+        batch_size: the job's; if the model cannot run two sequences in a batch, it must be 1.
 
     Raises:
-        ShapeError: a site that is not [batch, seq, width], or whose width differs between layers.
+        ShapeError: a site is not [batch, seq, width], or its width differs between layers.
         UnsupportedModelError: the model does not run on token ids alone.
         MmcacheError: as `capture`.
     """
@@ -103,7 +104,7 @@ def probe_model(
         widths = {site.name: site_width(site, captured[site.name], ids.shape[1]) for site in captured.sites}
         whole, made = dict(_rows(captured, 0)), _output(output)
         fingerprint = {"tokens": ids.shape[1], "output": _output_sketch(made), "sites": _sketches(whole)}
-        # Of the output alone: jobs with other sites have it too.
+        # Of the output only, so that jobs with other sites can be compared.
         digest = None if made is None else _digest({("output", 0): made})
         alone, again = (_run(model, captured, short, device) for _ in range(2))
         steady = _digest(alone) == _digest(again)
@@ -124,7 +125,7 @@ def probe_model(
 
 
 def _known_ids(model: nn.Module) -> int:
-    """Ids below this can be given to a model; where it does not say, its smallest embedding does, else it is 1."""
+    """Ids below this are valid: the vocabulary size, or else the rows of the smallest embedding, or else 1."""
     known = vocabulary(model)
     if known is None:
         rows = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -134,7 +135,7 @@ def _known_ids(model: nn.Module) -> int:
 
 def _ids(known: int, tokens: int) -> np.ndarray:
     """The fixed context: `[1, tokens]` int64, a function of the vocabulary's size alone."""
-    raw = np.random.PCG64(known).random_raw(tokens)  # bits, which no version of numpy draws otherwise
+    raw = np.random.PCG64(known).random_raw(tokens)  # raw bits are the same in all versions of numpy
     return (raw % known).astype(np.int64)[None]
 
 
@@ -144,7 +145,7 @@ def _run(model: nn.Module, captured: Captured, ids: np.ndarray, device: torch.de
 
 
 def _rows(captured: Captured, row: int) -> Iterator[tuple[tuple[str, int], torch.Tensor]]:
-    """The activations of one sequence of a batch, by site and place of the layer: `[tokens, width]` on the CPU."""
+    """Activations of one sequence of a batch, by site and index of the layer: `[tokens, width]` on the CPU."""
     for site in captured.sites:
         for place, tensor in enumerate(captured[site.name]):
             yield (site.name, place), tensor[row].detach().contiguous().cpu()
@@ -166,7 +167,7 @@ def _sketches(rows: dict[tuple[str, int], torch.Tensor]) -> dict[str, list[list[
 
 
 def _output(returned: Any) -> torch.Tensor | None:
-    """The first tensor of floats in what a model returned, `[tokens, width]` of one sequence; None if there is none."""
+    """The first tensor that a model returned, as `[tokens, width]` on the CPU; None without a floating-point one."""
     found = returned
     while not isinstance(found, torch.Tensor):
         values = list(found.values()) if isinstance(found, dict) else found
@@ -196,7 +197,7 @@ def _compressed(rows: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _sketch(rows: np.ndarray) -> list[float] | None:
-    """The sketch of `[tokens, width]` float64: the scale, then a number a group; None where something is not finite."""
+    """The sketch of `[tokens, width]` float64: the scale, then a number per group; None if not all are finite."""
     if not np.isfinite(rows).all():
         return None
     scale, small = _compressed(rows)
@@ -210,7 +211,7 @@ def _sketch(rows: np.ndarray) -> list[float] | None:
 
 
 def _difference(one: list[float] | None, other: list[float] | None) -> float:
-    """How far two sketches are apart, relative to what they are of; infinite where only one is there."""
+    """The relative difference of two sketches; infinite if only one exists or their lengths differ."""
     if one is None or other is None or len(one) != len(other):
         return 0.0 if one is other else float("inf")
     scale = abs(np.log(one[0] / other[0]))
@@ -227,9 +228,9 @@ def _padding_shows(
     alone: dict[tuple[str, int], torch.Tensor],
     device: torch.device,
 ) -> bool:
-    """Whether the short sequence gets other activations where it is padded to the length of the whole one.
+    """Whether the short sequence gets other activations if it is padded to the length of the whole one.
 
-    No token is left out: what mixes neighbours changes only the last ones before the padding.
+    All its tokens are compared: a model that mixes neighbours changes only the last ones before the padding.
     """
     tokens = next(iter(alone.values())).shape[0]
     padded, mask = np.repeat(ids, 2, axis=0), np.ones((2, ids.shape[1]), np.int64)
@@ -245,7 +246,7 @@ def _padding_shows(
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The root mean square of the difference of two `[tokens, width]`, of the token that is most apart."""
+    """The root mean square difference of two `[tokens, width]`, at the token that differs most."""
     rows, others = _plain(one), _plain(other)
     if not (np.isfinite(rows).all() and np.isfinite(others).all()):
         return 0.0 if np.array_equal(rows, others, equal_nan=True) else float("inf")
@@ -254,24 +255,24 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def with_sites(stored: dict[str, Any] | None, asked: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A store's fingerprint with the sketches of sites that are added to it; None where either is."""
+    """A store's fingerprint with the sketches of added sites; None if either is None."""
     if stored is None or asked is None:
         return None
     return {**stored, "sites": {**asked["sites"], **stored["sites"]}}
 
 
 def check_fingerprint(where: Path | str, stored: dict[str, Any] | None, settings: Settings) -> None:
-    """Compare what a model did when a store was planned with what it does now, at all that both looked at.
+    """Compare a store's fingerprint with that of the model now, at the shared sites and the output.
 
     Args:
         where: the store.
-        stored: its fingerprint; None where the model gave something else each time.
+        stored: its fingerprint; None if the model was not deterministic.
         settings: this job's.
 
     Raises:
-        PlanMismatchError: they differ by more than rounding does; it names the first place, and by how much. Or only
-            one of them is of a model that gives the same each time.
-        CorruptError: what is stored is no fingerprint.
+        PlanMismatchError: they differ by more than rounding; names the first place and the difference. Or only one of
+            the models is deterministic.
+        CorruptError: the stored value is no fingerprint.
     """
     asked = settings.fingerprint
     if stored is None or asked is None:
@@ -306,7 +307,7 @@ def _hooked(settings: Settings) -> str:
 
 
 def _check_form(where: Path | str, stored: Any) -> None:
-    """Check that what a root says is a fingerprint: it may have been sent by somebody. Raises CorruptError."""
+    """Check the form of a root's fingerprint: the store may be from a stranger. Raises CorruptError."""
     try:
         sketches = [stored["output"], *(sketch for site in stored["sites"].values() for sketch in site)]
         fine = all(

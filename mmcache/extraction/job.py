@@ -1,4 +1,4 @@
-"""`mmcache.extract`: an extraction is checked against its model, then surveyed, planned and filled."""
+"""`mmcache.extract`: check a job against its model, then survey it, or plan and fill the store."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ __all__ = ["Extraction", "Progress", "complete", "extract"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
+    """The progress of a job.
 
-    `phase` is `"tokenise"`, `"extract"`, `"wait"` while other workers plan, or make the last shards, or `"upload"`
-    while the last ones are sent to the bucket; `tokens` of `total` (0: not known yet) are done, by whichever worker,
-    `before` of them when this run began; `run_tokens` went through the model in this process, and `bytes` were handed
-    to the disk since the start, in `seconds`.
+    `phase` is `"tokenise"`, `"extract"`, `"wait"` while other workers plan or make the last shards, or `"upload"` while
+    the last shards are sent to the bucket. `tokens` of `total` (0: not known yet) are done by all workers, `before` of
+    them before this run. `run_tokens` went through the model in this process. `bytes` is the estimated size of the
+    shards made in `seconds`.
     """
 
     phase: Literal["tokenise", "extract", "wait", "upload"]
@@ -71,9 +71,9 @@ class Progress:
 
 
 class Extraction:
-    """A job that was checked against its model, and has written nothing yet: `survey` it or `run` it.
+    """A job, checked against its model, that has written nothing yet: call `survey` or `run`.
 
-    Takes the arguments of `extract`, and raises what it raises for those that make no sense.
+    Takes the arguments of `extract`, and raises its errors for those that make no sense.
     """
 
     @public(path=a_path, tokenizer=a_tokenizer, **OPTIONS)
@@ -99,7 +99,7 @@ class Extraction:
         staging_bytes: int | None = None,
     ) -> None:
         self._outgoing = outgoing_for(path, staging, staging_bytes)
-        self._path = Path(path) if self._outgoing is None else self._outgoing.folder  # in which the store is made
+        self._path = Path(path) if self._outgoing is None else self._outgoing.folder  # where the store is made
         self._tokenizer, self._model, self._asked_sites, self._asked_layers = tokenizer, unwrap(model), sites, layers
         resolved = resolve(self._model, sites, layers)
         self._device = device_of(self._model if device is None else self._model.to(device))
@@ -123,10 +123,10 @@ class Extraction:
             fingerprint=probe.fingerprint, hooked=hooked, equal_lengths=probe.padding_shows,
             any_batch=batch_size == "auto",
         )  # fmt: skip
-        self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens, or no BOS to add
+        self._settings.contexts(tokenizer)  # refuses a length without room for the special tokens, or a missing BOS
 
     def _resolved_batch(self, asked: int | Literal["auto"], length: int) -> int:
-        """Give the batch size: for `auto` the plan's, where there is one, or the quickest."""
+        """The batch size: for `auto` that of the plan if there is one, or else the fastest."""
         if asked == "auto":
             plan = self.planned()
             if plan is not None:
@@ -137,14 +137,14 @@ class Extraction:
         return asked
 
     def planned(self) -> Manifest | None:
-        """Give the plan that there is already, if there is one."""
+        """The existing plan; None if there is none."""
         if self._outgoing is not None:
             return self._outgoing.planned()
         return read_manifest(self._path) if is_store(self._path) else None
 
     @public()
     def survey(self, texts: Iterable[Document]) -> Survey:
-        """Say what the job would take, as if nothing of it were there; writes nothing, runs three batches."""
+        """The survey of the whole job, as if nothing was stored yet; writes nothing, runs three batches."""
         texts = checked_texts(texts)
         contexts = self._settings.contexts(self._tokenizer)
         with (
@@ -175,7 +175,10 @@ class Extraction:
         planned: Callable[[Survey], None] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Store:
-        """Plan what is not planned, fill what is missing, and give the complete store."""
+        """Plan, fill what is missing, and return the complete store; arguments and errors as in `extract`.
+
+        `planned` is called once with the survey of what is left to do.
+        """
         texts = checked_texts(texts)
         rank, began = find_rank(), time.monotonic()
 
@@ -213,7 +216,7 @@ class Extraction:
                     fill.run(told)
 
             filled(planned)
-            # What another process had left here damaged is made again.
+            # Shards that another process left damaged are made again.
             while self._outgoing is not None and not self._outgoing.drain(lambda _: tell("upload", total, total)):
                 filled(None)
             return complete(self._path) if self._outgoing is None else self._outgoing.complete()
@@ -234,7 +237,7 @@ class Extraction:
         tokenised: Callable[[int], None] = lambda _tokens: None,
         waiting: Callable[[], None] = lambda: None,
     ) -> Manifest:
-        """Plan what is not planned yet, or compare with the plan that is there; blocks while another worker plans."""
+        """Plan, or compare with the existing plan; blocks while another worker plans."""
         plan = partial(
             open_plan,
             self._path,
@@ -248,17 +251,17 @@ class Extraction:
         if self._outgoing is None:
             return plan()
         if (there := self._outgoing.sent()) is not None:
-            # Before the staging folder is made, and before what waits in it is sent.
+            # Checked before the staging folder is created, and before the shards in it are sent.
             check_plan(self._outgoing.url, there, self._settings, accept=accept_numerics)
         join = partial(join_plan, self._path, self._settings, accept_numerics=accept_numerics)
         return self._outgoing.plan(tuple(self._settings.widths), plan, join, waiting)
 
     def join(self, *, accept_numerics: bool = False) -> Manifest:
-        """Compare with the plan that is there; the corpus was compared by whoever planned."""
+        """Compare with the existing plan, except for the corpus, which the planner compares."""
         manifest = known_plan(self._path, self._settings, accept=accept_numerics)
         if is_recorded(manifest, self._settings):
             return manifest
-        # What is accepted is written down; several workers may come at once.
+        # Accepted numerics are recorded; several workers may do so at once.
         lock = FolderLock.wait(self._path, lambda: None)
         try:
             return join_plan(self._path, self._settings, accept_numerics=accept_numerics)
@@ -267,7 +270,7 @@ class Extraction:
 
     @contextmanager
     def filling(self, manifest: Manifest, rank: Rank, *, strict: bool) -> Iterator[ShardFiller]:
-        """Give what fills the missing shards of a plan, with the model hooked and in eval mode."""
+        """A ShardFiller for the missing shards of a plan, with the model hooked and in eval mode."""
         size = manifest.source["numerics"]["batch_size"] if self._settings.any_batch else self._batch_size
         batches = Batches(self._path, manifest, size)
         with (
@@ -287,7 +290,7 @@ class Extraction:
 
 
 def complete(path: Path) -> Store:
-    """Open the store that is finished now, and keep the merged statistics in it, if no other worker does."""
+    """Open the finished store, and save its merged statistics unless another worker is doing so."""
     store = open_store(path)
     manifest = read_manifest(path)
     if all(load_summary(path, manifest, site) is not None for site in store.sites):
@@ -334,44 +337,44 @@ def extract(
 ) -> Store:
     """Run a model over text and store its activations; blocks until the store is complete.
 
-    Called again with the same arguments after an interruption it goes on with the shards that are missing. Each file
-    is then byte for byte that of a job never interrupted, but for `source.record` in the root, which says when and how
-    the store was made, and the root's digest. With a larger `max_tokens` the store grows; with
-    other `sites` a complete store gains them. Any number of processes may run the same job on one path: one plans, and
-    each makes its share of the shards, by its rank where torchrun, srun or a job array gives one, then of what others
-    have not begun. Each returns when the store is complete.
+    After an interruption, call it again with the same arguments to resume. Each file is byte-identical to that of an
+    uninterrupted job, except for `source.record` in the root, which says when and how the store was made, and the
+    root's digest. With a larger `max_tokens` the store grows; with other `sites` a complete store gains them. Any
+    number of processes may run the same job on one path. One plans; each makes its share of the shards, by its rank if
+    torchrun, srun or a job array gives one, and then shards that others have not begun. Each returns when the store is
+    complete.
 
     Args:
-        model: any model that takes token ids; it is run in eval mode, under `torch.inference_mode`, up to the last
-            site that is wanted. It computes in its own dtype.
+        model: any model that takes token ids. It runs in eval mode, under `torch.inference_mode`, in its own dtype, up
+            to the last wanted site.
         tokenizer: a Hugging Face tokenizer.
-        texts: documents: texts, or one-dimensional arrays of token ids. Each is cut into contexts, a text with the
-            special tokens that the tokenizer wants around them; those that it brings itself, as chat templates write
-            them, it does not get twice. `read_texts` reads them from files.
-        path: the store, new or to be gone on with: a folder, or an address such as `s3://bucket/acts`. Then shards are
-            made in a folder of this machine, sent behind the next ones and let go; what an interruption leaves there is
-            sent by the next call. Workers need no folder that all of them see.
+        texts: documents: texts, or one-dimensional arrays of token ids. Each is cut into contexts. Contexts of a text
+            get the tokenizer's special tokens around them, but not twice if the text already has them, as from a chat
+            template. `read_texts` reads documents from files.
+        path: the store, new or to be resumed: a folder, or an address such as `s3://bucket/acts`. For an address,
+            shards are made in a local staging folder, uploaded in the background and removed; the next call uploads
+            what an interruption leaves there. Workers need no shared folder.
         sites: what to store, as in `mmcache.capture`.
         layers: the model's own layer numbers; None for all.
-        context_length: tokens a context at most; None for 1,024, or what the model can do if that is less.
-        pack: fill each context with documents one after the other, which then attend to each other; otherwise
-            each document begins a context, and sees only itself.
-        bos: `"auto"`: a context of a text begins with a BOS if the tokenizer puts one there. `"add"`: in any case, with
-            the tokenizer's BOS or else that of the model's configuration, as TransformerLens and SAELens have it.
-            `"none"`: without one. Documents that are token ids are left as they are.
-        batch_size: contexts a forward pass; `"auto"` for the quickest, measured once and kept in the plan.
+        context_length: the most tokens per context; None for 1,024, or the model's maximum if that is less.
+        pack: fill each context with consecutive documents, which then attend to each other; otherwise each document
+            begins a context and sees only itself.
+        bos: `"auto"`: a context of a text begins with a BOS if the tokenizer puts one there. `"add"`: always, with the
+            tokenizer's BOS or else that of the model's configuration, as in TransformerLens and SAELens. `"none"`:
+            never. Documents that are token ids are left unchanged.
+        batch_size: contexts per forward pass; `"auto"` for the fastest, measured once and kept in the plan.
         dtype: the storage dtype.
         layout: `"token"` (training) or `"layer"`.
-        shard_tokens: tokens a shard where the default (256 MiB of the widest site) does not fit.
+        shard_tokens: tokens per shard; None for the default (256 MiB of the widest site).
         max_tokens: store whole contexts up to this many tokens; None for all.
         device: where the model runs; None for where it is.
-        accept_numerics: go on with a store although batch size, attention, device, threads or versions differ.
+        accept_numerics: resume although batch size, attention, device, threads or versions differ.
         strict: refuse NaN and infinity; otherwise they are stored, counted, and warned of once.
-        record: anything JSON keeps, stored beside the provenance and never compared.
-        staging: that folder; None for one below `$MMCACHE_CACHE`, or `mmcache` where caches go. The plan (tokens, flags
-            and sequences, about 5 bytes a token) lies there too until the store is complete.
-        staging_bytes: what shards in it may take, of all workers that use it; None for 4 GiB, or a quarter of the free
-            room if that is less, and at least two blocks a worker (a block is a shard of each site and, in the layer
+        record: a dict of JSON values, stored with the provenance and never compared.
+        staging: the staging folder; None for one below `$MMCACHE_CACHE` or the user's cache folder. The plan (tokens,
+            flags and sequences, about 5 bytes per token) is also there until the store is complete.
+        staging_bytes: limit of the shards in it, for all workers that use it; None for 4 GiB, or a quarter of the free
+            space if that is less, and at least two blocks per worker (a block is a shard of each site and, in the layer
             layout, layer).
         progress: called after each batch.
 
@@ -379,10 +382,10 @@ def extract(
         UnknownSiteError, UnsupportedModelError, OutOfRangeError, ArgumentError, DtypeError: the arguments make
             no sense for this model; nothing is written.
         PlanMismatchError: the store at `path` was planned with other settings, which are listed.
-        CorpusError: the texts cannot be read as text. DiskFullError: they will not fit; the numbers are given.
-        NonFiniteError: with `strict`. WriteError: the disk refused. Shards that were published stay.
-        RemoteError, AccessError: the bucket's server gives no answer, or refuses. What was not sent stays in `staging`.
-        StoreExistsError: path or staging hold something else.
+        CorpusError: the texts cannot be read as text. DiskFullError: no room; gives bytes needed and free.
+        NonFiniteError: with `strict`. WriteError: the disk refused a write. Published shards stay.
+        RemoteError, AccessError: the bucket's server does not answer, or refuses. Unsent shards stay in `staging`.
+        StoreExistsError: path or staging have other content.
     """
     job = Extraction(
         model,

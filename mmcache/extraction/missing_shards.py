@@ -1,4 +1,4 @@
-"""What is missing of a planned store, and whether there is room for it."""
+"""The missing shards of a planned store: which, their bytes, and whether the disk has room."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["bytes_to_write", "check_room", "missing_of", "shards_from"]
 
 
 def missing_of(path: Path, manifest: Manifest, sites: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Tell which shards of some sites of a plan (None: of all) are missing: `[slots, blocks]` bool."""
+    """The missing shards of some sites of a plan (None: all): `[slots, blocks]` bool by site."""
     names = manifest.sites if sites is None else sites
     found = {site: present_shards(path, manifest, site, manifest.n_tokens or 0) for site in names}
     return {site: np.logical_not(there, out=there) for site, there in found.items()}
 
 
 def bytes_to_write(manifest: Manifest, shards: dict[str, np.ndarray]) -> int:
-    """Add up the sizes of the files of some shards of each site, such as those that are missing."""
+    """The total bytes of some shards (`[slots, blocks]` bool by site) as files."""
     needed = 0
     for site, which in shards.items():
         spec, total = manifest.spec(site), manifest.n_tokens or 0
-        # All but those of the last block are full, and so of one size.
+        # All shards but those of the last block are full, and so have the same size.
         for block, count in ((0, which[:, :-1].sum()), (which.shape[1] - 1, which[:, -1:].sum())):
             if count:
                 needed += int(count) * Layout(spec, spec.rows_in_block(block, total)).size
@@ -42,7 +42,7 @@ def bytes_to_write(manifest: Manifest, shards: dict[str, np.ndarray]) -> int:
 
 
 def shards_from(path: Path, manifest: Manifest, first: int) -> dict[str, np.ndarray]:
-    """Tell which shards of each site, from block `first` on, are there: `[slots, blocks]` bool."""
+    """The shards of each site that exist, from block `first` on: `[slots, blocks]` bool."""
     found = {site: present_shards(path, manifest, site, manifest.n_tokens or 0) for site in manifest.sites}
     for there in found.values():
         there[:, :first] = False
@@ -56,15 +56,15 @@ def check_room(
     *,
     replacing: tuple[Manifest, int] | None = None,
 ) -> None:
-    """Refuse if the disk has no room for the shards that are missing.
+    """Refuse if the disk has no room for the missing shards.
 
-    A staging folder never holds all of them: there nothing is refused, who fills it asks for what it may hold.
+    Does nothing for a staging folder, which never holds all of them: `BucketOutput.check_room` checks that.
 
     Args:
         path: the store.
-        manifest: its plan, which need not have been written yet.
-        missing: of each site, `[slots, blocks]` bool; None to look.
-        replacing: the plan before it and a block: shards of that plan from there on will be removed first.
+        manifest: its plan, which may not be written yet.
+        missing: of each site, `[slots, blocks]` bool; None to list the folder.
+        replacing: the previous plan and a block: shards of that plan from that block on will be removed first.
 
     Raises:
         DiskFullError: with the bytes needed and free.

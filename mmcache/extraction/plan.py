@@ -1,8 +1,8 @@
-"""The plan of an extraction: everything that is known before the first forward pass, written down first.
+"""Make, resume or extend the plan of an extraction: all that is known before the first forward pass.
 
-Tokens and sequences are stored, every array's shape is fixed, and from then on a shard's presence is its commit.
-A plan may be gone on with (the same settings), grown (`max_tokens`), or given more sites; anything else that
-differs is refused.
+The plan stores tokens and sequences and fixes every array's shape; from then on a shard's presence is its commit.
+A plan may be resumed (with the same settings), grown (`max_tokens`), or given more sites; any other difference
+is refused.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ def open_plan(
     tokenised: Callable[[int], None],
     waiting: Callable[[], None],
 ) -> Manifest:
-    """Give the plan at `path`: a new one, or the one that is there if it was made with the same settings.
+    """The plan at `path`: a new one, or the existing one if it has the same settings, grown or extended if asked.
 
     Blocks while another process plans there.
 
     Args:
         path: the store.
-        settings: what is asked for.
+        settings: those of the job.
         tokenizer: a Hugging Face tokenizer.
-        documents: the corpus; read once, to be tokenised or to be compared.
-        accept_numerics: go on although numerics differ, and record it.
-        tokenised: called now and then with the tokens so far.
-        waiting: called now and then while another worker plans.
+        documents: the corpus; read once, to be tokenised or compared.
+        accept_numerics: continue although numerics differ, and record them.
+        tokenised: called repeatedly with the number of tokens so far.
+        waiting: called repeatedly while another worker plans.
 
     Raises:
         PlanMismatchError: the store was planned with other settings, which are listed.
-        StoreExistsError, ReadOnlyError: the path is taken by something that is no extraction.
+        StoreExistsError, ReadOnlyError: the path has content that is no extraction.
         LockedError: it is to grow while others fill it. LinkError: a file or folder of it is a symbolic link.
         CorpusError: the corpus cannot be read, or has no tokens.
     """
@@ -82,7 +82,7 @@ def open_plan(
         restore_tokenizer(path, manifest, tokenizer)
     if manifest is None or changes(manifest, settings):
         make_folder(path)
-        # Of workers that begin together, one plans; the others wait, and find the plan.
+        # If workers start together, one plans; the others wait, and find the plan.
         lock = FolderLock.wait(path, waiting)
         try:
             there = is_store(path)
@@ -99,7 +99,7 @@ def open_plan(
     check_corpus(path, Tokenised.of(manifest), documents)
     if is_recorded(manifest, settings):
         return manifest
-    # Another worker may be planning its growth at this moment.
+    # Under the lock: another worker may be growing the plan at this moment.
     lock = FolderLock.wait(path, waiting)
     try:
         return with_recorded(path, known_plan(path, settings, accept=accept_numerics), settings)
@@ -109,11 +109,11 @@ def open_plan(
 
 @contextlib.contextmanager
 def _begun(path: Path) -> Iterator[None]:
-    """Leaves a path as free as it was where a new plan fails before any of the corpus is in it."""
+    """Remove the root again if a new plan fails before any of the corpus is stored."""
     try:
         yield
     except CorpusError:
-        # What cannot be removed would only hide why.
+        # A failure to remove it would hide the cause.
         with contextlib.suppress(OSError):
             if "tokenised" not in read_manifest(path).source:
                 remove_file(path, ROOT)
@@ -121,12 +121,12 @@ def _begun(path: Path) -> Iterator[None]:
 
 
 def join_plan(path: Path, settings: Settings, *, accept_numerics: bool) -> Manifest:
-    """The plan that is there, compared as `open_plan` does, but for the corpus: that is the planner's."""
+    """The existing plan, compared as in `open_plan`, except for the corpus, which the planner compares."""
     return with_recorded(path, known_plan(path, settings, accept=accept_numerics), settings)
 
 
 def _claimed(path: Path, settings: Settings) -> bool:
-    """Check that a store may be made at a path; False where another worker began to meanwhile. Errors as `claim`."""
+    """Check that a store may be made at `path`; False if another worker has just begun one. Errors as `claim`."""
     try:
         claim(path, tuple(settings.widths))
     except StoreExistsError:
@@ -139,10 +139,10 @@ def _claimed(path: Path, settings: Settings) -> bool:
 
 
 def _new(settings: Settings) -> Manifest:
-    """What the root of a new plan says first."""
+    """The first root of a new plan."""
     return Manifest(
         kind="planned",
-        # Not of the sites: a site that is added later has the very shards that it would have had at once.
+        # Without the sites, so that a site that is added later has the same shards as one from the beginning.
         store=hashlib.sha256(json.dumps(settings.identity, sort_keys=True).encode()).hexdigest()[:32],
         layout=settings.layout,
         dtype=settings.dtype,
@@ -164,7 +164,7 @@ def _new(settings: Settings) -> Manifest:
 
 
 def _kept(path: Path, manifest: Manifest) -> Manifest:
-    """Write the root."""
+    """Write the root; returns `manifest`."""
     publish(path, ROOT, manifest.to_json())
     return manifest
 
@@ -177,7 +177,7 @@ def _tokenised(
     documents: Iterable[Document],
     tokenised: Callable[[int], None],
 ) -> Manifest:
-    """Tokenise what is missing, and fix every shape; the root that says so is written last."""
+    """Tokenise the rest of the corpus and fix every shape; the root with the shapes is written last."""
     old = manifest
 
     def commit(state: Tokenised) -> None:
@@ -186,7 +186,7 @@ def _tokenised(
         publish(path, ROOT, manifest.to_json())
         tokenised(state.tokens)
 
-    # What was made before a text's own special tokens were looked for goes on as it began.
+    # Format version 1 puts special tokens around texts that already have them: its plans continue so.
     contexts = settings.contexts(tokenizer, doubled=manifest.version == 1)
     state = tokenise(path, manifest, contexts, documents, settings.max_tokens, commit)
     tokenised(state.tokens)
@@ -199,14 +199,14 @@ def _tokenised(
     if old.n_tokens is not None:
         _check_idle(path, old)
         first = _first_unfinished(path, old, manifest)
-        # Before anything is removed: what is refused must leave the store as it was.
+        # Before anything is removed, so that a refusal leaves the store unchanged.
         check_room(path, manifest, replacing=(old, first))
         _drop(path, old, first)
     return _published(path, manifest)
 
 
 def _check_idle(path: Path, manifest: Manifest) -> None:
-    """Refuse to replace shards that somebody is making at this moment."""
+    """Refuse to replace shards while another process is making some."""
     held = [f"{site}/{name}" for site in manifest.sites for name in remove_drafts(path, site)] + claimed(path)
     if held:
         raise LockedError(
@@ -217,21 +217,21 @@ def _check_idle(path: Path, manifest: Manifest) -> None:
 
 
 def _first_tokens(path: Path, manifest: Manifest) -> str:
-    """Hash the first sequence: it pins shards to their corpus, and stays the same when the plan grows."""
+    """The digest of the first sequence: it ties shards to their corpus, and does not change when the plan grows."""
     spans = ShardFolder(path, manifest, "sequences", manifest.n_sequences).read(0, 1)
     ids = ShardFolder(path, manifest, "tokens", manifest.n_tokens or 0).read(0, int(spans[0, 1]))
     return ids_digest(ids.numpy())
 
 
 def _published(path: Path, manifest: Manifest) -> Manifest:
-    """Write the metadata of every array, then the root."""
+    """Write the metadata of every array, then the root; returns `manifest`."""
     arrays = (*manifest.sites, *RESERVED)
     publish_all(path, {f"{array}/{ROOT}": array_json(manifest, array, manifest.rows(array)) for array in arrays})
     return _kept(path, manifest)
 
 
 def _first_unfinished(path: Path, old: Manifest, new: Manifest) -> int:
-    """Find the first block that a longer plan makes otherwise: that of the last, partly filled batch or shard."""
+    """The first block that differs in a longer plan: that of the last, incomplete batch or shard."""
     if (old.shard_tokens, old.inner_tokens) != (new.shard_tokens, new.inner_tokens):
         return 0
     shard = old.shard_tokens or 1
@@ -245,7 +245,7 @@ def _first_unfinished(path: Path, old: Manifest, new: Manifest) -> int:
 
 
 def _drop(path: Path, old: Manifest, first: int) -> None:
-    """Remove the shards from block `first` on, before the longer plan is written: so they are missing at worst."""
+    """Remove the shards from block `first` on. Before the longer plan is written, so that a crash only loses them."""
     for site, there in shards_from(path, old, first).items():
         for slot, block in in_order(there):
             remove_file(path, f"{site}/{old.shard_key(site, block, slot)}")
@@ -253,7 +253,7 @@ def _drop(path: Path, old: Manifest, first: int) -> None:
 
 
 def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
-    """Add the sites that a complete store does not have yet; its own shards stay as they are."""
+    """Add sites to a complete store; its shards stay unchanged."""
     fresh = {site: width for site, width in settings.widths.items() if site not in manifest.sites}
     total, shard = manifest.n_tokens or 0, manifest.shard_tokens or 1
     shard_rows(settings.row_bytes(fresh), shard, total)
@@ -269,7 +269,7 @@ def _with_sites(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
 
 
 def _interrupted(path: Path, grown: Manifest, site: str) -> bool:
-    """Tell whether the folder of a site has only what adding it, interrupted before the root, leaves there."""
+    """Whether a site's folder has only the remains of an addition that was interrupted before the root was written."""
     folder, metadata = path / site, array_json(grown, site, grown.n_tokens or 0)
     names = list_names(folder) if folder.is_dir() else [site]
     return not names or (names == [ROOT] and read_file(folder / ROOT, 1 << 20) == metadata)

@@ -1,4 +1,4 @@
-"""What is asked for beside the plan that is there: what must be equal, what may be accepted, what may be added."""
+"""Compare a job's settings with an existing plan: what must be equal, may be accepted, or may be added."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["changes", "check_plan", "grows", "is_recorded", "known_plan", "with_recorded"]
 
 _REMEDY = "Give the settings of the store, or choose another path."
-# The one of the numerics that is exact, and that a model which never repeats itself has not got.
+# The exact digest among the numerics; None for a model that is not deterministic.
 _DIGEST = "activations"
 _ACCEPT = (
     "These may change the last bits of an activation. Set them as they were, or go on all the same with "
@@ -35,11 +35,11 @@ _ACCEPT = (
 
 
 def check_plan(where: Path | str, manifest: Manifest, settings: Settings, *, accept: bool) -> None:
-    """Compare all of a plan that needs no folder: all but the corpus, and which sites are complete. As `known_plan`."""
+    """Compare what needs no folder: all but the corpus and which sites are complete. Errors as `known_plan`."""
     if manifest.kind != "planned":
         raise ReadOnlyError(f"{where} holds a store that was not made by extract: choose another path")
     source = manifest.source
-    # Older plans do not say this; it is what they did.
+    # Older plans do not record this, but were made so.
     identity = {"bos": "auto", **source["identity"]}
     compare(where, "identity", identity, recorded(identity, settings.identity), _REMEDY)
     stored, asked = source["modules"], settings.modules
@@ -55,16 +55,16 @@ def check_plan(where: Path | str, manifest: Manifest, settings: Settings, *, acc
 
 
 def known_plan(path: Path, settings: Settings, *, accept: bool) -> Manifest:
-    """The plan that is there, once all but the corpus was compared; writes nothing.
+    """The existing plan, after comparing all but the corpus; writes nothing.
 
     Args:
         path: the store.
-        settings: what is asked for.
-        accept: whether other numerics are fine.
+        settings: those of the job.
+        accept: accept other numerics.
 
     Raises:
-        PlanMismatchError: what differs.
-        ReadOnlyError: the store is none of `extract`'s.
+        PlanMismatchError: something differs; says what.
+        ReadOnlyError: the store was not made by `extract`.
         LinkError: a file or folder of it is a symbolic link.
     """
     manifest = read_manifest(path)
@@ -76,7 +76,7 @@ def known_plan(path: Path, settings: Settings, *, accept: bool) -> Manifest:
 
 
 def _compare_model(path: Path | str, source: dict[str, Any], settings: Settings, *, accept: bool) -> None:
-    """Compare numerics and fingerprint; the exact digest last, which says least about what differs."""
+    """Compare numerics and fingerprint; the exact digest last, since it does not show what differs."""
     numerics, known = _numerics(source, settings), [source["numerics"], *source["accepted"]]
     others = {name: value for name, value in numerics.items() if name != _DIGEST}
     if not accept and not any(_same(entry, others) for entry in known):
@@ -89,13 +89,13 @@ def _compare_model(path: Path | str, source: dict[str, Any], settings: Settings,
 
 def _numerics(source: dict[str, Any], settings: Settings) -> dict[str, Any]:
     if settings.any_batch:
-        # Whoever planned it may have found another size to be the quickest.
+        # The planner may have found another size to be the fastest.
         return {**settings.numerics, "batch_size": source["numerics"]["batch_size"]}
     return settings.numerics
 
 
 def _shared(numerics: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """The numerics that both know; a digest that one of them has not got is of a model that never repeats itself."""
+    """The fields of `numerics` that are also in `others`; the digest only if both models are deterministic."""
     steady = numerics.get(_DIGEST) is not None and others.get(_DIGEST) is not None
     return {name: value for name, value in numerics.items() if name in others and (name != _DIGEST or steady)}
 
@@ -105,7 +105,7 @@ def _same(stored: dict[str, Any], asked: dict[str, Any]) -> bool:
 
 
 def _compare_sites(path: Path, manifest: Manifest, settings: Settings) -> None:
-    """Refuse sites that cannot be added yet, and to leave out sites that are not complete."""
+    """Refuse other sites while the plan grows, new sites in an incomplete store, and to omit incomplete sites."""
     stored, asked = set(manifest.source["modules"]), set(settings.modules)
     incomplete = stored
     if manifest.n_tokens is not None:
@@ -122,25 +122,25 @@ def _compare_sites(path: Path, manifest: Manifest, settings: Settings) -> None:
 def grows(manifest: Manifest, settings: Settings) -> bool:
     """Whether more tokens are asked for than the plan has."""
     state = Tokenised.of(manifest)
-    # Tokens that are stored and do not count yet are those of a growth that was interrupted.
+    # Tokens that are stored but not in the plan are from an interrupted growth.
     more = not state.whole or state.tokens != manifest.n_tokens
     return more and manifest.source["max_tokens"] != settings.max_tokens
 
 
 def changes(manifest: Manifest, settings: Settings) -> bool:
-    """Whether there is something to be planned, not only to be filled."""
+    """Whether there is something to plan, not only shards to fill."""
     return manifest.n_tokens is None or grows(manifest, settings) or bool(set(settings.modules) - set(manifest.sites))
 
 
 def is_recorded(manifest: Manifest, settings: Settings) -> bool:
-    """Whether the plan says all that it would say if it were made now with these settings."""
+    """Whether the plan already records all that these settings would add."""
     return _source(manifest, settings) == manifest.source
 
 
 def with_recorded(path: Path, manifest: Manifest, settings: Settings) -> Manifest:
-    """The plan with the numerics that were accepted, and with what older versions did not record; written if it is new.
+    """The plan with accepted numerics and with what older versions did not record; written if it changed.
 
-    With the store's lock, where somebody else may plan. What is added is warned of.
+    Needs the store's lock if another process may plan. Warns if it adds what an older version did not record.
     """
     source = _source(manifest, settings)
     if source == manifest.source:
@@ -163,7 +163,7 @@ def _source(manifest: Manifest, settings: Settings) -> dict[str, Any]:
         source["accepted"] = [*source["accepted"], numerics]
     elif _same(source["numerics"], numerics):
         source["numerics"] = {**numerics, **source["numerics"]}
-    # What older plans do not say of `bos` is known: it is what they did.
+    # Older plans do not record `bos`; it is known to be 'auto', and need not be added.
     added = {name: value for name, value in settings.identity.items() if name != "bos"}
     source["identity"] = {**added, **source["identity"]}
     # Shards of an older plan may hold sequences that were padded in batches with others.

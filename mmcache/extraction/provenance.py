@@ -1,9 +1,9 @@
-"""Where activations come from: what must be the same for a resume, what may differ if told so, what is only kept.
+"""Provenance of activations: identity, which must be equal to resume, numerics, which may differ, and a record.
 
 *Identity* (weights, configuration, adapters, tokenizer, corpus, sites, geometry): any difference is refused. *Numerics*
-(what may change the last bits: batch size, attention, device, threads, TF32, autocast, versions, and the digest of what
-a fixed context gave): refused unless accepted, and then recorded. *Record* (command, paths, times): never compared.
-Between the two is the fingerprint (`fingerprint.py`), which is compared with a tolerance.
+(what may change the last bits: batch size, attention, device, threads, TF32, autocast, versions, and the digest of the
+output on a fixed context): refused unless accepted, and then recorded. *Record* (command, paths, times): never
+compared. Between identity and numerics is the fingerprint (`fingerprint.py`), which is compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["compare", "model_record", "numerics", "plan_threads", "recorded", "s
 
 
 def site_modules(sites: tuple[ResolvedSite, ...]) -> dict[str, list[str]]:
-    """Say which modules the sites are, layer by layer, in the notation of module paths."""
+    """The modules of each site, one per layer, as module paths with `:in` or `:out`."""
     return {site.name: [f"{module}:{site.side}" for module in site.modules] for site in sites}
 
 
 def model_record(model: nn.Module) -> dict[str, Any]:
-    """Say what is worth keeping of where a model came from: its name, its revision, its class."""
+    """The record of a model: its name and revision, versions of mmcache and Python, and the time."""
     config = getattr(model, "config", None)
     return {
         "name": getattr(config, "_name_or_path", None) or None,
@@ -53,13 +53,13 @@ def model_record(model: nn.Module) -> dict[str, Any]:
 
 
 def numerics(model: nn.Module, device: torch.device, batch_size: int, activations: str | None) -> dict[str, Any]:
-    """What may change the last bits of an activation.
+    """The settings that may change the last bits of an activation.
 
     Args:
         model: the model.
         device: where it runs.
-        batch_size: contexts a forward pass.
-        activations: the exact digest of what a fixed context gave; None where the model gives something else each time.
+        batch_size: contexts per forward pass.
+        activations: the exact digest of the output on the fixed context; None if the model is not deterministic.
     """
     config = getattr(model, "config", None)
     transformers = sys.modules.get("transformers")
@@ -79,7 +79,7 @@ def numerics(model: nn.Module, device: torch.device, batch_size: int, activation
 
 
 def _switches(device: torch.device) -> dict[str, Any]:
-    """What is set for the whole process: autocast, how products of float32 are rounded, deterministic algorithms."""
+    """Process-wide settings: autocast, precision of float32 products, deterministic algorithms, CUDA versions."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     cuda = device.type == "cuda"
     return {
@@ -93,19 +93,19 @@ def _switches(device: torch.device) -> dict[str, Any]:
 
 
 def _precision() -> str:
-    """How products of float32 are rounded, by torch's older setting, or by the newer ones once those were used."""
+    """The precision of float32 products: torch's older setting, or the newer ones once those were used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.get_float32_matmul_precision()
         except RuntimeError:
-            # torch refuses to say it by the older setting where the newer ones differ by device.
+            # torch refuses to read the older setting if the newer ones differ by device.
             backends = {"cuda": torch.backends.cuda, "mkldnn": torch.backends.mkldnn}
             return ", ".join(f"{name} {backend.matmul.fp32_precision}" for name, backend in backends.items())
 
 
 def _tf32() -> list[Any]:
-    """Whether products and convolutions on CUDA round float32 to TF32."""
+    """Whether products and convolutions on CUDA use TF32."""
     backends = torch.backends
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,10 +122,10 @@ def _processor(device: torch.device) -> str | None:
 
 
 def compare(where: Path | str, kind: str, stored: dict[str, Any], asked: dict[str, Any], remedy: str) -> None:
-    """Compare the settings of a store with those of a resume; tables in them are compared field by field.
+    """Compare the settings of a store with those of a job; nested dicts are compared field by field.
 
     Raises:
-        PlanMismatchError: a table of the fields that differ.
+        PlanMismatchError: with a table of the fields that differ.
     """
     stored, asked = _flat(stored), _flat(asked)
     fields = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name)]
@@ -141,7 +141,7 @@ def compare(where: Path | str, kind: str, stored: dict[str, Any], asked: dict[st
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """The fields of nested tables side by side, as `config.rope_parameters.factor`."""
+    """The fields of nested dicts, flattened to names like `config.rope_parameters.factor`."""
     fields: dict[str, Any] = {}
     for name, value in settings.items():
         fields |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
@@ -149,7 +149,7 @@ def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def recorded(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Of some settings, those that a store has: older ones recorded fewer, which says nothing about what they were."""
+    """The fields of `asked` that are in `stored`: older stores recorded fewer, so the others cannot be compared."""
     return {name: value for name, value in asked.items() if name in stored}
 
 
@@ -162,12 +162,12 @@ _LIMIT = "OMP_NUM_THREADS"
 
 
 def plan_threads(path: Path, rank: Rank, planned: Manifest | None = None) -> None:
-    """Compute with as many threads as the plan at `path` says, or, where there is none, as one process would take.
+    """Set torch's number of threads to the plan's, or, without a plan and under a launcher, to torch's default.
 
-    `planned` is a plan that is somewhere else.
+    `planned` is a plan that is stored elsewhere.
 
-    torchrun gives each of its processes one thread where the user has not said another number: then a job would not be
-    the same, to the last bit, as that of one process.
+    torchrun sets OMP_NUM_THREADS to 1 if the user has not set it; then the last bits would differ from those of a
+    single process.
     """
     if planned is None and is_store(path):
         planned = read_manifest(path)
@@ -180,7 +180,7 @@ def plan_threads(path: Path, rank: Rank, planned: Manifest | None = None) -> Non
 
 
 def _usual_threads() -> int:
-    """Ask a process for which nobody has set a number; torch reads it once, when it starts."""
+    """The default number of threads, from a process without OMP_NUM_THREADS: torch reads it only at startup."""
     free = {name: value for name, value in os.environ.items() if name != _LIMIT}
     code = "import torch; print(torch.get_num_threads())"
     told = subprocess.run([sys.executable, "-c", code], env=free, capture_output=True, text=True, check=True)  # noqa: S603 -- our own

@@ -1,9 +1,8 @@
-"""One worker's part in a planned store: the batches that its missing shards need, in order.
+"""`ShardFiller`: run the batches that a worker's missing shards need, and write the shards.
 
-The batches of a plan, read from the store. Each is a function of the plan alone: batch number `b` is sequences `b *
-batch_size` to `(b + 1) * batch_size`, padded on the right to the longest, whoever runs it and whenever. Where the plan
-says `equal_lengths`, because padding would show in what others get, such a group is run in parts: each is what follows
-each other in it with one length.
+Each batch depends on the plan alone, not on who runs it or when: batch `b` is sequences `b * batch_size` to
+`(b + 1) * batch_size`, padded on the right to the longest. If the plan has `equal_lengths`, because padding would
+change the activations, the batch is run in parts: runs of consecutive sequences of one length.
 """
 
 from __future__ import annotations
@@ -47,25 +46,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "NonFiniteWarning", "ShardFiller", "forward"]
 
-# Seconds between two looks at what others make: in the beginning, and at the most.
+# Seconds between two looks at other workers' shards: first, and at most.
 _LOOK_AGAIN, _LOOK_AT_LAST = 1.0, 30.0
-# Two huge pages, and from how many times as much on a job has slots of full size.
+# The smallest slot (two huge pages); and a job of fewer than this many full slots gets smaller ones.
 _LEAST_SLOT, _SLOTS_A_JOB = 4 << 20, 16
 
 
 class TellProgress(Protocol):
-    """Is told how far a job is."""
+    """Callback for the progress of a job."""
 
     def __call__(self, done: int, ran: int, *, waits: bool) -> None:
-        """Hear of the tokens that are done, those that were run here, and whether others are waited for."""
+        """`done` and `ran`: tokens in shards, and run in this process. `waits`: waiting for other workers."""
 
 
 class NonFiniteWarning(UserWarning):
-    """NaN or infinity among the activations: counted and located, and left out of the statistics."""
+    """NaN or infinity among the activations. Such rows are counted, located, and left out of the statistics."""
 
 
 def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndarray, device: torch.device) -> Any:
-    """Run one batch, as far as the last wanted site if `captured` stops there: what the model returned, if it did."""
+    """Run one batch, to the last wanted site if `captured` stops there. Returns the model's output, or None then."""
     accepted = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     options: dict[str, Any] = {}
@@ -79,9 +78,9 @@ def forward(model: nn.Module, captured: Captured, ids: np.ndarray, mask: np.ndar
 
 
 def _slot_bytes(total: int, row: int) -> int:
-    """Give the size of a staging slot for so many bytes in rows of so many.
+    """The size of a staging slot for a job of `total` bytes in rows of `row` bytes.
 
-    Fresh memory costs more than the copy into it: a small job gets small slots, which are in use again sooner.
+    The first use of memory costs more than the copy into it, so a small job gets small slots, which are reused sooner.
     """
     small = max(_LEAST_SLOT, total // _SLOTS_A_JOB, WHOLE_ROWS * row)
     return -(-max(min(small, SLOT_BYTES), row) // PAGE) * PAGE
@@ -94,11 +93,11 @@ class ShardFiller:
         path: the store.
         manifest: its plan.
         batches: its batches.
-        run: runs one batch, given its spans: afterwards `captured` has its activations.
-        captured: the sites.
+        run: runs one batch, given its spans; then `captured` has its activations.
+        captured: the activations of the sites.
         strict: refuse NaN and infinity instead of counting them.
-        rank: which of how many workers this is.
-        outgoing: takes the shards on, where the path is a staging folder.
+        rank: this worker's number, and the number of workers.
+        outgoing: uploads the shards, if `path` is a staging folder.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class ShardFiller:
         self._where = str(path) if outgoing is None else outgoing.url
         self._turns = BlockScheduler(path, manifest, rank, (lambda: None) if outgoing is None else outgoing.refresh)
         missing = self._turns.missing
-        # Others have taken the room for theirs already.
+        # Without the blocks that others are making: those have their room already.
         free = {site: shards & ~self._turns.held for site, shards in missing.items()}
         if outgoing is None:
             check_room(path, manifest, free)
@@ -135,12 +134,11 @@ class ShardFiller:
         self.tokens = self._tokens_of(self._turns.wanted)
 
     def run(self, tell: TellProgress, only: np.ndarray | None = None) -> None:
-        """Fill what is missing; blocks until all of it is durable, whoever makes it.
+        """Make the missing shards; blocks until they are durable, including those of other workers.
 
         Args:
-            tell: called after each batch with the tokens that went into shards (of all workers, where there are
-                several), and those that were run here.
-            only: make these blocks, ascending, and leave the others alone; None for all.
+            tell: called after each batch, and while waiting; with several workers, `done` counts all of them.
+            only: make only these blocks, ascending; None for all.
         """
         if not self.shards:
             return
@@ -168,7 +166,7 @@ class ShardFiller:
                 self._make(turn, tell)
                 pause = 0.0
             else:
-                # What is left is under way: here, or elsewhere, where its maker may yet die.
+                # The rest is being made, here or by others, who may still die.
                 self._pipeline.drain()
                 time.sleep(pause)
                 self._tell(tell, waits=pause > 0)
@@ -178,7 +176,7 @@ class ShardFiller:
             tell(self.tokens, self._ran, waits=False)
 
     def _make(self, turn: np.ndarray, tell: TellProgress) -> None:
-        """Make some blocks, up to one that somebody else has made meanwhile."""
+        """Make some blocks; stops at one that another worker has made meanwhile."""
         self._turn = np.zeros_like(self._turns.wanted)
         self._turn[turn] = True
         for spans in self._needed():
@@ -189,7 +187,7 @@ class ShardFiller:
             self._warn()
 
     def _tell(self, tell: TellProgress, *, waits: bool = False) -> None:
-        """Say how far it is. Of what others make is told what is there; those that lead look at it now and then."""
+        """Report progress. With several workers, those that lead list the store at intervals, to report all shards."""
         if self._rank.of == 1:
             tell(self._done, self._ran, waits=waits)
             return
@@ -200,14 +198,14 @@ class ShardFiller:
         tell(self.tokens - self._tokens_of(self._turns.wanted), self._ran, waits=waits)
 
     def _tokens_of(self, blocks: np.ndarray) -> int:
-        """Add up the tokens of some blocks: `[blocks]` bool."""
+        """The number of tokens in some blocks: `[blocks]` bool."""
         return int(blocks[:-1].sum()) * self._shard + int(blocks[-1:].sum()) * self._rows_of(len(blocks) - 1)
 
     def _rows_of(self, block: int) -> int:
         return min(self._shard, self._total - block * self._shard)
 
     def _needed(self) -> Iterator[np.ndarray]:
-        """Give the batches that have rows in any of the blocks of this turn, which may end early."""
+        """The batches that have rows in any block of this turn, which may end early."""
         first = int(self._turn.argmax())
         for spans in self._batches.spans(first * self._shard):
             block = int(spans[0, 0]) // self._shard
@@ -217,7 +215,7 @@ class ShardFiller:
                 yield spans
 
     def _scatter(self, spans: np.ndarray) -> None:
-        """Hand the rows of a batch to the blocks that they belong to."""
+        """Append the rows of a batch to the blocks that they belong to."""
         acts = {site: self._captured[site] for site in self._turns.missing}
         keep, base = self._batches.keep(spans), int(spans[0, 0])
         for row, (start, stop, _) in enumerate(spans.tolist()):
@@ -237,9 +235,9 @@ class ShardFiller:
         self._stager.settle()
 
     def _open(self, number: int, context: int) -> BlockWriter | None:
-        """Give the block that is being filled; a new one begins in the context that begins at `context`.
+        """The block that is being filled, or a new one; `context` is the start of the context that it begins in.
 
-        None where somebody else has made some of it since it was looked: then the turn ends.
+        None if another worker has made some of it since the last look; then the turn ends.
         """
         if self._block is None:
             missing = self._turns.missing.items()
@@ -263,7 +261,7 @@ class ShardFiller:
         return self._block
 
     def _may_make(self, number: int, rows: int, only: set[tuple[str, int]]) -> bool:
-        """Tell whether nobody has made any of a block; where shards are sent away, there is room for it then."""
+        """Whether no other worker has made any of a block. For a bucket, also reserves room for it."""
         if self._outgoing is not None:
             self._outgoing.refresh()
         if not only or self._begun(number, only):
@@ -276,7 +274,7 @@ class ShardFiller:
                 for site, slot in only
             }
             self._outgoing.reserve(files, self._pipeline.check)
-            # That may have taken its time.
+            # Checked again: the wait for room may have been long.
             if self._begun(number, only):
                 self._outgoing.release(files)
                 return False
@@ -291,7 +289,7 @@ class ShardFiller:
         self._block = None
 
     def _check_plan(self) -> None:
-        """Refuse to go on where somebody made the plan another one meanwhile: its last shards are not those of ours."""
+        """Refuse to continue if the plan was changed meanwhile: its last shards differ from ours."""
         ours, now = self._manifest, read_manifest(self._path)
         if (ours.n_tokens, ours.n_sequences, ours.shard_tokens) != (now.n_tokens, now.n_sequences, now.shard_tokens):
             raise PlanMismatchError(
@@ -315,7 +313,7 @@ class ShardFiller:
             self._bad.append(what)
 
     def _warn(self) -> None:
-        """Say once what the digest thread found first; all of it is in the statistics."""
+        """Warn once, about the first rows that the digest thread found; all are in the statistics."""
         if self._bad and not self._warned:
             self._warned = True
             warnings.warn(
@@ -327,7 +325,7 @@ class ShardFiller:
 
 
 class _Window:
-    """A column read piece by piece: the last shard that was asked for is kept."""
+    """Reads a column piece by piece, and keeps the last shard in memory."""
 
     def __init__(self, path: Path, manifest: Manifest, array: str, rows: int) -> None:
         self._folder = ShardFolder(path, manifest, array, rows)
@@ -346,7 +344,7 @@ class _Window:
 
 
 def parts_of_one_length(group: np.ndarray) -> list[np.ndarray]:
-    """A batch `[sequences, 3]` cut wherever the length of a sequence is not that of the one before."""
+    """A batch `[sequences, 3]`, split wherever a sequence has another length than the one before."""
     lengths = group[:, 1] - group[:, 0]
     return np.split(group, np.flatnonzero(np.diff(lengths)) + 1)
 
@@ -364,19 +362,19 @@ class Batches:
         self._left_out = manifest.left_out
 
     def spans(self, start: int = 0) -> Iterator[np.ndarray]:
-        """Give start, stop and document of the sequences of each batch, `[sequences, 3]`, from token `start` on.
+        """Start, stop and document of the sequences of each batch, `[sequences, 3]`.
 
-        That is from the batch on that the token is in.
+        The first batch is the one that contains token `start`.
         """
         batches = range(0, self._sequences, self.size)
-        # Most of a store may be there already: what comes before is not read.
+        # Bisect, without reading all earlier sequences: most of a store may be complete.
         before = bisect.bisect_right(batches, start, key=lambda first: int(self._spans.read(first, first + 1)[0, 0]))
         for first in batches[max(0, before - 1) :]:
             group = self._spans.read(first, min(first + self.size, self._sequences))
             yield from parts_of_one_length(group) if self._equal_lengths else [group]
 
     def ids(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give ids and attention mask of a batch: `[sequences, longest]` int64, padded on the right with 0."""
+        """Ids and attention mask of a batch: `[sequences, longest]` int64, padded on the right with 0."""
         lengths = spans[:, 1] - spans[:, 0]
         ids = np.zeros((len(spans), int(lengths.max())), np.int64)
         tokens = self._tokens.read(int(spans[0, 0]), int(spans[-1, 1]))
@@ -385,9 +383,9 @@ class Batches:
         return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
 
     def digest(self, start: int, stop: int) -> str:
-        """Hash the ids of some tokens, as a shard's header says them."""
+        """The digest of the ids of some tokens, as in a shard's header."""
         return ids_digest(self._tokens.read(start, stop))
 
     def keep(self, spans: np.ndarray) -> np.ndarray:
-        """Tell which tokens of a batch count in the statistics: `[tokens]` bool."""
+        """The tokens of a batch that count in the statistics: `[tokens]` bool."""
         return counted(self._flags.read(int(spans[0, 0]), int(spans[-1, 1])), self._left_out)

@@ -1,10 +1,9 @@
-"""Which blocks a worker makes next, beside others that make the same store.
+"""`BlockScheduler`: the blocks that a worker makes next, beside others that make the same store.
 
-Workers agree on nothing. Each takes its part, by its rank, of the blocks that are missing and that nobody is making;
-when it has made those, or meets one that is there meanwhile, it looks again. So a worker that is slow, late or dead is
-made up for by those that are done, until nothing is missing. Who makes a shard does not matter: it is the same bytes.
-Each time that nothing is seen of any other worker, half as many are counted on: the tasks of an array may have a store
-each.
+Workers do not communicate. Each takes its share, by its rank, of the missing blocks that no worker is making. When it
+has made those, or meets one that exists by then, it looks again. So workers that are done take over the blocks of a
+slow, late or dead one, until nothing is missing. The bytes of a shard are the same, whoever makes it. Each time that
+nothing is seen of other workers, their assumed number is halved: each task of a job array may have its own store.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ if TYPE_CHECKING:
 __all__ = ["BlockScheduler"]
 
 _KEY = re.compile(r"c\.\d{1,18}\.(\d{1,18})\.0", re.ASCII)
-# Seconds for which a worker leaves blocks to the one whose part they are, for each rank between the two.
+# Seconds for which a worker leaves a block to its owner, per rank between the two.
 _PATIENCE = 2.0
 
 
 class BlockScheduler:
-    """The turns of one worker at a planned store. Used by one thread.
+    """Chooses the blocks that one worker makes. Used by one thread.
 
     Args:
         path: the store.
         manifest: its plan.
-        rank: which worker this is.
-        refresh: called before each look, where what others make is not seen in the folder by itself.
+        rank: this worker's number, and the number of workers.
+        refresh: called before each look; updates the folder if others' shards do not appear there by themselves.
 
-    As of the last look, `missing` tells which shards were missing of each site of which some were in the beginning,
-    `[slots, blocks]` bool; `wanted` tells of which blocks some were, `[blocks]` bool, and `held` which of these
-    somebody was making.
+    As of the last look: `missing` has the missing shards, `[slots, blocks]` bool, of each site that was incomplete at
+    first; `wanted` the blocks with any of them, `[blocks]` bool; `held` those of the wanted blocks that some process
+    was making.
     """
 
     missing: dict[str, np.ndarray]
@@ -53,18 +52,18 @@ class BlockScheduler:
     def __init__(self, path: Path, manifest: Manifest, rank: Rank, refresh: Callable[[], None] = lambda: None) -> None:
         self._path, self._manifest, self._rank, self._refresh = path, manifest, rank, refresh
         self._idle_since: float | None = None
-        # For how many turns nothing was seen of the others.
+        # The number of turns in which nothing was seen of other workers.
         self._silences, self._worked = 0, False
         self.missing = dict.fromkeys(manifest.sites, np.empty(0, bool))
         self.look()
-        # The others are complete, and a job that adds sites captures only its own.
+        # The other sites are complete; and a job that adds sites captures only those.
         self.missing = {site: shards for site, shards in self.missing.items() if shards.any()}
         self._before, self._given = self.wanted, np.zeros_like(self.wanted)
 
     def look(self) -> None:
-        """See what is there now; removes what dead writers left half-made."""
+        """List the folder again; removes temporary files of dead writers."""
         self._refresh()
-        # Before the shards: one that is published in between is neither being made nor missing.
+        # Before the shards are listed: one that is published in between is neither held nor missing.
         names = [name for site in self.missing for name in remove_drafts(self._path, site)]
         self.missing = missing_of(self._path, self._manifest, tuple(self.missing))
         shard, total = self._manifest.shard_tokens or 1, self._manifest.n_tokens or 0
@@ -78,14 +77,14 @@ class BlockScheduler:
         self.held &= self.wanted
 
     def take(self) -> np.ndarray:
-        """Give the blocks that are this worker's now, ascending; none where others are making all that is missing."""
+        """The blocks to make now, ascending; none if there are none, or if they are left to other workers for now."""
         number, of = self._place()
         blocks = np.flatnonzero(self.wanted & ~self.held)
         part = blocks[len(blocks) * number // of : len(blocks) * (number + 1) // of]
         if len(part) or not len(blocks):
             self._idle_since = None
         else:
-            # There are fewer than workers. Whose they are begins at once; who is further away has waited by then.
+            # Fewer blocks than workers: an owner begins at once, others wait longer the further their rank is.
             now = time.monotonic()
             self._idle_since = now if self._idle_since is None else self._idle_since
             owners = -(-(np.arange(len(blocks)) + 1) * of // len(blocks)) - 1
@@ -95,7 +94,7 @@ class BlockScheduler:
         return part
 
     def _place(self) -> tuple[int, int]:
-        """Give this worker's number, and of how many it is, as far as anything was seen of the others lately."""
+        """This worker's number and the number of workers, halved for each turn without a sign of the others."""
         theirs = ((self._before & ~self.wanted) | self.held) & ~self._given
         self._silences = 0 if theirs.any() else self._silences + self._worked
         self._before = self.wanted

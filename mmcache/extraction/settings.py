@@ -1,4 +1,4 @@
-"""What an extraction was asked for."""
+"""The checked settings of an extraction, and the checks of its options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmcache.system.arguments import (
 __all__ = ["OPTIONS", "Settings"]
 
 
-# What each of the options may be.
+# The check of each option.
 OPTIONS: dict[str, Check] = {
     "sites": names,
     "layers": optional(layer_numbers),
@@ -46,13 +46,13 @@ OPTIONS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What an extraction was asked for, its model and tokenizer already looked at.
+    """The settings of an extraction, with what was found out about its model and tokenizer.
 
-    `identity`, `numerics` and `record` are as `provenance` says; the sites (`modules`: the modules of each) and the
-    corpus belong to the identity too, and are compared apart. `fingerprint` is what the model did on a fixed context,
-    None where that is never the same; `hooked` are its modules with hooks, for messages; `equal_lengths` says that
-    sequences of different lengths must not share a batch. `vocabulary` is how many ids the model knows; `any_batch`
-    says that the batch size was not asked for, but found; `model_bos` is the BOS of the model's configuration.
+    `identity`, `numerics` and `record` are as in `provenance.py`. The sites (`modules`: the modules of each) and the
+    corpus belong to the identity too, but are compared separately. `fingerprint` is that of the model, None if it is
+    not deterministic; `hooked` lists its modules with hooks, for messages; `equal_lengths`: sequences of different
+    lengths must not share a batch. `vocabulary` is the number of ids that the model has; `any_batch`: the batch size is
+    `"auto"`; `model_bos` is the BOS of the model's configuration.
     """
 
     identity: dict[str, Any]
@@ -81,23 +81,23 @@ class Settings:
 
     @property
     def layout(self) -> Literal["layer", "token"]:
-        """The layout."""
+        """The layout of the shards."""
         layout: Literal["layer", "token"] = self.identity["layout"]
         return layout
 
     @property
     def shard_tokens(self) -> int | None:
-        """Tokens a shard, if that was asked for."""
+        """Tokens per shard as asked for; None for the default."""
         asked: int | None = self.identity["shard_tokens"]
         return asked
 
     def row_bytes(self, widths: dict[str, int]) -> list[int]:
-        """Bytes of a shard's row of each of some sites."""
+        """Bytes of a shard's row, for each of some sites."""
         deep = len(self.layers) if self.layout == "token" else 1
         return [deep * width * BY_NAME[self.dtype].size for width in widths.values()]
 
     def contexts(self, tokenizer: Any, *, doubled: bool = False) -> Contexts:
-        """What cuts documents into contexts; `doubled` as plans of format version 1 have it."""
+        """The `Contexts` that cut documents for this job; `doubled` as in plans of format version 1."""
         identity = self.identity
         return Contexts(
             tokenizer,

@@ -1,4 +1,4 @@
-"""The special tokens that a tokenizer puts before and behind a text, and what becomes of those that a text brings."""
+"""Special tokens around texts: find those of a tokenizer, add a BOS, and avoid doubling those in the text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOS_CHOICES: tuple[Bos, ...] = ("auto", "add", "none")
 
 
 class BosWarning(UserWarning):
-    """Contexts without a BOS that the model has, or documents that bring special tokens of their own."""
+    """Contexts lack the model's BOS, or documents already have special tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SpecialTokens:
 
     Attributes:
         before, after: `[n]` int32, either may be empty.
-        missing: the BOS that the model's configuration has and that is not put before a text; None if there is none.
+        missing: the BOS in the model's configuration if it is not put before a text; else None.
     """
 
     before: np.ndarray
@@ -51,13 +51,13 @@ class SpecialTokens:
 
 
 def _bos(tokenizer: Any, model_bos: int | None) -> int | None:
-    """The BOS of a tokenizer, or of its model's configuration where the tokenizer has none."""
+    """The BOS of a tokenizer, or that of the model's configuration if the tokenizer has none."""
     own: int | None = getattr(tokenizer, "bos_token_id", None)
     return model_bos if own is None else own
 
 
 def special_ids(tokenizer: Any, bos: Bos = "auto", model_bos: int | None = None) -> tuple[int, ...]:
-    """Ids that are flagged special: the tokenizer's, and a BOS of the model's that is put before each context."""
+    """Ids to be flagged special: the tokenizer's, and with `bos="add"` the BOS that is added."""
     found = set(tokenizer.all_special_ids)
     put = _bos(tokenizer, model_bos)
     if bos == "add" and put is not None:
@@ -66,14 +66,14 @@ def special_ids(tokenizer: Any, bos: Bos = "auto", model_bos: int | None = None)
 
 
 def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | None) -> SpecialTokens:
-    """What is put around each context of a text.
+    """The special tokens to put around each context of a text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        bos: `"auto"`: what the tokenizer puts there. `"add"`: a BOS too, if it is not among that. `"none"`: that
-            without a BOS.
+        bos: `"auto"`: those of the tokenizer. `"add"`: also a BOS, if it is not among them. `"none"`: those of the
+            tokenizer except the BOS.
         model_bos: the BOS of the model's configuration; None if it has none.
-        vocabulary: ids that the model knows are below this; None if that is not known.
+        vocabulary: the model's ids are below this; None if unknown.
 
     Raises:
         ArgumentError: there is no BOS to add.
@@ -98,7 +98,7 @@ def frame_of(tokenizer: Any, bos: Bos, model_bos: int | None, vocabulary: int | 
 
 
 def _own(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The special tokens that a tokenizer puts before and behind a text by itself: `[n]` int32 each."""
+    """The special tokens that a tokenizer itself puts before and after a text: `[n]` int32 each."""
     check_growth(tokenizer)
     plain, full = (ids_of_letter(tokenizer, special=special) for special in (False, True))
     for start in range(len(full) - len(plain) + 1):
@@ -108,9 +108,9 @@ def _own(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unframed(ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """A view of `ids` `[n]` without the tokens of `before` that it begins with, and those of `after` that it ends with.
+    """A view of `ids` `[n]`, without leading tokens that are in `before` and trailing ones that are in `after`.
 
-    A chat template writes a BOS and an EOS into its text; what puts them around it must not put them there twice.
+    A chat template writes a BOS and an EOS into the text, so they must not be added a second time.
     """
     first, last = 0, len(ids)
     while first < last and ids[first] in before:
@@ -121,7 +121,7 @@ def unframed(ids: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarr
 
 
 def warn_of_missing(frame: SpecialTokens) -> None:
-    """Warn of a BOS that the model has and contexts do not get."""
+    """Warn if the model has a BOS that contexts do not get."""
     if frame.missing is not None:
         warnings.warn(
             f"the model's configuration has a BOS (id {frame.missing}), and its tokenizer puts none before a text, so "
@@ -132,7 +132,7 @@ def warn_of_missing(frame: SpecialTokens) -> None:
 
 
 def warn_of_framed(framed: int, documents: int) -> None:
-    """Warn of documents that bring special tokens themselves."""
+    """Warn of documents that already have special tokens."""
     if framed:
         warnings.warn(
             f"{framed:,} of {documents:,} documents begin or end with special tokens that would be put around them, as "

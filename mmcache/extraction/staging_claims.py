@@ -1,6 +1,7 @@
-"""Whose the shards are that wait in a staging folder to be sent: each process that makes some says so while it lives.
+"""Claims on shards in a staging folder: which process makes or sends each, and how many bytes all of them need.
 
-A shard that is there and that no living process has claimed was left by one that died: somebody else sends it.
+A process lists its shards in a file that it locks while it lives. An existing shard without a living claim was left by
+a dead process: any other may adopt and send it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["MARKER", "STAGING", "Claims", "claimed", "is_staging"]
 
-# In a staging folder, and no part of a store: what is said of it, and the locks.
+# Files of a staging folder that are not part of the store: the marker with the store's address, claims, and a lock.
 STAGING, MARKER = ".staging", "url"
 _CLAIMS, _LOCK = ".claims", f"{STAGING}/.claims.lock"
 
 
 def is_staging(folder: Path) -> bool:
-    """Tell whether a folder is one in which a store for a bucket is made."""
+    """Whether a folder is the staging folder of a store in a bucket."""
     return (folder / STAGING / MARKER).exists()
 
 
 def claimed(folder: Path) -> list[str]:
-    """Name the shards of a folder that a living process is making or sending; none where it is no staging folder."""
+    """Keys of the shards that living processes are making or sending; none if it is no staging folder."""
     if not is_staging(folder):
         return []
     with locked(folder, _LOCK):
@@ -40,7 +41,7 @@ def claimed(folder: Path) -> list[str]:
 
 
 class Claims:
-    """The shards that this process is making or sending: keys, and their bytes. Safe to use from several threads.
+    """The shards that this process is making or sending, with their bytes. Thread-safe.
 
     Raises:
         WriteError: the folder cannot be written to, or its file system has no locks.
@@ -65,11 +66,11 @@ class Claims:
             yield
 
     def claim(self, sizes: Mapping[str, int], most: Callable[[int], int]) -> bool:
-        """Claim shards before they are made; False where all that is claimed would be more than there may be.
+        """Claim shards before they are made; False if all claims together would exceed the limit.
 
         Args:
             sizes: their keys and bytes.
-            most: gives the bytes that all processes may have, told how many there are.
+            most: returns the limit in bytes for all processes, given their number.
         """
         with self._alone():
             others = list(_living(self._folder, self._own))
@@ -81,7 +82,7 @@ class Claims:
         return True
 
     def adopt(self, sizes: Mapping[str, int]) -> list[str]:
-        """Claim those that are nobody's, whatever they take, and name them."""
+        """Claim the unclaimed ones of `sizes`, without a limit; returns their keys."""
         with self._alone():
             taken = self._sizes.keys() | {key for theirs in _living(self._folder, self._own) for key in theirs}
             mine = [key for key in sizes if key not in taken]
@@ -90,14 +91,14 @@ class Claims:
         return mine
 
     def release(self, keys: Iterable[str]) -> None:
-        """Let go of shards that are sent, or will not be made."""
+        """Release shards that are sent, or will not be made."""
         with self._alone():
             for key in keys:
                 self._sizes.pop(key, None)
             self._write()
 
     def leave(self, last: Callable[[], None] = lambda: None) -> None:
-        """Let go of everything; the last process there does `last`, while no other can come. Safe to call twice."""
+        """Release everything; the last process calls `last` under the lock, so none can join. Safe to call twice."""
         if self._fd < 0:
             return
         with self._alone():
@@ -116,7 +117,7 @@ class Claims:
 
 
 def _living(folder: Path, own: str | None = None) -> Iterator[dict[str, int]]:
-    """Give what each other living process has claimed, and remove what dead ones left; with the lock held."""
+    """The claims of each living process except `own`; removes the files of dead ones. Needs the lock."""
     for name in list_names(folder / STAGING):
         if not name.endswith(_CLAIMS) or name == own:
             continue

@@ -1,7 +1,7 @@
-"""Documents to contexts, the runs of token ids that the model sees at once, and contexts to the tokens of a plan.
+"""Tokenise documents, cut them into contexts (the token ids of one sequence of the model), and store the tokens.
 
-How far it got is kept in the root, as `source["tokenised"]`: tokens and sequences stored, where the next context
-begins, and a hash of the documents that were used. A second call goes on from there.
+The progress is kept in the root, as `source["tokenised"]`: tokens and sequences stored, where the next context
+begins, and a hash of the documents that were used. A second call resumes there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
     "tokenise",
 ]
 
-# Texts are tokenised together up to this many characters: enough for the tokenizer's threads, and bounded.
+# Limits per call of the tokenizer: enough text for its threads, in bounded memory.
 _TOGETHER_CHARACTERS = 1 << 20
 _TOGETHER_TEXTS = 1 << 10
 _NOTHING = np.empty(0, np.int32)
@@ -49,7 +49,7 @@ _NOTHING = np.empty(0, np.int32)
 
 @dataclass(frozen=True)
 class CorpusPosition:
-    """Where in the corpus a context begins: in document number `document`, at its token number `offset`."""
+    """Where in the corpus a context begins: at token `offset` of document number `document`."""
 
     document: int = 0
     offset: int = 0
@@ -57,9 +57,9 @@ class CorpusPosition:
 
 @dataclass(frozen=True)
 class Context:
-    """What the model sees at once: token ids `[n]` int32; `document` is the first one in it, `after` what follows.
+    """Token ids `[n]` int32 of one sequence; `document` is the first one in it, `after` where the next context begins.
 
-    `framed` counts the documents that begin in it and bring special tokens themselves which would be put around them.
+    `framed` counts the documents that begin in it and already have special tokens which would be put around them.
     """
 
     tokens: np.ndarray
@@ -83,7 +83,7 @@ class CorpusDigest:
         self._hash = hashlib.sha256()
 
     def add(self, document: Document) -> None:
-        """Take in the next document."""
+        """Add the next document."""
         if isinstance(document, str):
             body: Any = document.encode("utf-8", "surrogatepass")
             self._hash.update(b"t" + len(body).to_bytes(8, "little"))
@@ -97,13 +97,13 @@ class CorpusDigest:
         self.documents += 1
 
     def copy(self) -> CorpusDigest:
-        """Give the hash as it is now, to be kept while this one goes on."""
+        """A copy of the current state."""
         copied = CorpusDigest()
         copied.documents, copied._hash = self.documents, self._hash.copy()
         return copied
 
     def hexdigest(self) -> str:
-        """Give the hash so far."""
+        """The hash so far."""
         return self._hash.hexdigest()
 
 
@@ -112,16 +112,15 @@ class Contexts:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        context_length: tokens a context at most, special ones included.
-        vocabulary: ids that the model knows are below this; None if that is not known.
-        pack: fill each context with the documents one after the other, which then see each other, instead of
-            beginning a new context with each document.
-        bos: whether texts get a BOS, as `frame_of` says.
+        context_length: the most tokens per context, special ones included.
+        vocabulary: the model's ids are below this; None if unknown.
+        pack: fill each context with consecutive documents, which then see each other, instead of beginning a new
+            context with each document.
+        bos: whether texts get a BOS, as in `frame_of`.
         model_bos: the BOS of the model's configuration.
-        doubled: put special tokens around a text also where it brings them itself, as it was done once.
+        doubled: put special tokens around a text even if it already has them, as in format version 1.
 
-    Documents that are token ids already are cut as they are: nothing is put around them. Packed, they are put
-    one after the other as texts are.
+    Nothing is put around documents that are token ids already, but `pack` joins them as it does texts.
 
     Raises:
         ArgumentError: a context has no room for a token between the special ones; there is no BOS to add.
@@ -157,18 +156,18 @@ class Contexts:
             )
 
     def cut(self, documents: Iterable[Document], start: CorpusPosition | None = None) -> Iterator[Context]:
-        """Give the contexts of documents, in order, from `start` on; documents without tokens have none.
+        """The contexts of documents, in order, from `start` on; documents without tokens have none.
 
         Raises:
-            CorpusError: a document that is neither text nor token ids, an id that the model does not know, or a text
-                that the tokenizer fails on, takes minutes for, or that memory does not suffice for.
+            CorpusError: a document is neither text nor token ids, an id is not in the model's vocabulary, the
+                tokenizer fails on a text or takes minutes, or memory does not suffice for it.
         """
         start = start or CorpusPosition()
         tokenised = self._tokenise(documents, start.document)
         return self._packed(tokenised, start) if self._pack else self._apart(tokenised, start)
 
     def _tokenise(self, documents: Iterable[Document], first: int) -> Iterator[tuple[int, np.ndarray, bool]]:
-        """Give number, ids `[n]` and whether they were text, of each document from `first` on."""
+        """Number, ids `[n]`, and whether it is a text, of each document; numbers start at `first`."""
         number = first
         for some in _together(documents, first):
             if isinstance(some, np.ndarray):
@@ -188,7 +187,7 @@ class Contexts:
                 f"document {number} has token ids from {ids.min()} to {ids.max()}: the model knows 0 to {high}; "
                 f"was it tokenised for another model, or by a tokenizer that was extended without the model?"
             )
-        # They may be a file's, larger than memory: they are taken context by context.
+        # Not converted: it may be a memory-mapped file larger than memory, which is cut context by context.
         return ids
 
     def _apart(self, tokenised: Iterable[tuple[int, np.ndarray, bool]], start: CorpusPosition) -> Iterator[Context]:
@@ -197,7 +196,7 @@ class Contexts:
             ids = self._unframed(whole, before, after)
             window = self._length - len(before) - len(after)
             for at in range(start.offset if number == start.document else 0, len(ids), window):
-                # In the middle of a text it may begin with a BOS of the text's own, or end with its EOS.
+                # A part in the middle of a text may begin with a BOS in the text, or end with an EOS.
                 part = self._unframed(ids[at : at + window], before, after)
                 if len(part):
                     more = len(self._unframed(ids[at + window :], before, after))
@@ -217,7 +216,7 @@ class Contexts:
             framed += own and not at
             while at < len(whole):
                 if not parts:
-                    # What a context begins with is there already: a separator, or the document's own.
+                    # The context begins with `before`, so skip a separator or the document's own BOS.
                     document, at = number, len(whole) - len(self._unframed(whole[at:], before, _NOTHING))
                 some = whole[at : at + room - filled]
                 if not len(some):
@@ -233,10 +232,10 @@ class Contexts:
             yield Context(np.concatenate([before, *parts]), document, CorpusPosition(number + 1), framed)
 
     def _separated(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
-        """A document with what separates it from the next one; and whether it brings some of that itself.
+        """A document with the separator after it, and whether it already has special tokens that are put around it.
 
-        Where it is the BOS that separates documents, each has one before it: its own is not needed. Where it is an EOS,
-        a BOS that a document brings stays, but at the beginning of a context.
+        If the BOS is the separator, each document has one before it, and its own is removed. If an EOS is, a document's
+        own BOS stays, except at the beginning of a context.
         """
         inner = self._unframed(ids, self.frame.before, self._between)
         if not len(inner):
@@ -249,10 +248,10 @@ class Contexts:
 
 
 def _check_document(number: int, document: object) -> None:
-    """Refuse what is neither text nor an array of token ids.
+    """Refuse a document that is neither text nor an array of token ids.
 
     Raises:
-        CorpusError: with its number and what it is.
+        CorpusError: with the document's number and type.
     """
     if isinstance(document, str):
         _check_text(document, number)
@@ -261,10 +260,10 @@ def _check_document(number: int, document: object) -> None:
 
 
 def checked_texts(texts: Iterable[Document]) -> Iterable[Document]:
-    """Documents, looked at as far as the first: what is no corpus at all is refused before anything is written.
+    """The documents, after a check of the first, so that a wrong corpus is refused before anything is written.
 
     Raises:
-        ArgumentError, CorpusError: what it is.
+        ArgumentError, CorpusError: `texts` is no sequence of documents, or its first is none.
     """
     one = isinstance(texts, str | bytes | PurePath)
     try:
@@ -282,7 +281,7 @@ def checked_texts(texts: Iterable[Document]) -> Iterable[Document]:
 
 
 def _together(documents: Iterable[Document], first: int) -> Iterator[list[str] | np.ndarray]:
-    """Group texts into lists that are tokenised in one call; arrays come one by one."""
+    """Lists of texts to tokenise in one call each, and single arrays, in order."""
     some: list[str] = []
     size = 0
     for number, document in enumerate(documents, first):
@@ -312,17 +311,17 @@ def _check_text(document: str, number: int) -> None:
         ) from error
 
 
-# Tokens between two commits of what was tokenised: 16 MiB of ids.
+# Tokens between two commits of tokenised text: 16 MiB of ids.
 _TOKENS_A_COMMIT = 1 << 22
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """How far the corpus was tokenised.
+    """The progress of tokenising the corpus.
 
-    `documents` were used, whose hash is `sha256`; the next context begins in document `document` at token
-    `offset`; `whole` says that the corpus ended there. `framed` documents of contexts brought special tokens
-    themselves which would be put around them.
+    `documents` is the number of documents used, and `sha256` their hash. The next context begins in document `document`
+    at token `offset`. `whole`: the corpus ended there. `framed` counts documents that already had special tokens which
+    would be put around them.
     """
 
     tokens: int = 0
@@ -336,17 +335,17 @@ class Tokenised:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        """Read it from a store's root."""
+        """The progress in a store's root."""
         return cls(**manifest.source.get("tokenised", {}))
 
     def to_json(self) -> dict[str, Any]:
-        """What a store's root says; nothing of `framed` where there are none, as in version 1 of the format."""
+        """The entry of a store's root; without `framed` if it is 0, as in version 1 of the format."""
         said = asdict(self)
         return said if self.framed else {name: value for name, value in said.items() if name != "framed"}
 
 
 class _Hashed:
-    """Documents on their way to the tokenizer, which reads ahead: the hash as of each of the last ones is kept."""
+    """Passes documents to the tokenizer, which reads ahead, and keeps the hash as of each recent document."""
 
     def __init__(self, documents: Iterable[Document], before: Tokenised, where: Path) -> None:
         self._documents, self._before, self._where = documents, before, where
@@ -365,7 +364,7 @@ class _Hashed:
             _compare(self._where, self._before, self.digest)
 
     def after(self, document: int) -> CorpusDigest:
-        """Give the hash of all documents up to and with number `document`; those before it are forgotten."""
+        """The hash of all documents up to and including number `document`; forgets earlier hashes."""
         while self._recent[0][0] < document:
             self._recent.popleft()
         return self._recent[0][1]
@@ -381,10 +380,10 @@ def _compare(where: Path, before: Tokenised, found: CorpusDigest) -> None:
 
 
 def check_corpus(where: Path, done: Tokenised, documents: Iterable[Document]) -> None:
-    """Compare documents with those that a plan was made of; reads them, and tokenises nothing.
+    """Compare documents with those of a plan, by their hash; tokenises nothing.
 
     Raises:
-        PlanMismatchError: they differ, or there are more where the plan used all.
+        PlanMismatchError: they differ, or there are more although the plan used its whole corpus.
     """
     digest = CorpusDigest()
     for document in documents:
@@ -407,18 +406,18 @@ def tokenise(
     max_tokens: int | None,
     commit: Callable[[Tokenised], None],
 ) -> Tokenised:
-    """Store tokens, flags and sequences from where the plan got to, in bounded memory.
+    """Tokenise and store tokens, flags and sequences from where the plan ended, in bounded memory.
 
     Args:
         path: the store.
-        manifest: its root, whose `source["tokenised"]` says where to go on.
+        manifest: its root; resumes at `source["tokenised"]`.
         contexts: cuts the documents.
         documents: the whole corpus, from its first document on.
-        max_tokens: stop before the context that would pass this many; None for all.
-        commit: called with each state that is stored; it keeps it. The last one is given, and the caller's to keep.
+        max_tokens: stop before the context that would exceed this number; None for all.
+        commit: writes each intermediate state to the root. The last state is returned; the caller writes it.
 
     Raises:
-        PlanMismatchError: the documents that were used before are others now.
+        PlanMismatchError: the documents that were used before differ now.
         CorpusError: there are no tokens at all.
     """
     state = Tokenised.of(manifest)

@@ -1,4 +1,4 @@
-"""Calls of a tokenizer: where it fails, panics, or takes too long, there is an error that names the document."""
+"""Call a tokenizer; if it fails, panics or takes too long, raise an error that names the document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ids_of_letter", "ids_of_texts"]
 
-# Seconds for any call, and for a million characters more; measured, a million characters take 1 to 12.
+# Timeout in seconds: per call, and in addition per million characters, which take 1 to 12 s as measured.
 _SECONDS, _SECONDS_A_MILLION = 60.0, 600.0
 
 
@@ -23,7 +23,7 @@ def ids_of_texts(tokenizer: Any, texts: Sequence[str], first: int) -> list[list[
     """The token ids of each text, without special tokens; documents are numbered from `first` on.
 
     Raises:
-        CorpusError: a text that the tokenizer fails on, takes minutes for, or that memory does not suffice for.
+        CorpusError: the tokenizer fails on a text or takes minutes, or memory does not suffice.
     """
     for number, text in enumerate(texts, first):
         if len(text) >> 20:
@@ -69,9 +69,9 @@ def ids_of_letter(tokenizer: Any, *, special: bool) -> list[int]:
 
 
 def _ids(tokenizer: Any, texts: str | Sequence[str], seconds: float, **options: bool) -> Any:
-    """What a tokenizer makes of texts. It has so many seconds; then it is left alone, since nothing can end it.
+    """The tokenizer's `input_ids` for `texts`. After `seconds` raises TimeoutError; its thread cannot be ended.
 
-    In a thread of its own, so that this one can be interrupted meanwhile, which native code cannot.
+    The call runs in a thread of its own, so that the caller stays interruptible; native code is not.
     """
     done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -79,7 +79,7 @@ def _ids(tokenizer: Any, texts: str | Sequence[str], seconds: float, **options: 
         try:
             with panics_as_errors():
                 done.put((tokenizer(texts, **options)["input_ids"], None))
-        except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
+        except BaseException as error:  # noqa: BLE001 -- raised again in the caller's thread
             done.put((None, error))
 
     thread = threading.Thread(target=work, name="mmcache-tokenizer", daemon=True)

@@ -1,1 +1,1 @@
-"""Models: sites, hooks, loading."""
+"""Loading models, resolving sites to modules, and capturing activations with hooks."""

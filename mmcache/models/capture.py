@@ -1,4 +1,4 @@
-"""Forward hooks that hand over the tensors at a model's sites, and nothing else: no copy, no cast."""
+"""`capture`: forward hooks that collect the tensors at a model's sites, without copying or casting them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["Captured", "capture", "probe", "site_width"]
 
 
 class _StopForwardError(MmcacheError):
-    """Ends a forward pass from inside a hook. It never leaves the `with` block of the capture that raised it.
+    """Ends a forward pass from inside a hook. It never leaves the `with` statement of the capture that raised it.
 
-    It is an Exception, because only then does torch run the hooks that must run whatever happens; and one of ours,
-    because nothing is wrong with the model.
+    It derives from Exception because torch runs `always_call` hooks only then, and from MmcacheError because `running`
+    would report any other as a failure of the model.
     """
 
     def __init__(self, owner: Captured) -> None:
@@ -43,16 +43,16 @@ class _StopForwardError(MmcacheError):
 
 
 class Captured(Mapping[str, list[Tensor]]):
-    """What the last forward pass had at each site: `captured["mlp_in"]` is a list with one tensor a layer.
+    """The tensors of the last forward pass by site: `captured["mlp_in"]` is a list with one tensor per layer.
 
     Each tensor is [batch, seq, d_model], in the order of the layers. They are the model's own tensors:
     nothing is copied, cast or detached, so they are on the model's device, in its dtype, and part of its
     autograd graph unless it ran under `torch.no_grad` or `torch.inference_mode`. They must not be written to.
-    They live as long as this object holds them, which is until the next forward pass begins; keep your own
-    reference (or copy) of what is needed for longer. What was captured stays readable after the `with` block.
+    This object keeps them until the next forward pass begins; keep your own reference (or copy) of what you need
+    for longer. The last pass stays readable after the `with` statement.
 
     Attributes:
-        sites: The sites and modules that are captured, in order.
+        sites: The captured sites and their modules, in order.
     """
 
     def __init__(self, sites: tuple[ResolvedSite, ...], *, stop: bool = False) -> None:
@@ -65,17 +65,17 @@ class Captured(Mapping[str, list[Tensor]]):
         self._running = False
 
     def __getitem__(self, name: str) -> list[Tensor]:
-        """The last forward pass's tensors at a site.
+        """The tensors of the last forward pass at a site.
 
         Args:
-            name: A site as it was given to `capture`; a TransformerLens name is known by what it stands for,
+            name: A site as given to `capture`; for a TransformerLens name, the site that it stands for, such as
                 `resid_post` for `blocks.*.hook_resid_post`.
 
         Returns:
-            A new list with one tensor a layer, [batch, seq, d_model] each; the tensors are the model's own.
+            A new list with one tensor per layer, [batch, seq, d_model] each; the tensors are the model's own.
 
         Raises:
-            UnknownSiteError: A site that is not captured.
+            UnknownSiteError: The site is not captured.
             IncompleteError: No forward pass yet, or one in which a module of this site did not run.
         """
         if name not in self._by_name:
@@ -106,7 +106,7 @@ class Captured(Mapping[str, list[Tensor]]):
         return f"Captured({', '.join(self._by_name)}: {len(self._tensors)} of {self._wanted} tensors)"
 
     def run(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, which with `stop=True` ends once every wanted site has been captured.
+        """Call the model. With `stop=True` the pass ends once every wanted site has been captured.
 
         Args:
             call: The model, or anything that calls it.
@@ -114,10 +114,10 @@ class Captured(Mapping[str, list[Tensor]]):
             **kwargs: Passed on to `call`.
 
         Returns:
-            What `call` returned, or None where the pass was ended early.
+            What `call` returned, or None if the pass was ended early.
 
         Raises:
-            Exception: Whatever `call` raised by itself.
+            Exception: Any error of `call`.
         """
         try:
             return call(*args, **kwargs)
@@ -127,7 +127,7 @@ class Captured(Mapping[str, list[Tensor]]):
         return None
 
     def _attach(self, root: nn.Module) -> Iterator[RemovableHandle]:
-        """Put the hooks that fill this, and yield the handle of each as it is put."""
+        """Register the hooks that fill this object, and yield the handle of each."""
         yield root.register_forward_pre_hook(self._begin, prepend=True)
         yield root.register_forward_hook(self._end, always_call=True)
         for site in self.sites:
@@ -140,7 +140,7 @@ class Captured(Mapping[str, list[Tensor]]):
                     yield module.register_forward_hook(_after(take))
 
     def _begin(self, *_: Any) -> None:
-        # Dropped before the pass and not during it, so that two passes' tensors are never held at once.
+        # Cleared before the pass, not during it, so that the tensors of two passes are never held at once.
         self._tensors.clear()
         self._begun = self._running = True
 
@@ -159,8 +159,8 @@ class Captured(Mapping[str, list[Tensor]]):
             if self._running:
                 _check_equal(self._tensors[key], value, module)
                 return
-            # The model's own forward is not running, so its layers are called by hand: a module that comes
-            # round again begins a new pass.
+            # The model's own forward is not running, so the caller calls its layers: a module that runs again
+            # begins a new pass.
             self._tensors.clear()
         self._tensors[key] = value
         if self._stop and len(self._tensors) == self._wanted:
@@ -175,36 +175,38 @@ def capture(
     *,
     stop: bool = False,
 ) -> Iterator[Captured]:
-    """Capture activations during the forward passes inside a `with` block.
+    """Capture activations during the forward passes inside a `with` statement.
 
     ```python
     with mmcache.capture(model, sites=("mlp_in", "mlp_out")) as captured:
         model(**inputs)
-    captured["mlp_in"]  # a list: one [batch, seq, d_model] a layer
+    captured["mlp_in"]  # a list: one [batch, seq, d_model] per layer
     ```
 
-    Hooks are put on entry and removed on exit, also after an exception; captures may be nested. Hooks that
-    were there before run before, so interventions are captured too. A compiled model runs uncompiled inside
-    the block, because compiled code does not run later hooks. With gradient checkpointing, read before the
-    backward pass, which runs parts of the model again.
+    Hooks are registered on entry and removed on exit, also after an exception; captures may be nested. Hooks that
+    were registered before run first, so interventions are captured too. A compiled model runs uncompiled inside
+    the `with` statement, because compiled code ignores hooks that are registered later. With gradient checkpointing,
+    read before the backward pass, which runs parts of the model again.
 
     Args:
-        model: Any torch model, wrapped or not; `mmcache.models.sites` says what a wrapper and a site are.
+        model: Any torch model, wrapped or not; see `mmcache.models.inference.unwrap` for wrappers and
+            `mmcache.models.sites` for sites.
         sites: Site names.
         layers: The model's own layer numbers; None means all.
         stop: End each forward pass as soon as every wanted site has been captured, so that later layers and
             logits are not computed. Call the model through `captured.run(model, **inputs)`, which then
-            returns None; a direct call ends the `with` block there, without an error.
+            returns None; a direct call leaves the `with` statement there, without an error.
 
     Yields:
-        What the last forward pass had at each site: [batch, seq, d_model] a layer, the model's own memory.
+        The tensors of the last forward pass by site: [batch, seq, d_model] per layer, the model's own memory.
 
     Raises:
-        UnknownSiteError: A site that this model does not have; with near matches, before any forward pass.
+        UnknownSiteError: A site that this model does not have, with near matches; before any forward pass.
         UnsupportedModelError: A standard name in a model of unknown family; or, in the pass, a module that runs
-            more than once and gives different values.
+            more than once with different values.
         OutOfRangeError: A layer that is not in the model.
-        ArgumentError: Sites or layers given twice, or sites that differ in layers; or, in the pass, no tensor.
+        ArgumentError: Sites or layers given twice, or sites that differ in layers; or, in the pass, a module whose
+            input or output is no tensor.
     """
     captured = Captured(resolve(model, sites, layers), stop=stop)
     with ExitStack() as stack:
@@ -220,9 +222,9 @@ def capture(
 
 
 def probe(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None = None) -> dict[str, int]:
-    """How wide each site is, from one forward pass over two tokens.
+    """The width of each site, from one forward pass over two tokens.
 
-    The pass runs under `torch.inference_mode`, in the mode (train or eval) that the model is in, to its end.
+    The pass runs to its end under `torch.inference_mode`, in the model's current mode (train or eval).
 
     Args:
         model: A language model or encoder, whose first argument is token ids [batch, seq], wrapped or not.
@@ -235,12 +237,12 @@ def probe(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None =
     Raises:
         ShapeError: A site that is not [batch, seq, width], or whose width differs between layers.
         IncompleteError: A site with a module that did not run.
-        UnsupportedModelError: The model does not run on token ids alone; what it said is in the message.
+        UnsupportedModelError: The model does not run on token ids alone; its error is in the message.
         UnknownSiteError: As `capture`; so are UnsupportedModelError, OutOfRangeError and ArgumentError.
     """
     inner = unwrap(model)
     device = next((weight.device for weight in inner.parameters() if weight.device.type != "meta"), "cpu")
-    # Two tokens and not one, so that a module that works on [seq, batch, width] is told apart.
+    # Two tokens, so that [seq, batch, width] is not mistaken for [batch, seq, width].
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     options: dict[str, Any] = {"use_cache": False, "attention_mask": torch.ones_like(tokens)}
     accepted = inspect.signature(inner.forward).parameters
@@ -276,7 +278,7 @@ def _check_equal(held: Tensor, value: Tensor, module: str) -> None:
 
 
 def site_width(site: ResolvedSite, tensors: list[Tensor], tokens: int) -> int:
-    """The width of a site, from its tensors, one a layer, for one sequence of some tokens.
+    """The width of a site, from its tensors (one per layer) for one sequence of `tokens` tokens.
 
     Raises:
         ShapeError: a tensor that is not [1, tokens, width], or widths that differ between layers.

@@ -1,4 +1,4 @@
-"""What a model is: the digest of its weights, its class, its configuration, its adapters."""
+"""The identity of a model: digest of its weights, class, configuration and adapters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["hooked_modules", "model_identity", "weights_digest"]
 
 _PIECE = 1 << 26
-# What says the same in every process, so that its repr may be hashed.
+# Types whose repr is the same in every process, so that it may be hashed.
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of names, dtypes, shapes and bytes of a model's parameters and buffers; blocks while it reads them all.
 
-    Quantised weights count as what they consist of: numbers, scales and zero points.
+    Of quantised weights, the integers, scales and zero points are hashed.
 
     Raises:
         UnsupportedModelError: A weight that is on no device, or whose numbers cannot be read.
@@ -59,7 +59,7 @@ def _lines(name: str, value: Any) -> Iterator[str]:
 
 
 def _members(value: Any) -> dict[Any, Any]:
-    """What a container holds; nothing for an object of a kind that is not known, whose repr may hold an address."""
+    """The members of a container; none for an object of unknown type, whose repr may contain an address."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence):
@@ -94,7 +94,7 @@ def _tensor_lines(name: str, tensor: torch.Tensor) -> Iterator[str]:
 def _parts(tensor: torch.Tensor) -> dict[str, Any] | None:
     """The plain tensors and constants that a tensor consists of; None for one that is plain itself."""
     if hasattr(tensor, "__tensor_flatten__"):
-        # The protocol by which torch.compile takes a subclass apart; torchao's and DTensor have it.
+        # torch.compile's protocol for tensor subclasses; those of torchao and DTensor have it.
         names, constants = tensor.__tensor_flatten__()
         return {name: getattr(tensor, name) for name in names} | {"constants": constants}
     if tensor.is_quantized:
@@ -118,7 +118,7 @@ def _parts(tensor: torch.Tensor) -> dict[str, Any] | None:
 
 
 def _crc(tensor: torch.Tensor) -> int:
-    # As a plain tensor: a subclass with bytes of its own may refuse to be seen as another dtype.
+    # As a plain tensor: a subclass may refuse `view(dtype)`.
     flat = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().reshape(-1)
     crc = 0
     for start in range(0, flat.numel(), _PIECE):
@@ -131,8 +131,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-# What a configuration says that changes no activation, or is compared elsewhere: names, paths and versions, how
-# outputs are wrapped, what text is made of, and the numerics.
+# Fields of a configuration that change no activation or are compared elsewhere: names, paths, versions, the form of
+# outputs, text generation, and the numerics.
 _LEFT_OUT = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation", "_name_or_path",
     "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward",
@@ -144,7 +144,7 @@ _LEFT_OUT = {
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """What must be the same for a resume: class, weights, computing dtype, configuration and active adapters."""
+    """What must be equal for a resume: class, digest of the weights, compute dtype, configuration and adapters."""
     dtype = next((weight.dtype for weight in model.parameters()), None)
     return {
         "model": type(model).__name__,
@@ -156,9 +156,9 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _configuration(model: nn.Module) -> dict[str, Any]:
-    """What a model's configuration says that may change what it computes, as plain JSON; empty where it has none.
+    """The fields of a model's configuration that may change what it computes, as plain JSON; empty without one.
 
-    Of transformers' it is what differs from the defaults of its class, nested ones too.
+    For transformers: the fields that differ from the defaults of the class, nested ones too.
     """
     config: Any = getattr(model, "config", None) or getattr(model, "cfg", None)
     if hasattr(config, "to_diff_dict"):
@@ -169,7 +169,7 @@ def _configuration(model: nn.Module) -> dict[str, Any]:
         said = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     else:
         said = config if isinstance(config, dict) else {}
-    # As a later read gives it: tuples are lists then, numbers that are keys are text.
+    # As it will be read back: tuples become lists, and numeric keys strings.
     plain: dict[str, Any] = json.loads(json.dumps(_kept(said), sort_keys=True))
     return plain
 
@@ -184,15 +184,15 @@ def _kept(said: Any) -> Any:
     if isinstance(said, float):
         # JSON has no infinity and no NaN.
         return said if math.isfinite(said) else repr(said)
-    # A dtype or an enumeration has a name; what has only an address says another one in each process.
+    # A dtype or an enum has a name; an address differs between processes.
     text = str(said)
     return type(said).__name__ if " at 0x" in text else text
 
 
 def _adapters(model: nn.Module) -> dict[str, list[str]]:
-    """The adapters that take part (`active`), are switched off (`disabled`), or are in the weights (`merged`).
+    """The names of the adapters that are `active`, `disabled` or `merged` into the weights.
 
-    As peft's layers say it, by their attributes: it need not be installed, and transformers uses the same layers.
+    Read from the attributes of peft's layers: peft need not be installed, and transformers uses the same layers.
     """
     found: dict[str, set[str]] = {}
     for module in model.modules():
@@ -206,7 +206,7 @@ def _adapters(model: nn.Module) -> dict[str, list[str]]:
 
 
 def hooked_modules(model: nn.Module) -> list[str]:
-    """The paths of the modules that have forward hooks, in order; the model itself is ``""``."""
+    """Paths of the modules that have forward hooks, in order; the model itself is ``""``."""
     return [
         path
         for path, module in model.named_modules()

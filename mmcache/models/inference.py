@@ -1,4 +1,4 @@
-"""A model as a job uses it: unwrapped, in eval mode, on its device, in contexts that it takes."""
+"""Preparing a model for a job: unwrap it, eval mode, device, context length, vocabulary, errors of a forward pass."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = [
 ]
 
 _DEFAULT_CONTEXT = 1024
-# What configurations call the tokens of a context and the ids of a vocabulary, the usual names first.
+# Names that configurations use for the context length and the vocabulary size, the usual ones first.
 _LENGTHS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length",
     "context_length", "block_size",
 )  # fmt: skip
 _VOCABULARIES = ("vocab_size", "n_vocab", "d_vocab")
-# Names of a forward's first argument that are token ids, where transformers names a model's main input.
+# Values of transformers' `main_input_name` that stand for token ids.
 _IDS = ("input_ids", "inputs")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that ids have to be on: that of the embedding, where a model is on several."""
-    # transformers raises where it cannot tell.
+    """The device that token ids have to be on: that of the embedding if the model is spread over several."""
+    # transformers raises if it finds no embedding.
     with suppress(AttributeError, NotImplementedError):
         found: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         return found
@@ -49,29 +49,29 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of a model's text part: the decoder's in a multimodal model; None for a model without one."""
+    """The configuration of a model's text part (the decoder in a multimodal model); None if the model has none."""
     config = getattr(model, "config", None)
     if config is None:
         return getattr(model, "cfg", None)  # TransformerLens
     find = getattr(config, "get_text_config", None)
-    # It raises for a model with several text parts, such as one that speaks: then the whole configuration is asked.
+    # It raises for a model with several text parts, such as one that speaks: then use the whole configuration.
     with suppress(ValueError, AttributeError):
         return config if find is None else find(decoder=True)
     return config
 
 
 def _number(config: Any, names: Sequence[str]) -> int | None:
-    """The first positive whole number that a configuration has under one of these names."""
+    """The first positive integer that a configuration has under one of these names."""
     values = (config.get(name) if isinstance(config, dict) else getattr(config, name, None) for name in names)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def _longest(model: nn.Module) -> int | None:
-    """Tokens that a model takes at most; None if it does not say."""
+    """The largest number of tokens that a model takes; None if its configuration has none."""
     length = _number(text_config(model), _LENGTHS)
     for path, module in model.named_modules():
         if length is not None and "position" in path and isinstance(module, nn.Embedding):
-            # As in RoBERTa: positions are counted from behind the padding's own row.
+            # As in RoBERTa: positions start after the padding row.
             reserved = module.padding_idx
             if module.num_embeddings == length and reserved is not None:
                 return length - reserved - 1
@@ -79,7 +79,7 @@ def _longest(model: nn.Module) -> int | None:
 
 
 def context_length(model: nn.Module, asked: int | None) -> int:
-    """The tokens of a context: as asked, or 1,024, or what the model can do. Raises ArgumentError."""
+    """Tokens per context: `asked`, or by default 1,024 or the model's maximum if less. Raises ArgumentError."""
     most = _longest(model)
     if asked is None:
         return min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
@@ -89,25 +89,25 @@ def context_length(model: nn.Module, asked: int | None) -> int:
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """Ids below this have a row in the model's embedding; None if the model does not say."""
+    """The number of rows of the model's embedding, so ids are below it; None if unknown."""
     with suppress(AttributeError, NotImplementedError):
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         rows = embedding.num_embeddings if hasattr(embedding, "num_embeddings") else embedding.weight.shape[0]
-        # A weight that is spread over devices shows none of its rows.
+        # A weight that is sharded over devices may show 0 rows.
         if type(rows) is int and rows > 0:
             return rows
     return _number(text_config(model), _VOCABULARIES)
 
 
 def bos_token_id(model: nn.Module) -> int | None:
-    """The BOS of a model's configuration; None if it has none."""
+    """The BOS id in a model's configuration; None if it has none."""
     found = getattr(text_config(model), "bos_token_id", None)
     return found if type(found) is int and found >= 0 else None
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module of it back as it was."""
+    """Put a model in eval mode, and restore the mode of each module on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -119,14 +119,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsupported(explain: Callable[[Exception], str]) -> Iterator[None]:
-    """A block of another library's code: whatever it raises, panics too, becomes one error.
+    """Turn any error of another library, Rust panics included, into UnsupportedModelError.
 
     Args:
-        explain: The message, made from what was raised.
+        explain: Returns the message for an error.
 
     Raises:
-        UnsupportedModelError: With the library's own error as its cause. Errors of mmcache and a lack of memory pass as
-            they are.
+        UnsupportedModelError: With the library's own error as its cause. Errors of mmcache and out-of-memory errors
+            pass unchanged.
     """
     try:
         with panics_as_errors():
@@ -139,11 +139,11 @@ def unsupported(explain: Callable[[Exception], str]) -> Iterator[None]:
 
 @contextmanager
 def running(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
-    """A block in which a model runs on token ids `[batch, seq]`: what its forward pass raises becomes one error.
+    """Turn errors of a forward pass on token ids `[batch, seq]` into UnsupportedModelError.
 
     Raises:
         UnsupportedModelError: The model does not take token ids, or failed on these; its own error is the cause.
-            Errors of mmcache and a lack of memory pass as they are.
+            Errors of mmcache and out-of-memory errors pass unchanged.
     """
     kind = type(model).__name__
     wanted = getattr(model, "main_input_name", None)
@@ -161,23 +161,23 @@ def running(model: nn.Module, ids: torch.Tensor) -> Iterator[None]:
         yield
 
 
-# Wrappers that run one inner module unchanged, by class name, and the attribute that holds it. By name,
-# because importing any of them only to ask would be slow, or they are not installed.
+# Wrappers that run one inner module unchanged, by class name, and the attribute that holds it. By name, because
+# importing them would be slow, and they may not be installed.
 _INNER: Final = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DistributedDataParallel": "module",
     "DeepSpeedEngine": "module",
     "Envoy": "_module",  # nnsight, whose models are Envoys
-    "NNsight": "_model",  # nnsight before they were
+    "NNsight": "_model",  # older nnsight
 }
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers, which may be nested: module paths are relative to what this returns.
+    """The model inside its wrappers, which may be nested. Module paths are relative to it.
 
     Known wrappers are `torch.compile`, DistributedDataParallel, DeepSpeed, peft and nnsight. Running the
-    inner model leaves out what a wrapper does by itself: compiled code, or the virtual tokens of peft's
-    prompt tuning (adapters that live in the layers, such as LoRA, stay in effect).
+    inner model skips what the wrapper itself does: compiled code, or the virtual tokens of peft's prompt
+    tuning (adapters inside the layers, such as LoRA, stay in effect).
 
     Args:
         model: A model, wrapped or not.
@@ -186,7 +186,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         The innermost model: the same object, not a copy.
 
     Raises:
-        UnsupportedModelError: What is inside is not a torch module.
+        UnsupportedModelError: The inner object is not a torch module.
     """
     inner: Any = model
     while (found := _inside(inner)) is not None:
@@ -197,7 +197,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: Any) -> bool:
-    """Whether `torch.compile` has been put around or inside a model, or around any of its modules."""
+    """Whether the model or any of its modules is compiled with `torch.compile`."""
     return isinstance(model, nn.Module) and any(
         "_orig_mod" in module._modules or module._compiled_call_impl is not None  # noqa: SLF001 - no public way
         for module in model.modules()
@@ -205,7 +205,7 @@ def is_compiled(model: Any) -> bool:
 
 
 def _inside(model: Any) -> Any:
-    """What a wrapper wraps, or None where `model` is no known wrapper."""
+    """The model inside a wrapper; None if `model` is no known wrapper."""
     names = [kind.__name__ for kind in type(model).__mro__]
     if "PeftModel" in names:
         return model.get_base_model()

@@ -1,7 +1,7 @@
-"""Models and tokenizers by name: a folder, a name on the Hugging Face hub, or `demo`, the one in this package.
+"""Load models and tokenizers by name: a folder, a name on the Hugging Face hub, or `demo`, the one in this package.
 
-What is loaded is data: no code that a folder brings along is run unless `trust_remote_code` says so, and no pickle is
-read. Whatever is wrong with a folder is one error.
+Code in a model's folder runs only with `trust_remote_code`, and pickles are never read. Anything wrong with a folder is
+an UnsupportedModelError.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _transformers() -> Any:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether a model was put on its devices by transformers, in parts, and so must not be moved."""
+    """Whether transformers placed the model on its devices (`device_map`), so that it must not be moved."""
     return getattr(model, "hf_device_map", None) is not None
 
 
@@ -58,19 +58,19 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a model, in eval mode, on the CPU, or where `device_map` says.
+    """Load a model in eval mode, on the CPU or as `device_map` says.
 
     Args:
-        name: a folder, a name on the hub, or `demo` where no folder is called that.
-        compute_dtype: what it computes in, by name; None for its checkpoint's own.
-        device_map: as transformers has it, such as `"auto"`: the layers of a model that is too wide for one GPU are
-            put on several, one after the other. It needs accelerate.
-        trust_remote_code: run the Python code that the model's folder brings along. It can do whatever you can.
+        name: a folder, a name on the hub, or `demo` if no folder has that name.
+        compute_dtype: the dtype that it computes in, by name; None for that of its checkpoint.
+        device_map: as in transformers; `"auto"` spreads the layers of a model that is too large for one GPU over
+            several. Needs accelerate.
+        trust_remote_code: run the Python code in the model's folder. It can do anything that you can.
 
     Raises:
-        UnsupportedModelError: there is no such model, it is damaged or incomplete, it has pickled weights only, it
-            needs code of its own, transformers cannot load it, or not all of it fits on the devices.
-        ArgumentError: `compute_dtype` is no dtype that a model computes in.
+        UnsupportedModelError: there is no such model, it is damaged or incomplete, it has only pickled weights, it
+            needs its own code, transformers cannot load it, or not all of it fits on the devices.
+        ArgumentError: `compute_dtype` is no floating-point dtype.
     """
     dtype = "auto" if compute_dtype is None else getattr(torch, str(compute_dtype), None)
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -93,7 +93,7 @@ def load_model(
     _check_complete(name, model, found["missing_keys"])
     away = [path for path, weight in model.named_parameters() if weight.device.type == "meta"]
     if away:
-        # Such weights come and go with each pass: nobody could say which they were, and nothing would be fast.
+        # Such weights are loaded in each pass: they cannot be hashed, and every pass is slow.
         raise UnsupportedModelError(
             f"{name} does not fit: device_map={device_map!r} leaves {len(away)} of its weights on no device, the first "
             f"of them {away[0]}. Give more or larger GPUs, or a --compute-dtype that takes less"
@@ -109,14 +109,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: as of `load_model`.
 
     Raises:
-        UnsupportedModelError: there is none, it is damaged, or it needs code of its own.
+        UnsupportedModelError: there is none, it is damaged, or it needs its own code.
     """
     transformers, place = _transformers(), _place(name)
     with _explained(name, "tokenizer", place):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         words = set(tokenizer.get_vocab()) - special
-    # Where its files are missing, transformers makes some kinds of tokenizers anew, which know no word.
+    # Without its files, transformers makes an empty tokenizer of some classes.
     if len(words) < 2:
         raise UnsupportedModelError(
             f"{name} has no tokenizer: a {type(tokenizer).__name__} without its files knows only special tokens. Add "
@@ -127,7 +127,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def _explained(name: str, what: str, place: str) -> Iterator[None]:
-    """A block that loads from a folder: whatever transformers raises, for a damaged one too, is one error."""
+    """Turn any error of loading a folder, also of a damaged one, into UnsupportedModelError."""
 
     def explain(error: Exception) -> str:
         remedy = _TRUST if _brings_code(place) else ""
@@ -138,7 +138,7 @@ def _explained(name: str, what: str, place: str) -> Iterator[None]:
 
 
 def _brings_code(place: str) -> bool:
-    """Whether a model's folder, or what was fetched of it from the hub, names Python code of its own."""
+    """Whether a model's folder, or its cached copy from the hub, names Python code of its own."""
     from transformers.utils import cached_file  # noqa: PLC0415 -- as above
 
     for file in ("config.json", "tokenizer_config.json"):
@@ -147,12 +147,12 @@ def _brings_code(place: str) -> bool:
             if found and "auto_map" in json.loads(Path(found).read_text(encoding="utf-8")):
                 return True
         except (OSError, ValueError, TypeError):
-            continue  # that is what is wrong with it
+            continue  # the caller reports the original error
     return False
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse a folder whose weights are pickles, or lie elsewhere."""
+    """Refuse a folder whose weights are pickles or outside of it."""
     if not folder.is_dir():
         return
     pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
@@ -167,9 +167,9 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_complete(name: str, model: Any, missing: set[str]) -> None:
-    """Refuse a model that lacks weights, which transformers would draw at random.
+    """Refuse a model that lacks weights, which transformers would initialise at random.
 
-    A pooler is no loss: it stands behind the last layer, and is left out, as in checkpoints that never had one.
+    A missing pooler is fine: it comes after the last layer, and is removed from the model.
     """
     lacking = sorted(key for key in missing if "pooler" not in key.split("."))
     if lacking:

@@ -1,21 +1,21 @@
-"""What a site is in a given model: names and module paths resolved to modules, before any forward pass.
+"""Resolve site names to the modules of a model, before any forward pass; the table of model families.
 
 A site is named in one of three ways:
 
-- a standard name (`SITES`), in the families of `FAMILIES`;
+- a standard name (`SITES`), in the families of `TABLE`;
 - a module path with `*` for the layer number and an explicit side, `model.layers.*.mlp:out`, in any
   `nn.Module`. A path without `*` is a site of one layer, called layer 0;
 - a TransformerLens name, `blocks.3.hook_resid_post` or `blocks.*.hook_resid_post`, which names a site and its
-  layers at once. Names that mean something else than they seem to are refused. In a TransformerLens model,
-  every other hook point is accepted too, by its own name.
+  layers at once. Names that do not mean what they seem to mean are refused. In a TransformerLens model, every
+  other hook point is accepted too, by its own name.
 
-Nothing here imports transformers: a family is recognised by `config.model_type` and by the modules that are there.
+Nothing here imports transformers: a family is recognised by `config.model_type` and by the model's modules.
 
-Which module's input or output each site is, in every model family that is known by name. A place is written as users
-write a module path: a module inside one layer, then `:in` or `:out`; an empty path is the layer itself. The definitions
-are the same in every family: `resid_pre`, `resid_mid` and `resid_post` are the residual stream before, between and
-after the layer's two halves, `attn_out` and `mlp_out` are what is *added* to the stream (so after a post-norm and after
-a residual dropout), and `mlp_in` is the MLP module's own input.
+`TABLE` has, for each known family, the module whose input or output each site is. A place is written as in a module
+path: a module inside one layer, then `:in` or `:out`; an empty path is the layer itself. The definitions are the same
+in every family: `resid_pre`, `resid_mid` and `resid_post` are the residual stream before, between and after the layer's
+two halves, `attn_out` and `mlp_out` are what is *added* to the stream (so after a post-norm and after a residual
+dropout), and `mlp_in` is the MLP module's own input.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _SANDWICH_NORM = (
     "post_feedforward_layernorm:out",
 )
 
-# family → one place for each of SITES, in that order; None where the family has no such site (see ABSENT).
+# family → one place for each of SITES, in that order; None if the family has no such site (see ABSENT).
 # The families are transformers' `config.model_type`, plus "gpt_neox (sequential)" for a GPT-NeoX with
-# use_parallel_residual=False, and "transformer_lens", whose places are TransformerLens' own hook points.
+# use_parallel_residual=False, and "transformer_lens", whose places are mostly TransformerLens' own hook points.
 TABLE: Final[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
     {
         "gpt2": (":in", "ln_2:in", ":out", "attn:out", "mlp:in", "mlp:out"),
@@ -109,8 +109,8 @@ ABSENT: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
     }
 )
 
-# TransformerLens hook names that mean exactly one of our sites, in every family (its post-norm families
-# included: there, too, hook_attn_out and hook_mlp_out come after the norm, just before the addition).
+# TransformerLens hook names that are exactly one of our sites in every family. In its post-norm families, too,
+# hook_attn_out and hook_mlp_out come after the norm, just before the addition.
 ALIASES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "hook_resid_pre": "resid_pre",
@@ -121,7 +121,7 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-# TransformerLens hook names that look like one of our sites and are not: what they are, and what to ask for.
+# TransformerLens hook names that look like one of our sites but are not: what they are, and what to use instead.
 NOT_ALIASES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "hook_mlp_in": "the residual stream before the MLP's norm: use 'resid_mid' for that ('resid_pre' in "
@@ -151,10 +151,10 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True)
 class ResolvedSite:
-    """A site and the modules it is read from.
+    """A site and the modules that it is read from.
 
     Attributes:
-        name: What a store calls it: the standard name, or the module path as it was given.
+        name: Its name in a store: the standard name, or the module path as given.
         layers: The model's own layer numbers, ascending.
         modules: The dotted path of each layer's module, relative to the unwrapped model, in order of
             `layers`.
@@ -173,15 +173,15 @@ def resolve(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None
     Args:
         model: Any torch model, wrapped or not.
         sites: Site names, in the order wanted.
-        layers: The layers to keep, in any order. None means those that a TransformerLens name says, or all.
+        layers: The layers to keep, in any order. None means those of a TransformerLens name, or all.
 
     Returns:
-        One entry for each site, in the order given, all with the same layers. A site that several
-        TransformerLens names share (`blocks.0.hook_mlp_out`, `blocks.1.hook_mlp_out`) is one entry.
+        One entry for each site, in the order given, all with the same layers. Several TransformerLens names of
+        one site (`blocks.0.hook_mlp_out`, `blocks.1.hook_mlp_out`) are one entry.
 
     Raises:
         UnknownSiteError: A site that this model does not have; the message lists near matches, or says why.
-        UnsupportedModelError: A standard name in a model whose family is not known.
+        UnsupportedModelError: A standard name in a model of unknown family.
         OutOfRangeError: A layer that is not in the model, negative numbers included.
         ArgumentError: No sites, a site or layer given twice, or sites whose layers differ.
     """
@@ -205,7 +205,7 @@ def resolve(model: nn.Module, sites: Sequence[str], layers: Sequence[int] | None
 
 
 def describe(model: nn.Module) -> tuple[ResolvedSite, ...]:
-    """Every standard site that the model has, with all its layers, in the order of `SITES`.
+    """The standard sites that the model has, with all their layers, in the order of `SITES`.
 
     Args:
         model: A model of a known family, wrapped or not.
@@ -214,7 +214,7 @@ def describe(model: nn.Module) -> tuple[ResolvedSite, ...]:
         One entry for each standard site; a site that the family lacks is left out.
 
     Raises:
-        UnsupportedModelError: The model's family is not known; the message says how to name its modules.
+        UnsupportedModelError: The model's family is unknown; the message says how to name its modules.
     """
     return tuple(_Finder(unwrap(model)).standard().values())
 
@@ -225,7 +225,7 @@ class _Finder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.kind = type(model).__name__
-        # Duplicates stay in: a module shared between layers is at each of its paths.
+        # With duplicates: a module that layers share is listed under each of its paths.
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.hooks: Mapping[str, nn.Module] = getattr(model, "hook_dict", {})
         self.family = self._family()
@@ -240,7 +240,7 @@ class _Finder:
         return family if isinstance(family, str) and family in TABLE else None
 
     def find(self, text: str) -> tuple[ResolvedSite, int | None]:
-        """The site that `text` names, with all its layers, and the one layer that `text` itself picks."""
+        """The site that `text` names, with all its layers, and the one layer in `text`, or None."""
         if ":" in text:
             return self._by_path(text), None
         if text in SITES:
@@ -274,7 +274,7 @@ class _Finder:
         }
 
     def _layers(self, needed: set[str]) -> list[str]:
-        """The paths of the decoder layers: the one list of modules that all have what the family needs."""
+        """Paths of the decoder layers: those of the only module list whose members all have the `needed` modules."""
         lists = [
             [f"{path}.{number}" for number in range(len(module))]
             for path, module in self.model.named_modules()
@@ -296,11 +296,11 @@ class _Finder:
         return sites[name]
 
     def _at_hook(self, name: str, inside: str, side: Side) -> ResolvedSite:
-        """A site at a TransformerLens hook point, or at a module, of every block that has it."""
+        """A site at a TransformerLens hook point, or at a module, in every layer that has it."""
         found = {}
         for number, _ in enumerate(self.modules["blocks"].children()):
             path = f"blocks.{number}.{inside}"
-            # hook_dict also knows TransformerBridge's aliases, which are no module paths of their own.
+            # hook_dict also has TransformerBridge's aliases, which are no module paths.
             module = self.hooks.get(path, self.modules.get(path))
             if module is not None:
                 found[number] = self._path(module)
@@ -381,7 +381,7 @@ def _checked(layers: Iterable[int]) -> list[int]:
 
 
 def _pick(site: ResolvedSite, asked: list[int] | None, named: list[int] | None) -> ResolvedSite:
-    """`site` with only the layers that were asked for, or that its own TransformerLens names picked."""
+    """`site` with only the layers that were asked for or are in its TransformerLens names."""
     if asked is not None and named is not None and asked != sorted(named):
         raise ArgumentError(
             f"site {site.name!r} is named with layers {sorted(named)} but layers={asked}: say the layers once"

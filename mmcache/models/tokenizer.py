@@ -1,4 +1,4 @@
-"""Panics of Rust libraries, such as tokenizers: as errors that can be caught."""
+"""Errors of tokenizers: Rust panics as catchable errors, and a check that a normalizer does not inflate texts."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 __all__ = ["check_growth", "growth", "panics_as_errors", "said"]
 
-# How many times as long a normalizer may make a text; the usual ones at most double it.
+# The factor by which a normalizer may lengthen a text; the usual ones at most double it.
 _GROWTH = 1 << 10
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """A block in which a panic, a BaseException that no `except Exception` catches, is a RuntimeError."""
+    """Turn a Rust panic, a BaseException that `except Exception` does not catch, into a RuntimeError."""
     try:
         yield
     except BaseException as error:
-        # The class is made anew by each library, and none of them exports it.
+        # Each library has its own class of panics, and none exports it.
         if type(error).__module__ != "pyo3_runtime":
             raise
         raise RuntimeError(f"it panicked: {error}") from error
 
 
 def said(error: BaseException) -> str:
-    """What an error of another library says, in one line of bounded length, its class first."""
+    """The class and message of another library's error, in one line of bounded length."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return line if len(line) <= 300 else f"{line[:300]}…"
 
 
 def check_growth(tokenizer: Any) -> None:
-    """Refuse a tokenizer that blows texts up before it looks at them.
+    """Refuse a tokenizer whose normalizer may inflate texts.
 
     Raises:
-        UnsupportedModelError: how many times as long they may get.
+        UnsupportedModelError: the factor is too large; the message has it.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     times = 1 if normalizer is None else growth(json.loads(normalizer.__getstate__()))
@@ -52,7 +52,7 @@ def check_growth(tokenizer: Any) -> None:
 
 
 def growth(part: Any) -> int:
-    """How many times as long a text can get by the replacements of a tokenizer's normalizer or decoder, in JSON."""
+    """The largest factor by which a tokenizer's normalizer or decoder, as JSON, can lengthen a text."""
     if not isinstance(part, dict):
         return 1
     inner = [*(part.get("normalizers") or ()), *(part.get("decoders") or ())]
@@ -62,6 +62,6 @@ def growth(part: Any) -> int:
     if isinstance(content := part.get("content"), str):
         pattern = part.get("pattern")
         replaced = pattern.get("String") if isinstance(pattern, dict) else None
-        # Another pattern, or an empty one, may match between any two letters.
+        # A pattern that is empty or no plain string may match between any two letters.
         found *= max(1, -(-len(content) // len(replaced))) if replaced else 1 + len(content)
     return found
