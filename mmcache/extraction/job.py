@@ -308,9 +308,6 @@ def complete(path: Path) -> Store:
     return store
 
 
-_DEFAULT_CONTEXT = 1024
-
-
 def extract(
     model: nn.Module,
     tokenizer: Any,
