@@ -37,18 +37,18 @@ _PENDING_ROWS = 4096
 
 
 def shard_moments(spec: ShardSpec, first: int, *, busy: bool = False) -> Moments:
-    """Give the statistics, of no rows so far, of a shard whose first row has place `first` in its array.
+    """Empty statistics of a shard whose first row is row `first` of its array.
 
-    The kernel adds up norms in another order than numpy does, which shows in their last bits. So where it takes over is
-    a place in the array. And what a model makes (`busy`), which takes longer than the sums, is left to numpy: all that
-    make shards of one store, wherever, with whatever installed, shall make the same bytes.
+    The kernel sums norms in another order than numpy, which changes their last bits. So it takes over at a fixed row of
+    the array. Rows from a model (`busy`), which takes longer than the sums, are always summed by numpy, so that all
+    workers on one store make the same bytes, whether or not they have numba.
     """
     quick_from = None if busy else max(0, -(-_QUICK_FROM // spec.row_bytes) - first)
     return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows, quick_from)
 
 
 def block_rows(layers: int, width: int, chunk_rows: int) -> int:
-    """Give how many rows are summed together: a power of two, no more than an inner chunk's if those are enough."""
+    """The number of rows summed together: a power of two, at least 64, otherwise no more than an inner chunk has."""
     fit = min(_BLOCK_NUMBERS // (layers * width), chunk_rows)
     return max(WHOLE_ROWS, 1 << max(0, fit.bit_length() - 1))
 
@@ -84,7 +84,7 @@ class Moments:
         self._n_held = 0
 
     def add(self, rows: np.ndarray, keep: np.ndarray | None = None) -> None:
-        """Take in the next rows. Calls may cut the rows anywhere: the result is the same, to the last bit.
+        """Add the next rows. Calls may split the rows anywhere: the result is the same, to the last bit.
 
         Args:
             rows: `[n, layers, width]`, any float dtype that numpy knows, bfloat16 included; read only.
@@ -181,7 +181,7 @@ class Moments:
 
     @np.errstate(all="ignore")
     def arrays(self, first_token: int) -> dict[str, np.ndarray]:
-        """Give what a shard stores; `first_token` is the position of its first row in the store.
+        """The arrays that a shard stores; `first_token` is the position of its first row in the store.
 
         Returns:
             `count`, `mean`, `m2` `[layers, width]`; `norms` `[chunks, layers, 5]` (`NORM_COLUMNS`);
