@@ -215,26 +215,26 @@ class Sums:
 
 
 def sum_block(rows: np.ndarray, keep: np.ndarray | None, *, quickly: bool = False) -> Sums:
-    """Sum a block of rows: `[n, layers, width]` of any float dtype that numpy knows, bfloat16 included; read only.
+    """Sums of a group of rows.
 
     Args:
-        rows: the block.
+        rows: `[n, layers, width]`, any float dtype that numpy knows, bfloat16 included; only read.
         keep: `[n]` bool, False for rows to leave out; None keeps all.
         quickly: use the compiled kernel, if there is one: norms may differ in the last bits of a float32.
     """
     n, layers, width = rows.shape
-    # Most blocks have no row that is left out, and then less is to be done.
+    # Most groups have no row that is left out, and then need less work.
     masked = None if keep is None or keep.all() else ~keep
     if rows.strides[-1] != rows.itemsize:
         rows = np.ascontiguousarray(rows)
     narrow = rows.dtype == _BFLOAT16 and not width % 2 and layers * width > 2
-    # In float64 the products of 16-bit numbers are exact, and so are their sums, near enough: there is nothing
-    # to be lost by squares that cancel. Wider numbers are taken less one of their block's rows.
+    # In float64 the products of 16-bit numbers are exact, and so, nearly, are their sums: cancellation loses
+    # nothing. From wider numbers, one of the group's rows is subtracted first.
     shift = np.empty((layers, width)) if rows.dtype.itemsize > 2 else None
     counts = np.empty((3, layers), np.int64)
     first, second = np.empty((2, 2, layers, width // 2) if narrow else (2, layers, width))
     sums = Sums(np.empty(layers), first, second, shift, np.empty((n, layers)), *counts)
-    # Some layers after the other where a span of all of them has no room in the cache.
+    # A few layers at a time if a span of all of them does not fit into the processor's cache.
     parts = -(-layers * width * SPAN * 4 // _TILE_BYTES)
     group = -(-layers // parts)
     # A signalling NaN, or float64 values near 1e308, are data here and no reason to warn.
@@ -380,7 +380,7 @@ class _OddRows:
             part[:, self.left_out[here]] = 0
 
     def tell(self, sums: Sums, layers: slice) -> None:
-        """Count them, and those that count."""
+        """Write the counts of these rows, and of those that count, into `sums`."""
         sums.count[layers] = len(sums.norms) - self.left_out.sum(axis=0)
         sums.norms[:, layers][self.left_out] = np.nan
         sums.non_finite[layers] = self._non_finite.sum(axis=0)
@@ -401,7 +401,7 @@ def _row_that_counts(rows: np.ndarray, left_out: np.ndarray) -> np.ndarray:
 
 
 def _add_up(tile: np.ndarray, here: slice, into: np.ndarray) -> None:
-    """Add the rows of a tile, which are rows `here` of the block, to the sums of those before them."""
+    """Add the rows of a tile, which are rows `here` of the group, to the sums of those before them."""
     tile[0] = into
     np.add.reduce(tile[1 if here.start == 0 else 0 : 1 + here.stop - here.start], axis=0, out=into)
 
