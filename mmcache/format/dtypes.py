@@ -1,4 +1,4 @@
-"""The dtypes that can be stored, under the names that torch, zarr and safetensors give them."""
+"""The dtypes that can be stored, with their names in torch, zarr and safetensors; bfloat16 for zarr-python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["ACTIVATION_DTYPES", "BY_NAME", "BFloat16", "Dtype", "activation_dtyp
 
 @dataclass(frozen=True)
 class Dtype:
-    """One storable dtype under all of its names; `size` is bytes an element."""
+    """One storable dtype under all of its names; `fill` is the bytes of the fill value."""
 
     name: str
     safetensors: str
@@ -35,7 +35,7 @@ class Dtype:
 
     @cached_property
     def torch(self) -> torch.dtype:
-        """Torch's own, which is asked for it only then: to say what a store is takes no torch, which loads slowly."""
+        """The torch dtype; imports torch, which is slow and not needed to describe a store."""
         import torch  # noqa: PLC0415 -- most of a second
 
         found: torch.dtype = getattr(torch, self.name)
@@ -51,8 +51,8 @@ def _dtype(name: str, code: str, numpy_dtype: object, fill: bytes) -> Dtype:
     return Dtype(name, code, np.dtype(numpy_dtype), fill)  # type: ignore[call-overload]
 
 
-# The fill is the element's little-endian bytes: the quiet NaN for activations, so that rows which are not
-# there can never pass for zeros; -1 ("unknown") for token ids and sequence bounds.
+# The fill is the element's little-endian bytes: the quiet NaN for activations, so that missing rows cannot be
+# mistaken for zeros; -1 ("unknown") for token ids and sequence bounds.
 BY_NAME: Mapping[str, Dtype] = {
     entry.name: entry
     for entry in (
@@ -69,11 +69,11 @@ ACTIVATION_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
-    """Look up a dtype that activations may be stored in, by torch dtype or by name.
+    """The dtype of that torch dtype or name, if activations can be stored in it.
 
     Args:
         dtype: for example `torch.bfloat16` or `"bfloat16"`.
-        what: the thing named in the error.
+        what: names the value in the error.
 
     Raises:
         DtypeError: anything but float32, float16, bfloat16 and float64.
@@ -90,10 +90,10 @@ def activation_dtype(dtype: torch.dtype | str, *, what: str = "dtype") -> Dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(ZDType["np.dtype[ml_dtypes.bfloat16]", "ml_dtypes.bfloat16"], HasEndianness, HasItemSize):
-    """bfloat16 for zarr-python, by the name that the zarr-extensions registry gives it.
+    """bfloat16 for zarr-python, under its name in the zarr-extensions registry.
 
-    Source: https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/bfloat16. JSON for the
-    fill value is the same as float32's, so that work is left to zarr's own Float32. Zarr format 3 only.
+    Source: https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/bfloat16. The fill value's JSON is
+    the same as float32's, so zarr's Float32 converts it, except hexadecimal. Zarr format 3 only.
     """
 
     dtype_cls: ClassVar[type] = type(BY_NAME["bfloat16"].numpy)
@@ -106,13 +106,13 @@ class BFloat16(ZDType["np.dtype[ml_dtypes.bfloat16]", "ml_dtypes.bfloat16"], Has
 
     @classmethod
     def from_native_dtype(cls, dtype: object) -> Self:
-        """Take over numpy's bfloat16 (the one that ml_dtypes registers)."""
+        """The zarr dtype for numpy's bfloat16 (the one that ml_dtypes registers)."""
         if dtype == BY_NAME["bfloat16"].numpy:
             return cls(endianness="little")
         raise DataTypeValidationError(f"expected ml_dtypes.bfloat16, found {dtype}")
 
     def to_native_dtype(self) -> np.dtype[ml_dtypes.bfloat16]:
-        """Give the numpy dtype, which knows only the machine's own byte order."""
+        """The numpy dtype, which exists only in the machine's byte order."""
         if self.endianness == "big":
             raise DtypeError("a big-endian bfloat16 array cannot be opened: only little-endian is known")
         return cast("np.dtype[ml_dtypes.bfloat16]", BY_NAME["bfloat16"].numpy)
@@ -128,7 +128,7 @@ class BFloat16(ZDType["np.dtype[ml_dtypes.bfloat16]", "ml_dtypes.bfloat16"], Has
         raise DataTypeValidationError(f"expected {cls._zarr_v3_name!r}, found {data!r}")
 
     def to_json(self, zarr_format: ZarrFormat) -> Literal["bfloat16"]:  # type: ignore[override]
-        """Give the name that stands in `zarr.json`."""
+        """The name in `zarr.json`."""
         if zarr_format == 2:
             raise DtypeError("bfloat16 cannot be stored in zarr format 2: use zarr format 3")
         return self._zarr_v3_name
@@ -143,20 +143,20 @@ class BFloat16(ZDType["np.dtype[ml_dtypes.bfloat16]", "ml_dtypes.bfloat16"], Has
         return ml_dtypes.bfloat16(Float32().cast_scalar(data))
 
     def default_scalar(self) -> ml_dtypes.bfloat16:
-        """Give zero, as every zarr number type does."""
+        """Zero, as for every zarr number type."""
         return ml_dtypes.bfloat16(0)
 
     def from_json_scalar(self, data: JSON, *, zarr_format: ZarrFormat) -> ml_dtypes.bfloat16:
-        """Read a fill value; hexadecimal digits are the number's own bits."""
+        """A fill value from JSON; hexadecimal digits are the number's bits."""
         if isinstance(data, str) and data.startswith("0x"):
-            # Not zarr's: four digits are a float16 to it, whatever the data type.
+            # Not zarr's conversion: it takes four digits for a float16, whatever the dtype.
             if len(data) != 6:
                 raise ValueError(f"fill value {data!r} of a bfloat16 array: expected 4 hexadecimal digits")
             return cast("ml_dtypes.bfloat16", np.array(int(data, 16), np.uint16).view(ml_dtypes.bfloat16)[()])
         return ml_dtypes.bfloat16(Float32().from_json_scalar(data, zarr_format=zarr_format))
 
     def to_json_scalar(self, data: object, *, zarr_format: ZarrFormat) -> JSON:
-        """Write a fill value."""
+        """A fill value as JSON."""
         value = float(cast("float", data))
         return cast("JSON", Float32().to_json_scalar(value, zarr_format=zarr_format))
 

@@ -1,7 +1,7 @@
-"""What a store says of itself: the root's `zarr.json`, and the `zarr.json` of each array.
+"""The metadata of a store: `Manifest` (the attributes of the root's `zarr.json`), and the `zarr.json` of each array.
 
-zarr-python writes the metadata, in memory; `atomic` puts it on disk. Every `zarr.json` carries a digest of its own
-bytes, computed with the digest's 64 characters blanked to zeros.
+zarr-python makes the metadata in memory, and `system/atomic.py` writes it. Every `zarr.json` carries a digest of its
+own bytes (see `format/signed_json.py`).
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ __all__ = [
 ]
 
 FIRST_TOKENS = "first"
-# The others that the format reserves are refused like any unknown name.
+# Other names that the format reserves are refused like unknown ones.
 IMPLEMENTED = (FIRST_TOKENS,)
-# What a new store with tokens uses. A cache, which has none, uses nothing and is of version 1.
+# Features of a new store with tokens. A cache has no tokens, so it uses none and has version 1.
 NEW_STORES = (FIRST_TOKENS,)
 
 
 def checked_uses(said: dict[str, Any], where: Path | str) -> tuple[str, ...]:
-    """Names of the features that a root says its store uses; none in version 1.
+    """The names in a root's `uses`: features of format version 2 that the store uses; none in version 1.
 
     Raises:
         VersionError: this library does not know one of them.
-        CorruptError: they are no names, or do not fit the version.
+        CorruptError: they are no sorted list of distinct names, or do not fit the version.
     """
     uses = said.get("uses")
     if said.get("format") == 1:
@@ -74,28 +74,29 @@ def checked_uses(said: dict[str, Any], where: Path | str) -> tuple[str, ...]:
     return tuple(uses)
 
 
-# Small enough to be rewritten at every commit of a grown store, large enough that a billion tokens are few files.
+# Rows per shard of `tokens`, `flags` and `sequences`: a grown store rewrites the last shard at every commit, but a
+# billion tokens should be few files.
 _RESERVED_SHARD_ROWS = 1 << 20
-# Bytes of the root's zarr.json, of an array's, and of any other file beside the shards: tokenizers are the largest.
+# Most bytes of the root's zarr.json, of an array's, and of any other file beside the shards (tokenizers are largest).
 ROOT_LIMIT, ARRAY_LIMIT, METADATA_LIMIT = 16 << 20, 1 << 20, 256 << 20
-# What an array's metadata says whatever its number of rows.
+# The fields of an array's metadata that do not depend on its number of rows.
 _FIXED = (
     "zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs",
     "dimension_names",
 )  # fmt: skip
-# Inner chunks that a shard's index lists: an index is read into memory.
+# Most inner chunks in a shard's index, which is read into memory.
 _MOST_CHUNKS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The root's attributes: what the store holds, and how much of it counts.
+    """The root's attributes: what the store holds, and how much of it is committed.
 
-    `sites` maps each site to its `d_model` (None until the first rows of a cache are pushed), `inner_tokens`
-    to the tokens of its inner chunk. `n_tokens`, `n_sequences` and `layers` are the commit point of a grown
-    store; a planned store has its final numbers from the start (`n_tokens` is None while it is being planned).
-    Without `has_tokens` there are no `tokens`, `flags` and `sequences`: a cache is one sequence of unknown tokens.
-    `uses` names what the store uses of format version 2; one that uses nothing is of version 1.
+    `sites` maps each site to its `d_model` (None until the first rows of a cache are pushed), `inner_tokens` to the
+    tokens in its inner chunk. `n_tokens`, `n_sequences` and `layers` are the commit point of a grown store; a planned
+    store has its final numbers from the start (`n_tokens` is None while it is being planned). Without `has_tokens`
+    there are no `tokens`, `flags` and `sequences`: a cache is one sequence of unknown tokens. `uses` names the features
+    of format version 2 that the store uses; a store that uses none has version 1.
     """
 
     kind: Literal["planned", "grown"]
@@ -131,21 +132,21 @@ class Manifest:
 
     @property
     def left_out(self) -> int:
-        """Bits of the flags that leave a token out of the statistics."""
+        """The bits (OR) of the flags that leave a token out of the statistics."""
         return sum(self.flag_bits.values())
 
     def row_shape(self, site: str) -> tuple[int, ...]:
-        """Give the shape of one row of a shard of `site`."""
+        """The shape of one row of a shard of `site`."""
         width = self.sites[site]
         if width is None:
             raise AssertionError(f"the width of {site} is not known yet")
         return (width,) if self.layout == "layer" else (len(self.layers), width)
 
     def spec(self, array: str) -> ShardSpec:
-        """Say what the shards of a site, or of `tokens`, `flags` or `sequences`, have in common."""
+        """The `ShardSpec` of a site, or of `tokens`, `flags` or `sequences`."""
         if array in RESERVED:
             name, row_shape, _ = RESERVED[array]
-            # Chunks of 64 KiB of tokens: a store of ten tokens stays small, a reader of all pays no toll.
+            # Chunks of 64 KiB: a store of ten tokens stays small, and reading all of them is not slower.
             chunk = inner_rows(_RESERVED_SHARD_ROWS, BY_NAME[name].size * max(1, *row_shape, 1), 1)
             return ShardSpec(array, BY_NAME[name], row_shape, _RESERVED_SHARD_ROWS, chunk)
         if self.dtype is None or self.shard_tokens is None:
@@ -162,7 +163,7 @@ class Manifest:
         )
 
     def shard_key(self, array: str, block: int, slot: int = 0) -> str:
-        """Name the file of a shard: `slot` is the place of a layer in `layers` (layer layout only)."""
+        """The file name of a shard; `slot` is the index of its layer in `layers` (layer layout only)."""
         if array == "sequences":
             return f"c.{block}.0"
         if array in RESERVED:
@@ -170,21 +171,21 @@ class Manifest:
         return f"c.{slot}.{block}.0"
 
     def slots(self, array: str) -> range:
-        """Give the slots that an array has a shard of in each block: one a layer in the layer layout."""
+        """The slots of an array: a site has one per layer in the layer layout, otherwise one in all."""
         return range(len(self.layers) if self.layout == "layer" and array not in RESERVED else 1)
 
     def n_shards(self, site: str) -> int:
-        """Count the shards that a site has when it is complete; 0 before its geometry is known."""
+        """The number of shards that a site has when it is complete; 0 before its geometry is known."""
         if not self.n_tokens or self.shard_tokens is None:
             return 0
         return self.spec(site).blocks(self.n_tokens) * len(self.slots(site))
 
     def rows(self, array: str) -> int:
-        """Give the rows of an array that count: sequences, or tokens."""
+        """The number of committed rows of an array: sequences, or tokens."""
         return self.n_sequences if array == "sequences" else self.n_tokens or 0
 
     def array_bytes(self, array: str) -> int:
-        """Add up the sizes of the shards of a complete array; 0 before its geometry is known."""
+        """Bytes of all shards of a complete array; 0 before its geometry is known."""
         rows = self.rows(array)
         if not rows or (array in self.sites and self.shard_tokens is None):
             return 0
@@ -194,17 +195,17 @@ class Manifest:
         return (whole * Layout(spec, spec.shard_rows).size + last) * slots
 
     def token_bytes(self) -> int:
-        """Give the bytes that all sites and layers take for one token."""
+        """Bytes of one token's rows in all sites and layers."""
         return sum(self.spec(site).row_bytes * len(self.slots(site)) for site in self.sites)
 
     def widest_row(self) -> int:
-        """Give the bytes of the widest row of any site."""
+        """Bytes of the widest row of any site."""
         return max(self.spec(site).row_bytes for site in self.sites)
 
     def shard_metadata(self, array: str, block: int, slot: int = 0, ids: str | None = None) -> dict[str, str]:
-        """Write the strings that a shard's header carries, by which a moved or foreign shard is noticed.
+        """The `__metadata__` of a shard's header, by which a moved or foreign shard is detected.
 
-        `ids` is the digest of the token ids that its rows are of, None where headers do not say it.
+        `ids` is the digest of its rows' token ids, None where headers have none.
         """
         said = {
             "format": f"mmcache/{self.version}",
@@ -217,7 +218,7 @@ class Manifest:
         layers = self.layers if self.layout == "token" else (self.layers[slot],)
         first = block * (self.shard_tokens or 0)
         if "tokens" in self.source:
-            # Pins the activations to the corpus that they are of.
+            # Ties the activations to their corpus.
             said["tokens"] = str(self.source["tokens"])[:32]
         said |= {"layout": self.layout, "layers": ",".join(map(str, layers)), "first_token": str(first)}
         return said if ids is None else said | {"ids": ids}
@@ -231,11 +232,11 @@ class Manifest:
 
     @classmethod
     def from_attributes(cls, said: dict[str, Any], where: Path | str) -> Self:
-        """Check every field, and give the manifest.
+        """The manifest with these attributes, every field checked.
 
         Raises:
-            CorruptError: a field that is missing, of the wrong type or out of its range.
-            VersionError: the store uses what this library does not know.
+            CorruptError: a field is missing, of the wrong type or out of range.
+            VersionError: the store uses a feature that this library does not know.
         """
         uses = checked_uses(said, where)
         fields = {name: value for name, value in said.items() if name not in ("format", "digest")}
@@ -251,7 +252,7 @@ class Manifest:
         return manifest
 
     def _problem(self) -> str | None:
-        """Say what is wrong with the fields, or None."""
+        """What is wrong with the fields; None if nothing is."""
         geometry = [*self.sites.values(), self.shard_tokens]
         numbers = [*geometry, self.n_tokens, *self.inner_tokens.values()]
         checks = {
@@ -284,7 +285,7 @@ class Manifest:
         return None
 
     def with_geometry(self, shard_tokens: int, known: int | None) -> Manifest:
-        """Fix the shard and the inner chunks; `known` tokens are known to come."""
+        """The manifest with `shard_tokens` and the inner chunks set; `known`: number of tokens to come, or None."""
         known_first = replace(self, shard_tokens=shard_tokens)
         inner = {}
         for site in self.sites:
@@ -301,7 +302,7 @@ def _are_layers(layers: tuple[int, ...]) -> bool:
 
 
 def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
-    """Write an array's `zarr.json`, as zarr-python would, for `rows` tokens (or sequences)."""
+    """The bytes of an array's `zarr.json`, made by zarr-python, for `rows` tokens (or sequences)."""
     spec = manifest.spec(array)
     shape: tuple[int, ...]
     fill: float
@@ -338,7 +339,7 @@ def array_json(manifest: Manifest, array: str, rows: int) -> bytes:
 
 
 def is_store(path: Path) -> bool:
-    """Tell whether there is a zarr node at `path`: a store, or something that must not be written into."""
+    """Whether there is a zarr node at `path`: a store, or something else that must not be written into."""
     return (path / ROOT).exists()
 
 
@@ -347,7 +348,7 @@ def read_array(path: Path, manifest: Manifest, array: str) -> bytes:
 
     Raises:
         StoreNotFoundError: there is no such file.
-        CorruptError: it is damaged, or says something else than the root.
+        CorruptError: it is damaged, or contradicts the root.
     """
     where = path / array / ROOT
     said, text = read_signed(where, ARRAY_LIMIT)
@@ -371,7 +372,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         StoreNotFoundError: there is none.
-        VersionError: it is of a format version that this library does not read.
+        VersionError: it has a format version that this library does not read.
         CorruptError: it is damaged, was changed by another program, or describes no store.
     """
     where = path / ROOT
@@ -384,19 +385,19 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_attributes(said, where)
 
 
-# Half of what a root may have.
+# Most bytes of user metadata: half of ROOT_LIMIT.
 _LIMIT = 8 << 20
 
 
 def check_user_metadata(name: str, metadata: Any) -> dict[str, Any]:
-    """A copy of the user's own metadata, which survives JSON; None is empty.
+    """A copy of the user's metadata, checked to survive a round trip through JSON; `{}` for None.
 
     Args:
-        name: what the argument is called.
+        name: the argument's name.
         metadata: its value.
 
     Raises:
-        ArgumentError: it does not.
+        ArgumentError: it changes in the round trip, or is larger than 8 MiB.
     """
     kept = {} if metadata is None else metadata
     try:

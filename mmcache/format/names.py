@@ -1,4 +1,4 @@
-"""The names in a store: its own arrays, and what a site may be called."""
+"""The names in a store: its reserved arrays and folders, and valid names of sites."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "site_name_problem",
 ]
 
-# The arrays beside the sites, with their dtype, the tail of their shape and the fill of rows not there.
+# The arrays beside the sites: dtype, shape of one row, and fill value of missing rows.
 RESERVED: dict[str, tuple[str, tuple[int, ...], int]] = {
     "tokens": ("int32", (), -1),
     "flags": ("uint8", (), 0),
@@ -36,19 +36,19 @@ DOCUMENTS_FOLDER = "documents"
 
 
 def check_no_links(path: Path, sites: Iterable[str]) -> None:
-    """Refuse symbolic links wherever the writers of a store with some sites make, replace or remove files.
+    """Check that there is no symbolic link where the writers of a store with these sites create or remove files.
 
-    Each writer begins with this. Whatever is put there later, no write follows it (`no_symlinks`).
+    Every writer calls this first. Links created later are not followed either (`system/no_symlinks.py`).
 
     Raises:
-        LinkError: there is one; nothing was done yet.
+        LinkError: there is one; nothing was changed yet.
     """
     own = (ROOT, ".lock", ".staging", *RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, DOCUMENTS_FOLDER)
     check_links(path, (*own, *sites))
 
 
 def site_name_problem(name: object, version: int = 2) -> str | None:
-    """Why a site cannot have this name (it is a folder of the store) in a store of that format version, or None."""
+    """Why a site cannot have this name in a store of that format version; None if it can. A site is a folder."""
     if not isinstance(name, str) or not name:
         return "it is no text"
     taken = (*RESERVED, STATISTICS_FOLDER, TOKENIZER_FOLDER, ROOT, *([DOCUMENTS_FOLDER] if version > 1 else []))
@@ -62,7 +62,7 @@ def site_name_problem(name: object, version: int = 2) -> str | None:
 
 
 def check_site_name(name: str) -> None:
-    """Refuse a name that cannot be a folder of the store.
+    """Check that a name can be that of a site.
 
     Raises:
         ArgumentError: with the reason.

@@ -1,10 +1,10 @@
-"""The shard on paper: a file that is at once a Zarr v3 shard and a safetensors file. Arithmetic only, no I/O.
+"""The bytes of a shard, which is both a Zarr v3 shard and a safetensors file, and its size in tokens. No I/O.
 
-FORMAT.md in the package is the specification. `ShardSpec` says what the shards of an array have in common, `Layout`
-where every byte of one shard goes, and `encode` is the whole of it in one simple function, which the streaming writer
-is tested equal to.
+FORMAT.md in the package is the specification. `ShardSpec` is what the shards of an array have in common, `Layout` where
+every byte of one shard goes. `encode` makes a whole shard in one simple function; tests compare the streaming writer
+with it.
 
-How many tokens a shard and an inner chunk hold. Arithmetic only. A *row* is what a store keeps of one token: `d_model`
+`shard_rows` and `inner_rows` choose the tokens of a shard and an inner chunk. A *row* is one token's data: `d_model`
 numbers in the layer layout, `n_layers * d_model` in the token layout. Sizes are bytes, counts are rows (tokens).
 
 Sources: the Zarr v3 `sharding_indexed` codec (https://zarr-specs.readthedocs.io, codecs/sharding-indexed) and the
@@ -66,7 +66,7 @@ STATISTICS = (
 NORM_COLUMNS = ("rows", "sum", "sum_of_squares", "min", "max")
 _JSON_BYTES = HEADER_BYTES - 8
 _ABSENT = 2**64 - 1
-# No site's name looks like it: quotes in one stand behind a backslash.
+# No site name can match: JSON escapes its quotes.
 _IDS = re.compile(rb'"ids":"([0-9a-f]{32})"')
 
 
@@ -74,8 +74,8 @@ _IDS = re.compile(rb'"ids":"([0-9a-f]{32})"')
 class ShardSpec:
     """What the shards of one array have in common.
 
-    `tensor` names the data tensor, `row_shape` is the shape of one row, `stat_layers` how many layers a shard
-    carries statistics for (0: none), each over the last axis of `row_shape`.
+    `tensor` names the data tensor, `row_shape` is the shape of one row, `stat_layers` the number of layers with
+    statistics in a shard (0: none), each over the last axis of `row_shape`.
     """
 
     tensor: str
@@ -87,25 +87,25 @@ class ShardSpec:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes a row."""
+        """Bytes per row."""
         return math.prod(self.row_shape) * self.dtype.size
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes an inner chunk, which is always stored full-size."""
+        """Bytes per inner chunk, which is always stored full-size."""
         return self.chunk_rows * self.row_bytes
 
     @property
     def chunks_per_shard(self) -> int:
-        """Inner chunks that the index lists, present or not."""
+        """Inner chunks in the index, present or not."""
         return self.shard_rows // self.chunk_rows
 
     def rows_in_block(self, block: int, total: int) -> int:
-        """Give the rows that block number `block` holds of an array of `total` rows."""
+        """The number of rows in block `block` of an array of `total` rows."""
         return max(0, min(self.shard_rows, total - block * self.shard_rows))
 
     def blocks(self, total: int) -> int:
-        """Give the number of blocks (shards along the rows) of an array of `total` rows."""
+        """The number of blocks (shards along the rows) of an array of `total` rows."""
         return -(-total // self.shard_rows)
 
 
@@ -123,12 +123,12 @@ class Layout:
 
     @property
     def data_end(self) -> int:
-        """Give the offset behind the last valid row."""
+        """Offset of the end of the last valid row."""
         return HEADER_BYTES + self.rows * self.spec.row_bytes
 
     @property
     def chunks_end(self) -> int:
-        """Give the offset behind the last inner chunk, which is stored full-size."""
+        """Offset of the end of the last inner chunk, which is stored full-size."""
         return HEADER_BYTES + self.chunks * self.spec.chunk_bytes
 
     def _statistics(self) -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -146,7 +146,7 @@ class Layout:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-        """Every safetensors tensor: name to (dtype code, shape, start, stop), gapless from 4096 to the end."""
+        """Every safetensors tensor by name: (dtype code, shape, start, stop), without gaps from 4096 to the end."""
         spec = self.spec
         padding = -(-self.chunks_end // PAGE) * PAGE - self.data_end
         index = spec.chunks_per_shard * 16 + 4
@@ -168,12 +168,12 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Give the size of the file in bytes, a multiple of 4096."""
+        """Size of the file in bytes, a multiple of 4096."""
         return self.tensors["index"][3]
 
     @cached_property
     def _tensors_json(self) -> str:
-        """Write the header's entries of the tensors, the brace behind them included: alike in all full shards."""
+        """The header's JSON of the tensors, closing brace included: the same in all full shards."""
         entries = {
             name: {"dtype": code, "shape": list(shape), "data_offsets": [start - HEADER_BYTES, stop - HEADER_BYTES]}
             for name, (code, shape, start, stop) in self.tensors.items()
@@ -181,10 +181,10 @@ class Layout:
         return json.dumps(entries, separators=(",", ":"), ensure_ascii=True)[1:]
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
-        """Write the first 4096 bytes: the safetensors header, always of the same length.
+        """The first 4096 bytes: the safetensors header, always of the same length.
 
         Raises:
-            CorruptError: the JSON outgrows its place, which would move the data off its page.
+            CorruptError: the JSON is too long, so that the data would not start at byte 4096.
         """
         said = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=True)
         text = f'{{"__metadata__":{said},{self._tensors_json}'.encode()
@@ -196,7 +196,7 @@ class Layout:
         return _JSON_BYTES.to_bytes(8, "little") + text.ljust(_JSON_BYTES)
 
     def index(self) -> bytes:
-        """Write the zarr shard index: (offset, nbytes) an inner chunk, absent ones as 2^64-1, then its crc32c."""
+        """The zarr shard index: (offset, nbytes) per inner chunk, absent ones as 2^64-1, then its crc32c."""
         entries = np.full((self.spec.chunks_per_shard, 2), _ABSENT, dtype="<u8")
         entries[: self.chunks, 0] = HEADER_BYTES + np.arange(self.chunks) * self.spec.chunk_bytes
         entries[: self.chunks, 1] = self.spec.chunk_bytes
@@ -204,11 +204,11 @@ class Layout:
         return body + crc32c.crc32c(body).to_bytes(4, "little")
 
     def chunk_padding(self) -> bytes:
-        """Give the fill that completes the last inner chunk: NaN for activations."""
+        """The padding of the last inner chunk: fill values, NaN for activations."""
         return self.spec.dtype.fill * ((self.chunks_end - self.data_end) // self.spec.dtype.size)
 
     def tail(self, crcs: list[int], statistics: Mapping[str, np.ndarray] | None) -> bytes:
-        """Write everything behind the valid rows, from `data_end` to the end of the file.
+        """All bytes after the valid rows, from `data_end` to the end of the file.
 
         Args:
             crcs: the crc32c of each present inner chunk, its padding included.
@@ -242,11 +242,11 @@ def encode(
     metadata: Mapping[str, str],
     statistics: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
-    """Write a whole shard in memory.
+    """All bytes of a shard.
 
     Args:
         spec: the array's shards.
-        rows: `[rows, *spec.row_shape]` in `spec.dtype`, at most `spec.shard_rows` of them and at least one.
+        rows: `[rows, *spec.row_shape]` in `spec.dtype`, 1 to `spec.shard_rows` of them.
         metadata: the strings of the header's `__metadata__`.
         statistics: as in `Layout.tail`.
     """
@@ -259,12 +259,12 @@ def encode(
 
 
 def ids_digest(ids: np.ndarray) -> str:
-    """Hash token ids as headers and the root do: the first 32 hexadecimal digits of SHA-256 of them as int32."""
+    """Digest of token ids, as in headers and the root: first 32 hexadecimal digits of the SHA-256 of them as int32."""
     return hashlib.sha256(np.ascontiguousarray(ids, "<i4").data).hexdigest()[:32]
 
 
 def said_ids(head: bytes) -> str:
-    """Give the `ids` that a header says; empty if it says none."""
+    """The `ids` in a header; empty if it has none."""
     found = _IDS.search(head)
     return found[1].decode() if found else ""
 
@@ -278,19 +278,19 @@ def parse_header(
     where: str,
     likely: Layout | None = None,
 ) -> Layout:
-    """Check the first 4096 bytes of a shard by writing them anew, and give its layout.
+    """The layout of a shard, whose first 4096 bytes are compared with the header that the writer would make.
 
     Args:
-        spec: what the array's `zarr.json` promises.
+        spec: the shards of the array, by its `zarr.json`.
         head: the first 4096 bytes of the file, or fewer if it is shorter.
         size: the size of the file in bytes.
-        metadata: what the header's `__metadata__` must be: a shard that was moved, or comes from another
-            store, is found by it. A site's may say `ids` as well, which only the store's tokens can tell.
+        metadata: what the header's `__metadata__` must be, which detects a shard that was moved or comes from another
+            store. A site's header may have `ids` too; they are not checked here, since that needs the store's tokens.
         where: the file, for the error.
-        likely: the layout that it probably has, so that nothing need be parsed.
+        likely: the layout that it probably has, to avoid parsing.
 
     Raises:
-        CorruptError: anything is not exactly as the writer makes it.
+        CorruptError: anything differs from what the writer would make.
     """
     ids = said_ids(head)
     if ids and "first_token" in metadata:
@@ -325,19 +325,19 @@ def parse_header(
 
 SHARD_BYTES = 256 << 20
 CHUNK_BYTES = 4 << 20
-# An explicit shard_tokens whose best inner chunk is below this is refused: readers would drown in chunks.
+# A shard_tokens of the user whose best inner chunk is smaller than this is refused: readers would get too many chunks.
 _USEFUL_CHUNK_BYTES = 1 << 20
-# Below this many bytes an inner chunk costs more in its shard's index than it saves in padding: with 16
-# bytes of index an inner chunk, 16 * 256 MiB / c + c is smallest at c = 64 KiB.
+# A smaller inner chunk costs more bytes in the shard's index than it saves in padding: with 16 bytes of index per
+# chunk, 16 * 256 MiB / c + c is smallest at c = 64 KiB.
 _SMALLEST_CHUNK_BYTES = 64 << 10
-# No shard is ever that long; divisors of longer ones take too long to find.
+# No real shard is that long; finding divisors of larger numbers takes too long.
 MOST_ROWS = 1 << 40
 
 
-# Asked for each shard that is named, always of the same few numbers.
+# Called for each shard key, always with the same few numbers.
 @lru_cache(maxsize=64)
 def _largest_divisor(number: int, limit: int) -> int:
-    """Give the largest divisor of `number` that is at most `limit` (and at least 1)."""
+    """The largest divisor of `number` that is at most `limit` (and at least 1)."""
     best = 1
     for small in range(1, math.isqrt(number) + 1):
         if number % small == 0:
@@ -348,18 +348,18 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def _page_rows(row_bytes: int) -> int:
-    """Give the fewest rows that fill whole pages: a power of two, at most 2,048 for elements of 2 bytes."""
+    """The fewest rows that fill whole pages: a power of two, at most 2,048 for elements of 2 bytes."""
     return PAGE // math.gcd(row_bytes, PAGE)
 
 
 def inner_rows(shard: int, row_bytes: int, known: int | None) -> int:
-    """Choose the rows of an inner chunk: the largest divisor of `shard` within 4 MiB and within `known`.
+    """Rows of an inner chunk: the largest divisor of `shard` within 4 MiB and within `known`.
 
     Args:
-        shard: rows a shard.
-        row_bytes: bytes a row.
-        known: rows known to come when the array is made, or None. A chunk never exceeds them, down to
-            64 KiB, below which the index would outweigh the padding that is saved.
+        shard: rows per shard.
+        row_bytes: bytes per row.
+        known: rows to come, if known when the array is created, or None. A chunk is no larger than they are, down to
+            64 KiB, below which the index costs more than the padding saved.
     """
     limit = max(1, CHUNK_BYTES // row_bytes)
     if known is not None and known < shard:
@@ -378,7 +378,7 @@ def _is_good(shard: int, row_bytes: Collection[int]) -> bool:
 
 
 def _only_shard(known: int, widest: int) -> int:
-    """Choose the rows of a shard that holds all: one inner chunk where that is small, whole ones otherwise."""
+    """Rows of a shard that holds all `known` rows: exactly these if they fit a chunk, else a multiple of chunks."""
     if known * widest <= CHUNK_BYTES:
         return max(known, 1)
     chunk = 1 << max(0, (CHUNK_BYTES // widest).bit_length() - 1)
@@ -386,14 +386,13 @@ def _only_shard(known: int, widest: int) -> int:
 
 
 def shard_rows(row_bytes: Collection[int], asked: int | None, known: int | None) -> int:
-    """Choose the tokens a shard of all sites of a store, or check the number that was asked for.
+    """Tokens per shard, the same for all sites of a store: the number asked for, checked, or a default.
 
     Args:
-        row_bytes: bytes a row of each site.
+        row_bytes: bytes per row of each site.
         asked: the user's `shard_tokens`, or None for the default: the largest power of two that keeps the
             widest site's shard within 256 MiB, and fills whole pages in every site.
-        known: tokens known to come, where nothing can follow them, or None. Where one shard holds them all
-            it ends where they end.
+        known: the total number of tokens, if it is final, or None. If one shard holds them all, it ends after them.
 
     Raises:
         ArgumentError: `asked` is no count, does not fill whole pages, or has no useful divisor.
@@ -409,8 +408,8 @@ def shard_rows(row_bytes: Collection[int], asked: int | None, known: int | None)
     if _is_good(asked, row_bytes):
         return asked
     if known is not None and known <= asked:
-        # No other shard follows, so any number will do. Not as it stands: a prime is a chunk, and an entry
-        # of the index, for each of its tokens.
+        # No other shard follows, so any number would do, but a prime one would make a chunk, with an index entry, of
+        # each token.
         return _only_shard(known, widest)
     near = next(
         candidate

@@ -1,7 +1,7 @@
-"""`zarr.json` files with a digest of their own bytes.
+"""`zarr.json` files with a digest of their own bytes: made, read and checked.
 
-zarr-python writes the metadata, in memory. The digest is the SHA-256 of the file with the digest's own 64 characters
-blanked to zeros; it stands in the attributes, as `mmcache.digest`, before anything that a user may have put there.
+zarr-python makes the metadata in memory. The digest is the SHA-256 of the file with the digest's 64 characters replaced
+by zeros. It is in the attributes, as `mmcache.digest`, before any text of the user.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _BLANK = "0" * 64
 
 
 def attributes(version: int, **said: Any) -> dict[str, Any]:
-    """Attributes of a node that is going to be signed, in a store of that format version."""
+    """Attributes of a node to be signed, in a store of that format version."""
     return {"mmcache": {"format": version, "digest": _BLANK, **said}}
 
 
 def signed(memory: MemoryStore, key: str = ROOT) -> bytes:
-    """Give the bytes of a `zarr.json` that zarr wrote to memory, its digest filled in."""
+    """The bytes of a `zarr.json` that zarr wrote to memory, with the digest filled in."""
     return _signed(memory._store_dict[key].to_bytes())  # noqa: SLF001 -- the synchronous way to a MemoryStore's bytes
 
 
 def group_json(version: int, **said: Any) -> bytes:
-    """Give the signed `zarr.json` of a group, from zarr's metadata: to create one waits for zarr's own thread."""
+    """The signed `zarr.json` of a group. From zarr's metadata, since creating a group waits for zarr's thread."""
     metadata = GroupMetadata(attributes=attributes(version, **said), zarr_format=3)
     return _signed(metadata.to_buffer_dict(default_buffer_prototype())[ROOT].to_bytes())
 
@@ -50,11 +50,11 @@ def _signed(text: bytes) -> bytes:
 
 
 def read_signed(where: Path, limit: int) -> tuple[dict[str, Any], bytes]:
-    """Read and check a `zarr.json`: what it says under `mmcache`, and its bytes.
+    """Read and check a `zarr.json`. Its attribute `mmcache`, and its bytes.
 
     Raises:
         StoreNotFoundError: there is no such file.
-        VersionError: it is of a format version that this library does not read.
+        VersionError: it has a format version that this library does not read.
         CorruptError: it is damaged, was changed by another program, or has no digest.
     """
     text = read_file(where, limit)
@@ -62,7 +62,7 @@ def read_signed(where: Path, limit: int) -> tuple[dict[str, Any], bytes]:
 
 
 def check_signed(text: bytes, where: Path | str) -> dict[str, Any]:
-    """Check the bytes of a `zarr.json`, and give what it says under `mmcache`. Errors as `read_signed`."""
+    """Check the bytes of a `zarr.json`. Its attribute `mmcache`. Errors as `read_signed`."""
     try:
         said = json.loads(text)["attributes"]["mmcache"]
         digest = said["digest"]

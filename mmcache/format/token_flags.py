@@ -1,4 +1,4 @@
-"""The flags of tokens: which bits the library knows, and which tokens count in statistics."""
+"""The flags of tokens: the bits that the library sets, and which tokens count in statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BOS", "FIRST", "SPECIAL", "counted", "flagged", "known_flags", "named_flags"]
 
-# The others are the user's own; FIRST is too in stores of format version 1, which do not flag first tokens.
+# All other bits are the user's; so is FIRST in stores of format version 1, which do not flag first tokens.
 BOS, SPECIAL, FIRST = 1, 2, 4
 
 
@@ -25,21 +25,21 @@ def known_flags(*, first: bool) -> dict[str, int]:
 
 
 def named_flags(flags: int, bits: Mapping[str, int]) -> list[str]:
-    """Names of the flags of a token, by the bits that its store names; those of the user are left out."""
+    """Names of a token's flags, for the bits named in `bits` (`Manifest.flag_bits`); the user's bits have no name."""
     return [name for name, bit in bits.items() if flags & bit]
 
 
 def flagged(tokens: np.ndarray, special_tokens: np.ndarray, *, begins: bool, first: bool) -> np.ndarray:
-    """Flags of `tokens` `[n]`, some of which are special.
+    """Flags of `tokens` `[n]`.
 
     Args:
         tokens: ids of at least one token.
-        special_tokens: ids that are flagged special.
-        begins: the first of `tokens` begins a sequence; it is BOS too if it is special.
-        first: flag it FIRST as well.
+        special_tokens: ids that are flagged SPECIAL.
+        begins: whether the first of `tokens` begins a sequence; if it is special, it is flagged BOS too.
+        first: whether to flag that token FIRST as well.
 
     Returns:
-        `[n]` uint8 in the caller's own memory.
+        `[n]` uint8, owned by the caller.
     """
     special = np.isin(tokens, special_tokens)
     flags = np.where(special, np.uint8(SPECIAL), np.uint8(0))

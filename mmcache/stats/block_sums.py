@@ -1,18 +1,16 @@
-"""Sums of one block of rows, in numpy or compiled: the arithmetic under `moments`, which adds the blocks up.
+"""Sums of one group of rows, in numpy or by a compiled kernel, for `stats/moments.py`, which adds them up.
 
 float16, float32 and float64 are summed in float64. bfloat16, which activations usually are, is summed in float32 by
 spans of 32 rows, and the spans in float64: three times as fast, since the conversion is a shift and a register holds
-twice as many numbers. No variance is lost by it to squares that cancel. A bfloat16 has 8 significant bits and its
-square 16, so a span of squares of the same magnitude is added up exactly; and where values of a span differ in
-magnitude by a factor of four or more, their variance is of the size of the squares themselves. Norms, means (against
-the root mean square) and m2 are right to 1e-6. What float32's range does not hold is summed in float64 as well. The
-compiled kernel does that in one pass, three times as fast again.
+twice as many numbers. No variance is lost by cancellation: a bfloat16 has 8 significant bits and its square 16, so a
+span of squares of similar magnitude is summed exactly; and where values of a span differ in magnitude by a factor of
+four or more, their variance is of the size of the squares themselves. Norms, means (relative to the root mean square)
+and m2 are accurate to 1e-6. Values outside float32's range are summed in float64.
 
-Each number comes from the rows of its block alone, in the thread that asks: no number of threads, and no way of cutting
-the rows, shows in the last bit.
+Results depend on the group's rows alone, not on the number of threads, to the last bit.
 
-Sums of bfloat16 rows in one pass, by a kernel that numba compiles: `pip install 'mmcache[fast]'`. numpy goes through
-the same rows five times, and each time waits for the interpreter, which other threads have too.
+With numba (`pip install 'mmcache[fast]'`), a compiled kernel sums bfloat16 rows in one pass, three times as fast again.
+numpy makes five passes, and may wait for the GIL after each (see system/threads.py).
 """
 
 from __future__ import annotations
@@ -46,9 +44,9 @@ _loading = threading.Lock()
 
 
 def load_kernel() -> Kernel | None:
-    """Give the compiled kernel, or None where numba is not installed; where it does not work, a warning says so.
+    """The compiled kernel; None if numba is not installed or, with a warning, does not work.
 
-    Blocks for a quarter of a second the first time, or for a whole one if it was never compiled on this machine.
+    The first call blocks for a quarter of a second, or for one second if it was never compiled on this machine.
     """
     with _loading:
         return _load()
@@ -74,7 +72,7 @@ def _compile() -> Kernel | None:
     from numba.extending import register_jitable  # noqa: PLC0415
 
     if numba.config.DISABLE_JIT:
-        # It would run as it stands here, a thousand times as slowly.
+        # The kernel would run as plain Python, a thousand times slower.
         return None
     for function in (_pair, _add_row, _square_norm):
         register_jitable(function)
@@ -86,7 +84,7 @@ def _compile() -> Kernel | None:
     try:
         kernel: Kernel = numba.njit([signature], nogil=True, cache=True)(span_sums)
     except Exception:  # noqa: BLE001 -- if it is more than what is meant here, it comes again
-        # What was kept of it is damaged, or there is no folder, or no room, to keep it for the next process.
+        # The compiled code cached on disk is damaged, or cannot be written.
         kernel = numba.njit([signature], nogil=True)(span_sums)
     return kernel
 
@@ -101,10 +99,10 @@ def span_sums(
     second: np.ndarray,
     squared: np.ndarray,
 ) -> None:
-    """Sum columns `low` to `high` of rows of bfloat16 by spans of rows, and their squares; and the squares of each row.
+    """Sum columns `low` to `high` of bfloat16 rows, and their squares, by spans of rows; and the squares of each row.
 
-    The sums are the same, to the last bit, as numpy's of one row after the other. A row's squares are added up in
-    another order than BLAS has, but always the same one.
+    The column sums equal numpy's, to the last bit. A row's squares are summed in another order than in BLAS, but
+    always the same one.
 
     Args:
         words: `[n, width / 2]` uint32, two numbers each.
@@ -135,7 +133,7 @@ def span_sums(
 
 
 def _pair(word: np.uint32) -> tuple[np.float32, np.float32]:
-    """Give the two numbers of a word, exactly."""
+    """The two bfloat16 numbers of a word, as float32, exactly."""
     return np.uint32(word << _HALF).view(np.float32), np.uint32(word & _HIGH).view(np.float32)
 
 
@@ -149,7 +147,7 @@ def _add_row(words: np.ndarray, even: np.ndarray, odd: np.ndarray, even2: np.nda
 
 
 def _square_norm(words: np.ndarray, lanes: np.ndarray) -> float:
-    """Add up the squares of one row of one layer in as many sums as fill the processor's registers."""
+    """Sum of the squares of one row of one layer, in 32 partial sums that fill the processor's registers."""
     lanes[:] = 0
     whole = len(words) // _LANES * _LANES
     for start in range(0, whole, _LANES):
@@ -169,24 +167,24 @@ def _square_norm(words: np.ndarray, lanes: np.ndarray) -> float:
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Rows that are added up in float32.
 SPAN = 32
-# What is widened at once: more leaves the cache, and is gone through five times; less waits for the interpreter.
+# Bytes widened at once: more would not stay in the CPU cache for five passes; less would wait for the GIL more often.
 _TILE_BYTES = 5 << 18
-# From 10,000 numbers on, BLAS may use threads of its own, and then their number shows in the last bits.
+# From 10,000 numbers, BLAS may use its own threads, whose number changes the last bits.
 _LONGEST_DOT = 8192
-# From 32,768 numbers on, torch copies with as many threads as the user gave it, in each thread of ours.
+# From 32,768 numbers, torch copies with its thread pool, in each thread of ours.
 _SERIAL_COPY = 32_704
 # Sums of squares that float32 holds: larger ones may have overflowed, and in smaller ones what underflowed may count.
 _LARGEST, _SMALLEST = 2.0**100, 2.0**-90
 
 
 class _Scratch(threading.local):
-    """Memory of one thread that blocks are widened into: fresh memory costs more than the sums themselves."""
+    """Reused memory of one thread for widened rows: fresh memory costs more than the sums themselves."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def take(self, shape: tuple[int, ...], dtype: type[np.floating]) -> np.ndarray:
-        """Give memory of a shape, always at the start of a page; it is the next caller's too."""
+        """Page-aligned memory of a shape; valid until the thread's next call."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if len(self._memory) < size:
             # At least a huge page, where there are such.
@@ -199,7 +197,7 @@ _SCRATCH = _Scratch()
 
 @dataclass
 class Sums:
-    """What is known of one block of rows, in float64 and int64.
+    """Sums of one group of rows, in float64 and int64.
 
     `count` `[layers]`; `first` and `second`: sums of the counted rows less `shift`, and of their squares,
     `[layers, width]`, or `[2, layers, width / 2]` with even and odd columns apart; `shift` None for none; `norms`
@@ -217,26 +215,26 @@ class Sums:
 
 
 def sum_block(rows: np.ndarray, keep: np.ndarray | None, *, quickly: bool = False) -> Sums:
-    """Sum a block of rows: `[n, layers, width]` of any float dtype that numpy knows, bfloat16 included; read only.
+    """Sums of a group of rows.
 
     Args:
-        rows: the block.
+        rows: `[n, layers, width]`, any float dtype that numpy knows, bfloat16 included; only read.
         keep: `[n]` bool, False for rows to leave out; None keeps all.
-        quickly: by the compiled kernel, where there is one: norms may differ in the last bits of a float32.
+        quickly: use the compiled kernel, if there is one: norms may differ in the last bits of a float32.
     """
     n, layers, width = rows.shape
-    # Most blocks have no row that is left out, and then less is to be done.
+    # Most groups have no row that is left out, and then need less work.
     masked = None if keep is None or keep.all() else ~keep
     if rows.strides[-1] != rows.itemsize:
         rows = np.ascontiguousarray(rows)
     narrow = rows.dtype == _BFLOAT16 and not width % 2 and layers * width > 2
-    # In float64 the products of 16-bit numbers are exact, and so are their sums, near enough: there is nothing
-    # to be lost by squares that cancel. Wider numbers are taken less one of their block's rows.
+    # In float64 the products of 16-bit numbers are exact, and so, nearly, are their sums: cancellation loses
+    # nothing. From wider numbers, one of the group's rows is subtracted first.
     shift = np.empty((layers, width)) if rows.dtype.itemsize > 2 else None
     counts = np.empty((3, layers), np.int64)
     first, second = np.empty((2, 2, layers, width // 2) if narrow else (2, layers, width))
     sums = Sums(np.empty(layers), first, second, shift, np.empty((n, layers)), *counts)
-    # Some layers after the other where a span of all of them has no room in the cache.
+    # A few layers at a time if a span of all of them does not fit into the processor's cache.
     parts = -(-layers * width * SPAN * 4 // _TILE_BYTES)
     group = -(-layers // parts)
     # A signalling NaN, or float64 values near 1e308, are data here and no reason to warn.
@@ -250,14 +248,14 @@ def sum_block(rows: np.ndarray, keep: np.ndarray | None, *, quickly: bool = Fals
 
 
 def together(found: np.ndarray) -> np.ndarray:
-    """Give sums by column, `[layers, width]`, of such as may have even and odd columns apart."""
+    """Sums by column, `[layers, width]`, from sums that may have even and odd columns apart."""
     return found if found.ndim == 2 else np.moveaxis(found, 0, -1).reshape(found.shape[1], -1)
 
 
 def _sum_narrow(sums: Sums, rows: np.ndarray, masked: np.ndarray | None, layers: slice, *, quickly: bool) -> bool:
     """Sum bfloat16 rows of some layers in float32; False if they hold what float32's range does not, or odd rows.
 
-    Nothing is looked at until all are summed: each call of numpy less is a wait for the interpreter less.
+    Rows are checked only after all are summed, to make fewer numpy calls that may wait for the GIL.
     """
     n, width = len(rows), rows.shape[-1]
     some = rows[:, layers]
@@ -308,7 +306,7 @@ def _sum_spans(
 
 
 def _only_zeros(rows: np.ndarray, masked: np.ndarray | None, second: np.ndarray) -> bool:
-    """Tell whether squares that float32 does not hold are of columns that are all zeros, of which nothing is lost.
+    """Whether all squares below float32's range are of columns of zeros only, so that nothing is lost.
 
     `second` `[2, spans, layers * width / 2]`: the squares, of even and odd columns, by spans of rows.
     """
@@ -382,7 +380,7 @@ class _OddRows:
             part[:, self.left_out[here]] = 0
 
     def tell(self, sums: Sums, layers: slice) -> None:
-        """Count them, and those that count."""
+        """Write the counts of these rows, and of those that count, into `sums`."""
         sums.count[layers] = len(sums.norms) - self.left_out.sum(axis=0)
         sums.norms[:, layers][self.left_out] = np.nan
         sums.non_finite[layers] = self._non_finite.sum(axis=0)
@@ -392,7 +390,7 @@ class _OddRows:
 
 
 def _row_that_counts(rows: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-    """Give the first row of each layer that is finite and not left out, `[layers, width]`; zeros where none is."""
+    """The first row of each layer that is finite and not left out, `[layers, width]`; zeros if there is none."""
     layers = np.arange(rows.shape[1])
     first = np.argmin(left_out, axis=0)
     found: np.ndarray = rows[first, layers].astype(np.float64)
@@ -403,7 +401,7 @@ def _row_that_counts(rows: np.ndarray, left_out: np.ndarray) -> np.ndarray:
 
 
 def _add_up(tile: np.ndarray, here: slice, into: np.ndarray) -> None:
-    """Add the rows of a tile, which are rows `here` of the block, to the sums of those before them."""
+    """Add the rows of a tile, which are rows `here` of the group, to the sums of those before them."""
     tile[0] = into
     np.add.reduce(tile[1 if here.start == 0 else 0 : 1 + here.stop - here.start], axis=0, out=into)
 

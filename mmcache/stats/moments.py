@@ -1,11 +1,11 @@
 """Mergeable moments of activations, in float64.
 
-Rows with a value that is not finite are counted and left out of everything else, and so are the rows that
-the caller masks (BOS, special and first tokens, whose norms would swamp the rest).
+Rows with a value that is not finite are counted, and left out of everything else. Rows that the caller masks (BOS,
+special and first tokens, whose norms would dominate the rest) are left out too.
 
-Rows are summed in blocks of up to a million and a half numbers, and of 64 rows at least: few calls of numpy a megabyte,
-each on memory that is still in the processor's cache. Where a block begins is a function of the row's number in the
-shard alone, and blocks are added up in order. So the result does not depend, to the last bit, on how the rows came.
+Rows are summed in groups of up to a million and a half numbers, and of at least 64 rows: few numpy calls per megabyte,
+on memory that is still in the processor's cache. Groups start at fixed rows of the shard and are added in order, so the
+result does not depend, to the last bit, on how calls split the rows.
 
 Sources: shifted data and the pairwise merge of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances" (1979).
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 __all__ = ["WHOLE_ROWS", "Moments", "block_rows", "merge_moments", "shard_moments"]
 
-# Every block has a multiple of so many rows: two spans at least, since the sums of each are added up in float64.
+# A group has a multiple of this many rows: at least two spans, whose sums are added in float64.
 WHOLE_ROWS = 2 * SPAN
-# An open shard may hold as much of a block that is not whole yet.
+# Numbers in a group, and so the most that an open shard holds of an incomplete one.
 _BLOCK_NUMBERS = 3 << 19
-# Bytes of an array from which on a quarter of a second for the kernel is well spent.
+# Bytes of an array from which loading the kernel, a quarter of a second, pays off.
 _QUICK_FROM = 16 << 20
-# Norms of so many rows wait until they are added up together.
+# Norms are collected for this many rows, and then added together.
 _PENDING_ROWS = 4096
 
 
 def shard_moments(spec: ShardSpec, first: int, *, busy: bool = False) -> Moments:
-    """Give the statistics, of no rows so far, of a shard whose first row has place `first` in its array.
+    """Empty statistics of a shard whose first row is row `first` of its array.
 
-    The kernel adds up norms in another order than numpy does, which shows in their last bits. So where it takes over is
-    a place in the array. And what a model makes (`busy`), which takes longer than the sums, is left to numpy: all that
-    make shards of one store, wherever, with whatever installed, shall make the same bytes.
+    The kernel sums norms in another order than numpy, which changes their last bits. So it takes over at a fixed row of
+    the array. Rows from a model (`busy`), which takes longer than the sums, are always summed by numpy, so that all
+    workers on one store make the same bytes, whether or not they have numba.
     """
     quick_from = None if busy else max(0, -(-_QUICK_FROM // spec.row_bytes) - first)
     return Moments(spec.stat_layers, spec.row_shape[-1], spec.chunk_rows, quick_from)
 
 
 def block_rows(layers: int, width: int, chunk_rows: int) -> int:
-    """Give how many rows are summed together: a power of two, no more than an inner chunk's if those are enough."""
+    """The number of rows summed together: a power of two, at least 64, otherwise no more than an inner chunk has."""
     fit = min(_BLOCK_NUMBERS // (layers * width), chunk_rows)
     return max(WHOLE_ROWS, 1 << max(0, fit.bit_length() - 1))
 
@@ -60,7 +60,7 @@ class Moments:
         layers: layers a row has.
         width: numbers a layer has (`d_model`).
         chunk_rows: rows an inner chunk, the unit in which norms are kept.
-        quick_from: the row from which on blocks are summed by the compiled kernel, where there is one; None for never.
+        quick_from: the row from which groups are summed by the compiled kernel, if there is one; None for never.
     """
 
     def __init__(self, layers: int, width: int, chunk_rows: int, quick_from: int | None = None) -> None:
@@ -70,7 +70,7 @@ class Moments:
         self._rows = 0
         self._count = np.zeros(layers)
         self._shift = np.zeros((layers, width))
-        # As the blocks' own sums, which may have even and odd columns apart.
+        # In the shape of the groups' sums, which may have even and odd columns apart.
         self._first = self._second = np.zeros(())
         self._norms: list[np.ndarray] = []
         self._pending: list[np.ndarray] = []
@@ -84,7 +84,7 @@ class Moments:
         self._n_held = 0
 
     def add(self, rows: np.ndarray, keep: np.ndarray | None = None) -> None:
-        """Take in the next rows. Calls may cut the rows anywhere: the result is the same, to the last bit.
+        """Add the next rows. Calls may split the rows anywhere: the result is the same, to the last bit.
 
         Args:
             rows: `[n, layers, width]`, any float dtype that numpy knows, bfloat16 included; read only.
@@ -106,7 +106,7 @@ class Moments:
         self._overflow += values
 
     def _hold(self, rows: np.ndarray, keep: np.ndarray | None) -> None:
-        """Keep a piece of a block until the rest is there; it ends at the end of the block at the latest."""
+        """Keep part of a group until it is complete; `rows` do not reach beyond its end."""
         if self._held is None:
             self._held = np.empty((self._block, self._layers, self._width), rows.dtype)
             self._held_keep = np.empty(self._block, np.bool_)
@@ -128,10 +128,10 @@ class Moments:
     # float64 values near 1e308, and their squares, are data here and no reason to warn.
     @np.errstate(all="ignore")
     def _fold(self, sums: Sums) -> None:
-        """Add the next block."""
+        """Add the next group's sums."""
         first, second = sums.first, sums.second
         if sums.shift is not None:
-            # About the shift of the first block that has one, which is one of the rows: what cancels then is at
+            # Relative to the shift of the first group that has one, which is one of its rows: what cancels is then at
             # most the number of rows times what remains.
             fresh = (self._count == 0) & (sums.count > 0)
             self._shift[fresh] = sums.shift[fresh]
@@ -154,7 +154,7 @@ class Moments:
 
     @np.errstate(all="ignore")
     def _add_norms(self) -> None:
-        """Add the norms that wait to their inner chunks, in pieces that end where a block or an inner chunk ends."""
+        """Add the collected norms to their inner chunks, in pieces that end where a group or an inner chunk ends."""
         if not self._n_pending:
             return
         norms = np.concatenate(self._pending)
@@ -181,7 +181,7 @@ class Moments:
 
     @np.errstate(all="ignore")
     def arrays(self, first_token: int) -> dict[str, np.ndarray]:
-        """Give what a shard stores; `first_token` is the position of its first row in the store.
+        """The arrays that a shard stores; `first_token` is the position of its first row in the store.
 
         Returns:
             `count`, `mean`, `m2` `[layers, width]`; `norms` `[chunks, layers, 5]` (`NORM_COLUMNS`);
@@ -194,7 +194,7 @@ class Moments:
         first, second = together(self._first), together(self._second)
         offset = first / count
         mean = self._shift + offset
-        # Rounding may leave a constant dimension a hair below zero.
+        # Rounding may make m2 of a constant dimension slightly negative.
         m2 = np.where(count > 0, np.maximum(second - first * offset, 0), 0)
         located = np.where(self._first_non_finite < 0, -1, self._first_non_finite + first_token)
         return {

@@ -1,9 +1,8 @@
-"""The statistics of a site: read from its shards, merged, and kept in a complete store.
+"""The statistics of a site: read from its shards, merged, and stored in a complete store.
 
-The merged statistics of a complete store, kept in it: `statistics/<site>`, a zarr group of two small arrays. Merging
-ten thousand shards reads gigabytes; reading what was merged once reads kilobytes. `dimensions` is `[3, n_layers,
-d_model]` (count, mean, std), `layers` `[8, n_layers]`, both float64 with zarr's own crc32c codec; the group's
-`zarr.json`, written last, names their rows and says of which tokens they are.
+A complete store keeps them in `statistics/<site>`, a zarr group of two small arrays, since merging ten thousand shards
+reads gigabytes. `dimensions` is `[3, n_layers, d_model]` (count, mean, std), `layers` `[8, n_layers]`, both float64
+with zarr's crc32c codec; the group's `zarr.json`, written last, names their rows, the store and its number of tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ __all__ = [
     "shard_statistics",
 ]
 
-# What of them is not by dimension.
+# The statistics that are not per dimension.
 _BRIEF = STATISTICS[3:]
 
 
@@ -75,10 +74,9 @@ def shard_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[s
 
 
 def brief_statistics(folder: ShardFolder, slot: int, block: int) -> tuple[dict[str, np.ndarray], int]:
-    """Read what of one shard's statistics is not by dimension: norms and counts, a few KiB, as `shard_statistics`.
+    """Read one shard's norms and counts, a few KiB, as `shard_statistics`, without the statistics per dimension.
 
-    The checksum is of all statistics, and not compared: `mmcache verify` does that. Counts that no such shard can have
-    are refused.
+    The checksum covers all statistics, so it is not compared: `mmcache verify` does that. Impossible counts raise.
 
     Raises:
         IncompleteError, CorruptError: as `ShardFolder.open_file`; such counts.
@@ -120,7 +118,7 @@ def _read(shard: ShardBytes, layout: Layout, names: tuple[str, ...], where: str)
 
 
 def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Give tensors that follow each other as arrays of the data's own memory."""
+    """Consecutive tensors as arrays, views of `data`."""
     begin, found = layout.tensors[names[0]][2], {}
     for name in names:
         code, shape, start, stop = layout.tensors[name]
@@ -129,7 +127,7 @@ def _arrays(data: bytearray, layout: Layout, names: tuple[str, ...]) -> dict[str
 
 
 def _plausible(found: dict[str, np.ndarray], block: int, size: int, chunk_rows: int) -> bool:
-    """Tell whether counts of rows, and the position of the first that is not finite, can be those of a block."""
+    """Whether counts of rows, and the position of the first that is not finite, are possible for a block."""
     rows, first = found["norms"][..., 0], found["first_non_finite"]
     there = (first >= block * size) & (first < (block + 1) * size)
     fine = [((rows >= 0) & (rows <= chunk_rows)).all(), np.where(found["non_finite"], there, first == -1).all()]
@@ -167,7 +165,7 @@ class SiteStatistics:
     overflow: torch.Tensor
 
     def normalizer(self, kind: Literal["scalar", "per_dim"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give `shift` and `scale`, `[n_layers, d_model]` each, for `(x - shift) * scale`.
+        """`shift` and `scale`, `[n_layers, d_model]` each, for `(x - shift) * scale`.
 
         Args:
             kind: the two conventions of the field. `"scalar"`: one factor a layer, `sqrt(d_model) / mean norm`, so
@@ -219,19 +217,19 @@ def merge_site(
     keep: Callable[[int, int], np.ndarray],
     blocks: Collection[int] | None = None,
 ) -> SiteStatistics:
-    """Read the statistics of every shard that is there and merge them, in order; blocks while it reads them.
+    """The merged statistics of every shard that exists; blocks while it reads them, in order.
 
     Args:
         folder: the site's shards.
         layout: the store's.
         n_layers: how many layers there are.
-        keep: tells which tokens from `start` to `stop` count; asked only where a shard has more rows than the store
-            counts, whose statistics are then computed anew.
-        blocks: only of these; None for all.
+        keep: returns which tokens from `start` to `stop` count; called only if a shard has more rows than were
+            committed, whose statistics are then recomputed.
+        blocks: only these; None for all.
 
     Raises:
         CorruptError: a shard, or its statistics, are damaged.
-        IncompleteError: no shard is there at all.
+        IncompleteError: some layer has no shard.
     """
     slots = [_Merged() for _ in range(n_layers if layout == "layer" else 1)]
     for slot, block in in_order(folder.present()):
@@ -277,12 +275,12 @@ _DIMENSIONS = ("count", "mean", "std")
 _ARRAYS = {"dimensions": "dimensions/c/0/0/0", "layers": "layers/c/0/0"}
 _COUNTS = ("rows", "non_finite", "first_non_finite", "zero_rows", "overflow")
 _LAYERS = ("mean_norm", "min_norm", "max_norm", *_COUNTS)
-# A stranger's zarr.json is not read further than this.
+# Most bytes of a `zarr.json` here.
 _LIMIT = 1 << 20
 
 
 def _of(manifest: Manifest) -> dict[str, object]:
-    """Say which rows the statistics are of: others, of a shorter plan say, are not believed."""
+    """Attributes that identify the rows; statistics of others (of a shorter plan, for example) are ignored."""
     return {
         "store": manifest.store,
         "n_tokens": manifest.n_tokens,
@@ -292,7 +290,7 @@ def _of(manifest: Manifest) -> dict[str, object]:
 
 
 def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistics) -> None:
-    """Keep the merged statistics of a complete site; blocks until they are durable."""
+    """Write the merged statistics of a complete site; blocks until they are durable."""
     folder, memory = f"{STATISTICS_FOLDER}/{site}", zarr.storage.MemoryStore()
     contents = {f"{STATISTICS_FOLDER}/{ROOT}": group_json(manifest.version)}
     for name, rows in (("dimensions", _DIMENSIONS), ("layers", _LAYERS)):
@@ -313,16 +311,16 @@ def save_summary(path: Path, manifest: Manifest, site: str, found: SiteStatistic
     for parent in dict.fromkeys(name.rpartition("/")[0] for name in contents):
         remove_drafts(path, parent)
     publish_all(path, contents)
-    # Where it is, all of them are, and this is not done again.
+    # Written last: if it exists, all files do.
     remove_drafts(path, folder)
     publish(path, f"{folder}/{ROOT}", group_json(manifest.version, **_of(manifest)))
 
 
 def load_summary(path: Path, manifest: Manifest, site: str) -> SiteStatistics | None:
-    """Read the merged statistics of a site; None where there are none of exactly these tokens.
+    """The merged statistics of a site; None if there are none of exactly these tokens.
 
     Raises:
-        CorruptError: they are there, and damaged.
+        CorruptError: they are damaged.
     """
     folder = path / STATISTICS_FOLDER / site
     for part in ("", *(file.rpartition("/")[0] for file in _ARRAYS.values())):

@@ -1,12 +1,10 @@
-"""The metadata of a store in a bucket: one listing of its objects, and copies in a folder like the store's own.
+"""The metadata of a store in a bucket: one listing of its objects, and local copies in a folder like the store's own.
 
-An empty file stands there for each shard that the bucket has: so what lists a store's folder lists this one. Each copy
-is compared with the checksum that was noted when it came, whenever the bucket is looked at; one that differs is fetched
-again.
+The folder has an empty file for each shard in the bucket, so that code that lists a store's folder works on it too. At
+each refresh, every copy is compared with the checksum noted when it was fetched; one that differs is fetched again.
 
-What a bucket has of a store, by one listing: its shards, its metadata, and keys that no store has. What is not a
-store's at all, such as somebody's notes, is none of our business. What has a form that no key of a store has, or lies
-where a file of it is, is named.
+A listing sorts the keys: shards, metadata, and strange keys, which have a form that no store's key has or conflict with
+a file of the store. Other objects, such as somebody's notes, are ignored.
 """
 
 from __future__ import annotations
@@ -36,14 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FOLDERS", "MetadataCopies", "StoreListing", "is_metadata", "manifest_of", "read_if_there"]
 
-# Folders of metadata, and how deep files are in them.
+# Folders of metadata, and the most parts that a key in them may have.
 FOLDERS, _DEEPEST = (STATISTICS_FOLDER, TOKENIZER_FOLDER), 8
-# What a file of metadata is called, beside chunks: what lies below such a one is no store's.
+# Last parts of metadata keys: below such a name a store has no objects.
 _FILES = (ROOT, "tokenizer.json", "0")
 
 
 def read_if_there(bucket: ObjectStore, key: str) -> bytes | None:
-    """The bytes of a small object, such as the root; None where there is none. Errors as `ObjectStore.read`."""
+    """The bytes of a small object, such as the root; None if it does not exist. Errors as `ObjectStore.read`."""
     try:
         return bucket.read_whole(key, METADATA_LIMIT)
     except BucketNotFoundError:
@@ -53,7 +51,7 @@ def read_if_there(bucket: ObjectStore, key: str) -> bytes | None:
 
 
 def manifest_of(bucket: ObjectStore, root: bytes) -> Manifest:
-    """Check the bytes of a root. Errors as `read_manifest`."""
+    """The manifest in the bytes of a root, checked. Errors as `read_manifest`."""
     where = bucket.where(ROOT)
     return Manifest.from_attributes(check_signed(root, where), where)
 
@@ -81,19 +79,19 @@ def _above(key: str) -> list[str]:
 
 
 class StoreListing:
-    """What one listing of a bucket says, or of its folder `under`; blocks until it is there.
+    """The result of one listing of a bucket, or of its folder `under`; blocks until it is complete.
 
     Errors as `ObjectStore.names`.
 
-    `metadata` has the tag of each object that is metadata, `shards` the names of the shards of each array, and
-    `strange` the keys that no store has.
+    `metadata` maps each metadata key to its tag, `shards` each array to the names of its shards; `strange` has the keys
+    that no store has.
     """
 
     def __init__(self, bucket: ObjectStore, under: str = "") -> None:
         self.metadata: dict[str, str | None] = {}
         self.shards: dict[str, set[str]] = {}
         self.strange: list[str] = []
-        # What is not empty: an empty object may stand for a folder, as some tools make.
+        # Other keys count only if not empty: some tools make an empty object for a folder.
         sizes: dict[str, int] = {}
         for key, size, tag in itertools.chain.from_iterable(bucket.names(under)):
             parts = key.split("/")
@@ -109,7 +107,7 @@ class StoreListing:
         self._part(sizes)
 
     def _part(self, sizes: dict[str, int]) -> None:
-        """Keep of a file and what lies below its name only one of the two: in a folder there cannot be both."""
+        """Where one key is a file and also a folder of other keys, keep only one: a folder cannot hold both."""
         folders = {folder for key in self.metadata for folder in _above(key)}
         for key in folders & self.metadata.keys():
             if not sizes[key] or key.rpartition("/")[2] not in _FILES:
@@ -127,31 +125,30 @@ class StoreListing:
         return key in self.metadata or name in self.shards.get(array, ())
 
 
-# Metadata is small; what is larger below such names is no store's.
-# Of each copy: the object's tag, and the size and checksum of what came.
+# A JSON file with the tag of each copy's object, and the size and checksum of the bytes fetched.
 _NOTES = ".tags.json"
 
 
 class MetadataCopies:
-    """The metadata of one store that is here. By one thread of one process at a time.
+    """The local copies of one store's metadata. For one thread of one process at a time.
 
     Args:
         bucket: the store's.
         folder: where the copies are.
-        submit: does something in another thread.
+        submit: runs a function in another thread.
     """
 
     def __init__(self, bucket: ObjectStore, folder: Path, submit: Callable[..., Future[bytes]]) -> None:
         self._bucket, self._folder, self._submit = bucket, folder, submit
-        # Keys that no store has, and the root's tags by a listing and by reading it, where they were not the same.
+        # Strange keys; and the root's tags by listing and by reading, if they differed.
         self.strange: tuple[str, ...] = ()
         self._disagreed: tuple[str | None, str | None] | None = None
 
     def refresh(self, *, again: bool = False) -> str:
-        """Make the folder what the bucket has now, and give the store's own name; blocks until then.
+        """Update the copies to the bucket's current state; blocks until then. The id of the store.
 
         Args:
-            again: fetch all of it, whatever is here.
+            again: fetch everything, even if the copies are intact.
 
         Raises:
             StoreNotFoundError: there is no store, or no bucket.
@@ -165,7 +162,7 @@ class MetadataCopies:
         return store
 
     def _refreshed(self) -> str | None:
-        """As `refresh`; None where another root came meanwhile, which may name shards that were not listed."""
+        """As `refresh`; None if the root changed after the listing: it may name shards that were not listed."""
         found = StoreListing(self._bucket)
         metadata = found.metadata
         if ROOT not in metadata:
@@ -178,13 +175,13 @@ class MetadataCopies:
             self._clear_way(key)
             remove_file(self._folder, key)
         notes = {key: known[key] for key in metadata.keys() - set(wanted)}
-        # The root comes last: what it names is here then.
+        # The root is fetched last, so that all it names is already here.
         others = [key for key in wanted if key != ROOT]
         for key, coming in [(key, self._submit(self._bucket.read_whole, key, METADATA_LIMIT)) for key in others]:
             try:
                 notes[key] = self._keep(key, metadata[key], coming.result())
             except StoreNotFoundError:
-                # It has just gone, or there is a slash behind its key, which the client does not say.
+                # It was just removed, or its key ends with a slash, which the client strips.
                 found.strange.append(key)
         if ROOT in wanted:
             root, tag = self._bucket.read_tagged(ROOT, METADATA_LIMIT)
@@ -201,13 +198,13 @@ class MetadataCopies:
         return manifest.store
 
     def _notes(self) -> dict[str, list[Any]]:
-        # Left by another version, or what a power failure made of it.
+        # The file may be from another version, or damaged by a power failure.
         with contextlib.suppress(MmcacheError, ValueError, TypeError, RecursionError):
             return dict(json.loads(read_file(self._folder / _NOTES, METADATA_LIMIT)))
         return {}
 
     def _is_whole(self, key: str, tag: str | None, noted: Any) -> bool:
-        """Whether the copy of an object that has such a tag now is here, as it came."""
+        """Whether the copy is intact, and of the object that now has this tag."""
         if tag is None or not isinstance(noted, list) or noted[:1] != [tag]:
             return False
         with contextlib.suppress(MmcacheError, OSError):
@@ -222,7 +219,7 @@ class MetadataCopies:
         return _note(tag, data)
 
     def _below(self) -> Iterator[str]:
-        """Name the copies in folders of which not every name is known."""
+        """The keys of all copies in the folders of metadata."""
         for name in FOLDERS:
             self._clear_way(f"{name}/")
             for folder, _, files in os.walk(self._folder / name):
@@ -232,7 +229,7 @@ class MetadataCopies:
                         yield key
 
     def _clear_way(self, key: str) -> None:
-        """Remove links in the place of folders on the way to a copy: what is here can be fetched again."""
+        """Remove symbolic links among the folders of a copy; the copies can be fetched again."""
         parts = key.split("/")
         for depth in range(1, len(parts)):
             if self._folder.joinpath(*parts[:depth]).is_symlink():
@@ -240,14 +237,14 @@ class MetadataCopies:
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
-        """Name the object, where an error is of the copy of it: people look for it in the bucket."""
+        """In a CorruptError about a copy, name the object in the bucket instead."""
         try:
             yield
         except CorruptError as error:
             raise type(error)(str(error).replace(str(self._folder), self._bucket.url)) from error
 
     def _name_shards(self, array: str, there: set[str]) -> None:
-        """Make an empty file for each shard that the bucket has, and for no other."""
+        """Make an empty file for each shard in the bucket, and remove those of other shards."""
         self._clear_way(f"{array}/")
         here = {name for name in list_names(self._folder / array) if name.startswith("c.")}
         if there - here:

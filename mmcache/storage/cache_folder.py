@@ -1,8 +1,8 @@
-"""Where what can be fetched again is kept: a folder of the user's own. Whoever may write to it decides what is read.
+"""The folder for files that can be fetched again, which must be the user's own: a writer of it decides what is read.
 
-Made by us, it is for nobody else to look into, as the XDG base directory specification wants it. One that belongs to
-another user, or that everybody may write to, is refused: a stranger may have made `/tmp/mmcache` before us. One that a
-group may write to is the user's choice: many systems give each user a group, and a umask of 002.
+A folder that mmcache creates is private (mode 700, as in the XDG base directory specification). A folder of another
+user, or one that everybody may write to, is refused: a stranger may have created `/tmp/mmcache` first. A
+group-writable one is allowed: many systems give each user a group, and a umask of 002.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REMEDY = "choose a folder of your own with cache_dir= or $MMCACHE_CACHE"
 
 
 def cache_folder() -> Path:
-    """The folder for what can be fetched again: `$MMCACHE_CACHE`, or `mmcache` where caches go on this system."""
+    """The cache folder: `$MMCACHE_CACHE`, or `mmcache` in `$XDG_CACHE_HOME` or `~/.cache`."""
     chosen = os.environ.get("MMCACHE_CACHE")
     if chosen:
         return Path(chosen)
@@ -31,21 +31,21 @@ def cache_folder() -> Path:
 
 
 def private_folder(above: Path, *names: str) -> Path:
-    """A folder in a cache, made where there is none; blocks until it is durable.
+    """A folder in a cache, created if missing; blocks until it is durable.
 
     Args:
-        above: the cache. It may be a link, and a folder such as `/tmp`, where what is made is the maker's own.
-        *names: the folders below it, each in the one before.
+        above: the cache. It may be a link, or a folder such as `/tmp`, whose sticky bit protects each user's files.
+        *names: the folders below it, each in the previous one.
 
     Raises:
-        ArgumentError: one of them is another user's, may be written to by everybody, is a link, or is no folder.
-        WriteError: one cannot be made.
+        ArgumentError: one of them belongs to another user, is writable by everybody, is a link, or is no folder.
+        WriteError: one cannot be created.
     """
     make_folder(above.parent)
     _make(above)
     with explained(above, "looking at the cache"):
         found = above.stat()
-    # Nobody else takes away what is made in a folder of root's, or in one with the sticky bit, as `/tmp`.
+    # Other users cannot replace our files in a folder of root that is not world-writable, or has the sticky bit.
     kept = found.st_uid == 0 and (not found.st_mode & stat.S_IWOTH or found.st_mode & stat.S_ISVTX)
     if not kept or not stat.S_ISDIR(found.st_mode):
         _check(above, found)
@@ -84,7 +84,7 @@ def _check(folder: Path, found: os.stat_result) -> None:
 def _is_ours(folder: Path, found: os.stat_result) -> bool:
     if found.st_uid == os.geteuid():
         return True
-    # Some file systems give all files to one user, or root's to nobody: then they give what we make to that one, too.
+    # Some file systems assign all files to one user, or root's to `nobody`: a file that we create has that owner too.
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as made:
         return os.fstat(made.fileno()).st_uid == found.st_uid
     return False

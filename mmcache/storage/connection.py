@@ -1,6 +1,6 @@
-"""Connections to object storage: client, credentials, and which requests are tried again for how long.
+"""Connections to object storage: client, credentials, and which requests are retried for how long.
 
-S3 and what speaks its language, Google Cloud Storage, Azure and `file://`, through obstore.
+S3 and compatible servers, Google Cloud Storage, Azure and `file://`, through obstore.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 __all__ = ["ShortError", "client_library", "connect", "placed", "said", "short_answer", "try_again"]
 
-# Seconds that a server may take to be reached, to send anything more of an answer, and all of it.
+# Timeouts in seconds: to connect, between two pieces of an answer, and of a whole request.
 _CONNECT, _SILENCE, _REQUEST = 10, 30, 600
-# Times that the client itself tries again, and the longest pause between two: the caller, who can be told to stop,
-# tries again behind it.
+# The client's own retries, and the longest pause between them (s). Few, since `try_again` retries too, and can be
+# interrupted.
 _CLIENT_TIMES, _CLIENT_PAUSE = 4, 1
 _KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
                   "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")  # fmt: skip
 
 
 def placed(path: str | os.PathLike[str]) -> str | Path:
-    """A store's place: an address of object storage, without what is secret in it, or else a folder.
+    """The location of a store: an object storage URL, with secrets removed, or a folder.
 
     Raises:
-        ArgumentError: an address of another kind, such as `https://…`.
+        ArgumentError: a URL of another kind, such as `https://…`.
     """
     if is_url(path):
         return address(str(path))
@@ -49,12 +49,12 @@ def placed(path: str | os.PathLike[str]) -> str | Path:
 
 
 def said(error: Exception) -> str:
-    """Give what an error says, without the client's account of how it came to it."""
+    """The text of a client's error without its debug part, at most 400 characters."""
     return " ".join(str(error).partition("\n\nDebug source")[0].split())[:400]
 
 
 def client_library() -> ModuleType:
-    """Give obstore. Raises ArgumentError where it is not installed."""
+    """The module obstore. Raises ArgumentError if it is not installed."""
     try:
         import obstore  # noqa: PLC0415 -- an extra
         import obstore.exceptions  # noqa: PLC0415 -- as above
@@ -65,15 +65,15 @@ def client_library() -> ModuleType:
 
 
 def connect(url: str, obstore: ModuleType, patience: float) -> Any:
-    """Make the client of a prefix; asks nothing of the server yet.
+    """A client for a prefix; sends no request yet.
 
     Args:
         url: the prefix.
-        obstore: what makes it.
-        patience: seconds for which the caller tries again; the client itself tries for half of them.
+        obstore: the module, from `client_library`.
+        patience: seconds for which the caller retries; the client itself retries for half of them.
 
     Raises:
-        ArgumentError: no such address.
+        ArgumentError: the URL is not valid.
         AccessError: there are no credentials.
     """
     if url.startswith("file://"):
@@ -81,7 +81,7 @@ def connect(url: str, obstore: ModuleType, patience: float) -> Any:
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=_CONNECT),
         "read_timeout": timedelta(seconds=_SILENCE),
-        # Of a whole request: a large part over a slow line.
+        # For a whole request: long enough for a large part over a slow connection.
         "timeout": timedelta(seconds=_REQUEST),
     }
     options: dict[str, Any] = {
@@ -106,7 +106,7 @@ def connect(url: str, obstore: ModuleType, patience: float) -> Any:
 
 
 def _check_endpoint(endpoint: str) -> None:
-    """Refuse what the client would end the process' thread for."""
+    """Check an endpoint's port: with an invalid one, obstore would panic."""
     try:
         _ = urlsplit(endpoint).port
     except ValueError as error:
@@ -122,7 +122,7 @@ def _made(url: str, obstore: ModuleType, options: dict[str, Any]) -> Any:
 
 
 def _amazon(url: str) -> dict[str, Any]:
-    """Give the options of S3 that the client does not find by itself."""
+    """Client options for S3: boto3's credentials, if the environment has none that obstore finds itself."""
     if any(variable in os.environ for variable in _KEY_VARIABLES) or not importlib.util.find_spec("boto3"):
         return {}
     import boto3  # noqa: PLC0415 -- an extra, and slow to import
@@ -141,37 +141,37 @@ def _amazon(url: str) -> dict[str, Any]:
 
 T = TypeVar("T")
 
-# Seconds between two tries.
+# Seconds between two attempts: the first pause and the longest.
 _PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-# How a refusal reads where the client gives it no class of its own, as for listings.
+# Text of a refusal where the client has no class for it, as in listings.
 _FORBIDDEN = re.compile(r"AccessDenied|\b(401 Unauthorized|403 Forbidden)\b")
-# How the answer reads where an object ends before the range begins.
+# Text of the answer if an object ends before the requested range.
 _BEYOND = re.compile(r"InvalidRange|\b416 R")
 
 
 class ShortError(Exception):
-    """An answer that has fewer bytes than were asked for, and than there are."""
+    """An answer with fewer bytes than were requested."""
 
 
 def short_answer(came: int, asked: int) -> ShortError:
-    """Give the error for an answer of so many bytes."""
+    """The error for an answer of `came` bytes instead of `asked`."""
     return ShortError(f"{came} bytes came, {asked} were asked for")
 
 
 def try_again(where: str, work: Callable[[], T], short: Callable[[], None], refusals: ModuleType, patience: float) -> T:
-    """Do some work until it succeeds, or will not, or patience is over; blocks until then.
+    """The result of `work`, retried while it fails with a transient error; blocks until then.
 
     Args:
         where: the object, for errors.
-        work: a request, or some.
-        short: called where an answer was too short: raises if the object is.
-        refusals: the client's own errors.
-        patience: seconds for which it is tried.
+        work: makes one or several requests.
+        short: called after an answer that was too short: raises if the object itself is too short.
+        refusals: the module of the client's errors.
+        patience: seconds for which it is retried.
 
     Raises:
         StoreNotFoundError: there is no such object, or bucket.
-        AccessError: no right to it.
-        RemoteError: no whole answer in all that time.
+        AccessError: the server refuses access.
+        RemoteError: no complete answer in that time.
     """
     began, pause = time.monotonic(), _PAUSE
     while True:
@@ -179,7 +179,7 @@ def try_again(where: str, work: Callable[[], T], short: Callable[[], None], refu
             return work()
         except (ShortError, FileNotFoundError, RemoteError, refusals.BaseError) as error:
             failure: Exception = error
-        # Behind the block, so that what is raised does not carry the client's own words, which may hold a password.
+        # After the `except`, so that the client's error, which may contain a password, is not the context of ours.
         if not isinstance(failure, ShortError | RemoteError):
             _refuse(where, failure, refusals)
         if isinstance(failure, ShortError) or _BEYOND.search(str(failure)):
@@ -200,7 +200,7 @@ def _not_found(where: str, error: Exception) -> StoreNotFoundError:
 
 
 def _refuse(where: str, error: Exception, refusals: ModuleType) -> None:
-    """Raise for what trying again does not change."""
+    """Raise our error if `error` is permanent, so that a retry cannot help."""
     text = str(error)
     if isinstance(error, StoreNotFoundError):
         raise error

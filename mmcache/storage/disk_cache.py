@@ -1,14 +1,13 @@
-"""A bounded folder of files that can be fetched again, shared by all processes of a machine: the least used go first.
+"""A bounded LRU cache on disk, of files that can be fetched again, shared by all processes of a machine.
 
-A file is there under its name when it is whole; what is being fetched is a draft, whose room is taken from the
-beginning. One is handed out only while it is known to be what was fetched: it is compared with its own checksums the
-first time after the machine was started, since a power failure may have taken bytes, and when somebody wrote to it. One
-that is damaged goes, and is fetched again. A file that goes while somebody has it mapped stays valid for them:
-`generation` tells that it is time to let go, so that the disk has its room back.
+A file appears under its name once it is complete. While it is fetched it is an `AtomicFile` that reserves its whole
+size. Before first use after a boot (a power failure may lose bytes), and after somebody wrote to it, a file is compared
+with its checksums; a damaged one is removed and fetched again. An evicted file stays valid for those that have it
+mapped; `generation` says when to unmap, so that the disk gets its space back.
 
-Which files of a cache were compared with their checksums, and when each was used last: a small file for each. A file's
-own times would not do: to set one changes the time of its last change, and that tells that somebody wrote to it. A
-record counts until the machine is started again, since a power failure may have taken bytes that it had seen.
+`CopyRecords` has a small file per cached file: that it was compared with its checksums, and when it was last used. The
+file's own times cannot record that, since setting them changes its ctime, by which writes are detected. A record is
+valid until the next boot.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ if TYPE_CHECKING:
 
 __all__ = ["RECORDS", "CopyRecords", "DiskCache", "Identity", "identity"]
 
-# Inode, size, and the times of the last write and of the last change of any kind, in nanoseconds.
+# Inode, size, mtime and ctime in nanoseconds.
 Identity: TypeAlias = tuple[int, int, int, int]
 
 RECORDS = ".checked"
-# Machines that share a cache by a network, and whose records are kept; what a record has at most.
+# How many machines' records are kept where they share a cache over a network; most bytes of a record.
 _MACHINES, _LIMIT = 8, 4096
 
 
 def identity(path: Path | str) -> Identity | None:
-    """What tells a file from the same one written to, or another in its place; None where there is no plain file."""
+    """Identity of a file, which changes if it is written to or replaced; None if there is no plain file."""
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -54,11 +53,11 @@ def identity(path: Path | str) -> Identity | None:
 
 
 class CopyRecords:
-    """The records of one cache, shared by all its processes.
+    """The records of one cache: which files were compared and when each was used. Shared by all its processes.
 
     Args:
-        cache: the cache's folder; they are in one below it.
-        boot: names the time since the machine was started; empty where that is not known, and nothing is recorded.
+        cache: the cache's folder; the records are in a folder below it.
+        boot: the boot id of the machine; empty if unknown, then no comparison is recorded.
     """
 
     def __init__(self, cache: Path, boot: str) -> None:
@@ -66,11 +65,11 @@ class CopyRecords:
         make_folder(cache, RECORDS)
 
     def has(self, name: str, copy: Identity) -> bool:
-        """Whether a file was compared, as it is now, since the machine was started, by whichever process."""
+        """Whether any process has compared the file, in its present state, since boot."""
         return bool(self._boot) and self._line(copy) in self._lines(name)
 
     def note(self, name: str, copy: Identity) -> None:
-        """Note that a file was compared, and used; where that cannot be kept, it is compared again."""
+        """Record that a file was compared and used; if that fails, it is compared again later."""
         others = [line for line in self._lines(name) if line.partition(" ")[0] != self._boot]
         lines = [*others[1 - _MACHINES :], self._line(copy)] if self._boot else []
         with contextlib.suppress(MmcacheError):
@@ -78,9 +77,9 @@ class CopyRecords:
             self.touch(name)
 
     def touch(self, name: str) -> bool:
-        """Note that a file was used just now; False where there is no record of it."""
+        """Record that a file was used just now; False if it has no record."""
         now = time.time_ns()
-        # What somebody put in its place is no record, and is replaced by one.
+        # Anything but a plain file is no record, and `note` replaces it.
         with contextlib.suppress(FileNotFoundError, CorruptError):
             fd = open_in_place(self._cache, f"{RECORDS}/{name}", os.O_RDONLY)
             try:
@@ -91,17 +90,17 @@ class CopyRecords:
         return False
 
     def used(self) -> dict[str, int]:
-        """When each file was used last, in nanoseconds."""
+        """When each file was last used, in nanoseconds, by name."""
         found = {}
         with os.scandir(self._cache / RECORDS) as entries:
             for entry in entries:
-                # Others remove records at any moment.
+                # Other processes remove records at any time.
                 with contextlib.suppress(FileNotFoundError):
                     found[entry.name] = entry.stat(follow_symlinks=False).st_mtime_ns
         return found
 
     def drop(self, names: Collection[str]) -> None:
-        """Remove the records of files that are gone, and what processes that died left half-written."""
+        """Remove the records of evicted files, and temporary files of dead processes."""
         for name in names:
             remove_file(self._cache, f"{RECORDS}/{name}")
         if names:
@@ -119,38 +118,38 @@ class CopyRecords:
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    # Raises CorruptError where a file is not what belongs there, or OSError where the system cannot read it.
+    # Raises CorruptError if a file is not the expected one, or OSError if the system cannot read it.
     Check: TypeAlias = Callable[[Path], None]
 
 
-# Seconds between two looks at whether others are done, where all the room is taken by what is being fetched; and
-# between two notes that a file is in use.
+# Seconds between two attempts to get room while files being fetched take all of it; and between two records of a
+# file's use.
 _AGAIN, _USED_AGAIN = 0.05, 1.0
 _GONE = ".gone"
-# How the system says that this file cannot be read, while others can.
+# Errors that mean that this one file cannot be read.
 _UNREADABLE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 class _Holder(Protocol):
-    """What may have files of a cache mapped."""
+    """An object that may have files of a cache mapped."""
 
     def forget(self) -> None:
-        """Let go of those."""
+        """Unmap files that were evicted."""
 
 
-# Who has files of a folder mapped in this process. Only ever appended to and removed from, which needs no lock.
+# The holders in this process, by cache folder. Needs no lock, since append and remove are atomic.
 _HOLDERS: list[tuple[Path, weakref.ref[_Holder]]] = []
 
 
 def _boot() -> str:
-    """Name the time since the machine was started; empty where the system does not say."""
+    """The boot id of the machine; empty if the system does not say."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _tell(folder: Path) -> None:
-    """Say, to all processes, that files of a folder have gone."""
+    """Notify all processes that files of a folder were evicted."""
     now = time.time_ns()
     with explained(folder / _GONE, "saying that files have gone"):
         fd = open_in_place(folder, _GONE, os.O_WRONLY | os.O_CREAT)
@@ -168,7 +167,7 @@ def _tell(folder: Path) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Make a file durable. One that is gone is fine."""
+    """Make a file durable, if it still exists; remove it if that fails."""
     try:
         fd = open_in_place(path.parent, path.name, os.O_RDONLY)
         try:
@@ -178,7 +177,7 @@ def _settle(path: Path) -> None:
     except FileNotFoundError:
         pass
     except (OSError, CorruptError):
-        # The system may have dropped the bytes, and would not say so again.
+        # The system may have dropped the bytes, and reports that only once.
         path.unlink(missing_ok=True)
         _tell(path.parent)
 
@@ -190,7 +189,7 @@ class _Entry(NamedTuple):
 
 
 def _taken(size: int) -> int:
-    """Give what a file takes on a disk, which gives whole pages."""
+    """Bytes that a file of `size` bytes takes on disk, in whole pages."""
     return -(-size // PAGE) * PAGE
 
 
@@ -198,11 +197,11 @@ class DiskCache:
     """Files by name, of at most `most_bytes` together. Safe to use from several threads and processes.
 
     Args:
-        folder: where they are; made if it is not there.
-        most_bytes: what they may take. Of processes with different bounds each keeps to its own.
+        folder: where they are; created if missing.
+        most_bytes: the bound of their total size. Processes may have different bounds; each enforces its own.
 
     Raises:
-        WriteError: the folder cannot be made.
+        WriteError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
@@ -210,34 +209,34 @@ class DiskCache:
         self._crew, self._submitting, self._boot = ThreadPool(1, "settle"), threading.Lock(), _boot()
         make_folder(folder)
         self._records = CopyRecords(folder, self._boot)
-        # As text, since both are asked for before each read.
+        # As str, since both are used before each read.
         self._above, self._marker = f"{folder}/", str(folder / _GONE)
-        # What was found whole by this process, as it was then, and when it was noted last that it is in use.
+        # Identities of files that this process found intact, and when it last recorded their use.
         self._whole: dict[str, Identity] = {}
         self._noted: dict[str, float] = {}
 
     @property
     def generation(self) -> int:
-        """A number that is another one each time that files have gone, in whichever process."""
+        """A number that changes whenever any process evicts files."""
         try:
             return os.lstat(self._marker).st_mtime_ns
         except FileNotFoundError:
             return 0
 
     def hold(self, holder: _Holder) -> None:
-        """Have `holder.forget` called when files have gone, before their room is given to others; weakly.
+        """Register a holder, weakly: `holder.forget` is called when files were evicted, before their room is reused.
 
-        It is called from any thread, and must not wait for the cache. Other processes look at `generation`.
+        It is called from any thread, and must not wait for the cache. Other processes watch `generation`.
         """
         _HOLDERS.append((self.folder, weakref.ref(holder)))
 
     def find(self, name: str, check: Check) -> Path | None:
-        """A file that is here and whole, marked as used just now; None where there is none.
+        """The path of a file that is cached and intact, marked as used; None if there is none.
 
         Args:
             name: its name.
-            check: compares it with its checksums, where no process has since the machine was started, or somebody wrote
-                to it since. A file that does not match, or cannot be read, goes.
+            check: compares it with its checksums; called if no process has done so since boot and since the last write
+                to it. A file that does not match, or cannot be read, is removed.
         """
         copy = identity(self._above + name)
         if copy is None:
@@ -261,7 +260,7 @@ class DiskCache:
                 try:
                     check(path)
                 except (IncompleteError, FileNotFoundError):
-                    continue  # others needed the room
+                    continue  # evicted meanwhile
                 except CorruptError:
                     self.drop(name)
                     continue
@@ -285,12 +284,12 @@ class DiskCache:
                 self._records.note(name, copy)
 
     def add(self, name: str, begin: Callable[[], tuple[int, Callable[[AtomicFile], None]]], check: Check) -> Path:
-        """A file, made now where it is not here; blocks while another thread or process makes the same one.
+        """The path of a file, made now if it is not cached; blocks while another thread or process makes the same one.
 
         Args:
             name: its name.
-            begin: called where it is not here; gives its bytes, and what writes all of them, compared with their
-                checksums. What either raises is passed on, and leaves nothing behind.
+            begin: called if it is not cached; returns its size and a function that writes all of it, compared with its
+                checksums. An error of either is passed on, and nothing is left behind.
             check: as in `find`.
 
         Raises:
@@ -311,9 +310,9 @@ class DiskCache:
             draft = self._begin(name, size)
             try:
                 fill(draft)
-                # Who adds up what is taken while a file gets another name may meet neither of the two.
+                # Locked: a listing during the rename may see neither name, and count too little.
                 with locked(self.folder, ".room.lock"):
-                    # Whoever waits for the rows need not wait for the disk: after a restart they are compared again.
+                    # Synced later, in the background: after a reboot the file is compared with its checksums anyway.
                     draft.publish(size, durable=not self._boot)
             except BaseException:
                 draft.discard()
@@ -326,7 +325,7 @@ class DiskCache:
         return path
 
     def drop(self, name: str) -> bool:
-        """Let a file go; False where it is not there."""
+        """Remove a file; False if it is not there."""
         with explained(self.folder / name, "removing a file of the cache"):
             try:
                 (self.folder / name).unlink()
@@ -343,11 +342,11 @@ class DiskCache:
         self._records.drop(names)
 
     def used(self) -> int:
-        """Add up the bytes that are taken, those of drafts too."""
+        """Bytes that all files take, temporary ones included."""
         return sum(entry.size for entry in self._entries())
 
     def _begin(self, name: str, size: int) -> AtomicFile:
-        """Take the room for a file; blocks while all of the room is taken by what others fetch."""
+        """Reserve room for a file, evicting others; blocks while files being fetched take all of it."""
         while True:
             with locked(self.folder, ".room.lock"):
                 if self._make_room(size):
@@ -377,7 +376,7 @@ class DiskCache:
         found = []
         with os.scandir(self.folder) as entries:
             for entry in (entry for entry in entries if entry.name != RECORDS):
-                # Others remove files at any moment.
+                # Other processes remove files at any time.
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
                     found.append(_Entry(status.st_mtime_ns, _taken(status.st_size), entry.name))

@@ -1,4 +1,4 @@
-"""Which shards an array should have and has, from one listing of its folder."""
+"""Which shards of an array exist, from one listing of its folder."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 __all__ = ["count_shards", "in_order", "is_there", "listed_shards", "present_shards"]
 
-# No leading zeros: `c.00.1.0` is no shard's name. Eighteen digits: no name makes a number of a megabyte.
+# No leading zeros: `c.00.1.0` is no shard's name. At most 18 digits, which fit int64.
 _NUMBER = r"(?:0|[1-9]\d{0,17})"
-# Names one behind the other, between slashes, which no name has: one search of thousands of them is far quicker than
-# thousands of searches.
+# For names joined by slashes, which no name contains: one search in thousands of names is far faster than thousands of
+# searches.
 _SITE, _SEQUENCES, _COLUMN = (
     re.compile(rf"(?<![^/])c\.{key}(?![^/])", re.ASCII)
     for key in (rf"({_NUMBER}\.{_NUMBER})\.0", rf"({_NUMBER})\.0", rf"({_NUMBER})")
 )
-# Blocks that are looked through at a time.
+# Blocks searched at a time.
 _PIECE = 1 << 16
 
 
 def listed_shards(
     path: Path, manifest: Manifest, array: str, rows: int, *, expected: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read slots and blocks off the names in an array's folder, `[n]` int64 each, some thousands at a time.
+    """Slots and blocks of the shards in an array's folder, `[n]` int64 each, some thousands at a time.
 
-    Only those that an array of `rows` rows should have, or else only those that it should not; in the order of the
-    folder. Nothing is kept: memory grows neither with the folder nor with what a root claims.
+    Only those that an array of `rows` rows should have or, if not `expected`, only those that it should not; in the
+    order of the folder. Memory grows neither with the folder nor with the numbers in a root.
 
     Raises:
         LinkError: the array's folder is a symbolic link.
@@ -59,9 +59,9 @@ def listed_shards(
 
 
 def present_shards(path: Path, manifest: Manifest, array: str, rows: int) -> np.ndarray:
-    """Tell which shards of an array of `rows` rows are there: `[slots, blocks]` bool, from one listing of its folder.
+    """Which shards of an array of `rows` rows exist: `[slots, blocks]` bool, from one listing of its folder.
 
-    A byte for each shard that there should be. Where that number is a stranger's word: `ShardFolder.present`.
+    Takes a byte per expected shard. Use `ShardFolder.present` if that number comes from an untrusted root.
     """
     there = np.zeros((len(manifest.slots(array)), manifest.spec(array).blocks(rows)), bool)
     for shards in listed_shards(path, manifest, array, rows):
@@ -70,17 +70,17 @@ def present_shards(path: Path, manifest: Manifest, array: str, rows: int) -> np.
 
 
 def count_shards(path: Path, manifest: Manifest, array: str, rows: int) -> int:
-    """Count the shards of an array of `rows` rows that are there, in memory that does not grow with their number."""
+    """The number of existing shards of an array of `rows` rows; needs constant memory."""
     return sum(len(block) for _, block in listed_shards(path, manifest, array, rows))
 
 
 def is_there(path: Path, manifest: Manifest, array: str, slot: int, block: int) -> bool:
-    """Tell whether one shard is there now."""
+    """Whether one shard exists now."""
     return os.path.lexists(path / array / manifest.shard_key(array, block, slot))
 
 
 def in_order(which: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Name the shards for which `which`, `[slots, blocks]` bool, is true, as (slot, block), in this order."""
+    """(slot, block) of the shards for which `which`, `[slots, blocks]` bool, is true, in this order."""
     for slot, row in enumerate(which):
         for first in range(0, len(row), _PIECE):
             for block in np.flatnonzero(row[first : first + _PIECE]).tolist():

@@ -1,11 +1,11 @@
-"""A store in a bucket, as far as it is on this machine: its metadata, the names of its shards, and some of the shards.
+"""The local view of a store in a bucket: its metadata, the names of its shards, and a cache of some shards.
 
-The metadata lies in a folder that looks like the store's own. The shards are in a bounded cache, from which they are
-mapped as those of any store, once they were compared with their checksums.
+The metadata is in a folder that looks like the store's own. Shards are in a bounded disk cache; once compared with
+their checksums, they are mapped like those of a local store.
 
-Bytes that come from a bucket, on their way to a file: in memory that is used again, written past the page cache. To
-fill the page cache costs the processor several times what the bytes' coming and their writing cost together, and on a
-virtual machine, which has to get each fresh page first, ten times: measured, 0.2 to 2.5 s a GB, against 0.04.
+Downloaded bytes are written past the page cache, from reused memory. Filling the page cache takes several times the CPU
+time of downloading and writing together, and ten times on a virtual machine, which must get each fresh page first:
+measured, 0.2 to 2.5 s per GB, instead of 0.04.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKSUM_BYTES", "STREAMS", "Mirror", "ShardObjects", "StreamWriter"]
 
-# Bytes a second from which on one stream is as good as several, and what has to come for it to be told.
+# Rate in bytes/s from which one stream is as good as several, and the bytes needed to measure it.
 _QUICK, _LEAST_MEASURED = 256e6, 1 << 20
 
 
@@ -58,15 +58,15 @@ class ShardObjects:
 
     def __init__(self, bucket: ObjectStore) -> None:
         self.bucket = bucket
-        # Whether a stream, by the latest that was measured, needs no others beside it.
+        # Whether one stream is fast enough alone, by the latest measurement.
         self.quick = False
 
     def where(self, array: str, key: str) -> str:
-        """Give the address of a shard."""
+        """The URL of a shard."""
         return f"{self.bucket.url}/{array}/{key}"
 
     def read(self, array: str, key: str, start: int, stop: int) -> memoryview:
-        """Read bytes of a shard from the bucket, exactly so many; blocks until they are there.
+        """Read bytes `start` to `stop` of a shard from the bucket; blocks until all are there.
 
         Raises:
             IncompleteError: the bucket has no such shard.
@@ -77,12 +77,12 @@ class ShardObjects:
             return self.bucket.read(f"{array}/{key}", start, stop)
 
     def stream(self, array: str, key: str, start: int, stop: int) -> Iterator[memoryview]:
-        """Read bytes of a shard from the bucket as they come, some megabytes at a time. Errors as `read`."""
+        """Stream bytes `start` to `stop` of a shard from the bucket, some megabytes at a time. Errors as `read`."""
         with _shard_errors(self.where(array, key)):
             yield from self.bucket.stream(f"{array}/{key}", start, stop)
 
     def whole(self, array: str, key: str) -> tuple[bytes, int, Generator[memoryview]]:
-        """Read a whole shard from the bucket: its header, its size, and all of it, as it comes. Errors as `read`."""
+        """Stream a whole shard from the bucket. Its header, its size, and all its bytes. Errors as `read`."""
         with _shard_errors(self.where(array, key)):
             size, coming = self.bucket.whole(f"{array}/{key}")
             began = time.perf_counter()
@@ -99,29 +99,29 @@ class ShardObjects:
             yield from coming
 
     def head(self, array: str, key: str) -> tuple[bytes, int]:
-        """Read the header of a shard from the bucket, and its size. Errors as `read`."""
+        """The header of a shard, read from the bucket, and its size. Errors as `read`."""
         with _shard_errors(self.where(array, key)):
             return self.bucket.read_head(f"{array}/{key}", HEADER_BYTES)
 
 
 @contextlib.contextmanager
 def _shard_errors(where: str) -> Iterator[None]:
-    """Tell an object that is not there as a shard that is not there."""
+    """Raise StoreNotFoundError of an object as IncompleteError of a shard."""
     try:
         yield
     except StoreNotFoundError as error:
         raise IncompleteError(f"the bucket has no shard {where}: it was not uploaded yet, or removed") from error
 
 
-# What is written at a time: long enough for a device's full rate, and short enough for a processor's cache.
+# Bytes per write: large enough for the device's full rate, small enough for the processor's cache.
 _WINDOW = 4 << 20
 
 
 class StreamWriter:
-    """Lands streams in files. Safe to use from several threads.
+    """Writes streams into files. Safe to use from several threads.
 
     Args:
-        most: streams at a time whose memory is kept, and whose writes need not wait for each other's.
+        most: number of concurrent streams whose memory is kept, and which write in parallel.
     """
 
     def __init__(self, most: int) -> None:
@@ -130,18 +130,18 @@ class StreamWriter:
     def land(
         self, stream: Iterable[memoryview], draft: AtomicFile, offset: int, seen: Callable[[memoryview], None]
     ) -> None:
-        """Write what comes into a draft, while more comes; blocks until all of it is written.
+        """Write a stream into a file; writing overlaps with receiving. Blocks until all is written.
 
         Args:
-            stream: the bytes, in order; used up before this returns.
-            draft: the file; parts that lie apart may be written by several threads.
-            offset: where in it.
-            seen: called with the bytes as they come.
+            stream: the bytes, in order; consumed before this returns.
+            draft: the file; several threads may write ranges that do not overlap.
+            offset: where the bytes start in the file.
+            seen: called with the bytes as they arrive.
         """
         windows = itertools.cycle(self._windows.lend([_WINDOW, _WINDOW]))
         window = next(windows)
         writing: list[Future[None]] = []
-        # As far into a page as the place in the file, as direct writes want it.
+        # The same offset within a page as in the file, as O_DIRECT needs.
         start = at = offset % PAGE
         try:
             for data in stream:
@@ -159,13 +159,13 @@ class StreamWriter:
             for written in writing:
                 written.result()
         finally:
-            # Before the memory is somebody else's, and the draft closed.
+            # Before the memory is reused and the file closed.
             let_end(writing)
 
     def _write(self, some: np.ndarray, draft: AtomicFile, offset: int, writing: list[Future[None]]) -> None:
-        """Write a window in the background, once the other one is written."""
+        """Write a window in the background; blocks until the other one is written."""
         if writing:
-            # In the list meanwhile, so that an interrupt here does not leave it alone.
+            # Still in the list while waiting, so that after an interrupt `land` waits for it.
             writing[0].result()
             writing.clear()
         with self._lock:
@@ -175,31 +175,31 @@ class StreamWriter:
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-# What the cache may take, where nobody says: of the room that is free, and at the most.
+# Default size of the cache: 1/_SHARE of the free room, at most _MOST_CACHE bytes.
 _SHARE, _MOST_CACHE = 4, 64 << 30
-# Requests for rows that are under way together, and those that bring shards here, of which more than the processors can
-# take in only get into each other's way.
+# Concurrent requests for rows; and streams that download shards, of which more than the CPUs can process only slow each
+# other down.
 _THREADS, STREAMS = 16, min(16, 2 * (os.cpu_count() or 2))
-# What a stream brings at least.
+# Least bytes per stream.
 _PART_BYTES = 16 << 20
 _LOCK = ".mirror.lock"
-# What stands behind the bytes in a file that is a part of a shard.
+# Size of the checksum at the end of a file that holds part of a shard.
 CHECKSUM_BYTES = 4
 
 
 class Mirror(ShardObjects):
-    """What is here of one store in a bucket. Safe to use from several threads and, one made in each, processes.
+    """The local view of one store in a bucket. Safe to use from several threads; each process makes its own.
 
-    Made, it lists the bucket and fetches the metadata that changed; blocks until then.
+    The constructor lists the bucket and fetches the metadata that changed; blocks until then.
 
     Args:
         url: the store.
         cache_dir: the folder of the cache, shared by all stores and processes that name it; None for `cache_folder()`.
-        cache_bytes: what the shards in it may take; None for a quarter of the free room, up to 64 GiB.
+        cache_bytes: most bytes of the shards in it; None for a quarter of the free room, up to 64 GiB.
 
     Raises:
         StoreNotFoundError: there is no store, or no bucket.
-        AccessError, RemoteError: the server refuses, or gives no answer.
+        AccessError, RemoteError: the server refuses, or does not answer.
         CorruptError: the root is damaged. LinkError: a folder of the cache is a symbolic link.
         ArgumentError: the cache is not this user's own.
     """
@@ -217,7 +217,7 @@ class Mirror(ShardObjects):
             raise ArgumentError(f"cache_bytes is {cache_bytes}: expected what the shards in {above} may take")
         self.cache = DiskCache(private_folder(above, "shards"), cache_bytes)
         self.folder = private_folder(above, "stores", _digest(self.url)[:16])
-        # Who brings a shard waits for its other parts, and must not take the place of one.
+        # Separate pools: a job that fetches a shard waits for its other parts, and must not occupy their threads.
         self._crew, self._streams = ThreadPool(_THREADS, "request"), ThreadPool(STREAMS, "stream")
         self._bringers, self._lock = ThreadPool(STREAMS, "bring"), threading.Lock()
         self._landing, self._coming = StreamWriter(STREAMS), 0
@@ -229,15 +229,15 @@ class Mirror(ShardObjects):
         return Mirror, (self.url, *self._asked)
 
     def submit(self, work: Callable[[*Ts], T], *arguments: *Ts) -> Future[T]:
-        """Do something in one of the threads for requests. Raises RemoteError in a process that was forked."""
+        """Run a function in the thread pool for requests. Raises RemoteError in a forked process."""
         self.bucket.check_process()
         with self._lock:
             return self._crew.submit(work, *arguments)
 
     def fetch_later(self, bring: Callable[[*Ts], T], *arguments: *Ts) -> Future[T]:
-        """Bring a shard, or a part of it, here in the background, some at a time; `bring` ends in `fetch`.
+        """Fetch a shard, or part of it, in the background, `STREAMS` at a time; `bring` must call `fetch`.
 
-        Raises RemoteError in a process that was forked.
+        Raises RemoteError in a forked process.
         """
         self.bucket.check_process()
         with self._lock:
@@ -252,11 +252,11 @@ class Mirror(ShardObjects):
 
     @property
     def strange(self) -> tuple[str, ...]:
-        """Keys in the bucket that no store has, in order; nothing reads them."""
+        """Keys in the bucket that no store has; nothing reads them."""
         return self._metadata.strange
 
     def reread(self, read: Callable[[], T]) -> T:
-        """What is read of the metadata here; where it is damaged, read once more from copies that were just fetched."""
+        """The result of `read`, which reads the local metadata; if that is damaged, it is fetched again first."""
         with contextlib.suppress(CorruptError):
             return read()
         with locked(self.folder, _LOCK):
@@ -265,24 +265,24 @@ class Mirror(ShardObjects):
             return read()
 
     def find(self, array: str, key: str, check: Callable[[bytes, int], Layout]) -> Path | None:
-        """The file of a shard that is here, or None; `check` as in `fetch`. One that is damaged goes."""
+        """The file of a cached shard, or None; `check` as in `fetch`. A damaged one is removed."""
         return self.cache.find(self._file(array, key), partial(check_copy, check=check))
 
     def drop(self, array: str, key: str) -> bool:
-        """Let the file of a shard go; False where it is not here."""
+        """Remove a shard from the cache; False if it is not there."""
         return self.cache.drop(self._file(array, key))
 
     def _file(self, array: str, key: str, part: str = "") -> str:
         return _digest(f"{self.url}/{array}/{key}{part}")[:40]
 
     def use(self, array: str, key: str, check: Callable[[bytes, int], Layout], use: Callable[[Path], T]) -> T:
-        """Use the file of a shard, brought here where it is not; again if others had it removed by then.
+        """The result of `use` on the file of a shard, fetched if it is not cached; retried if it was evicted meanwhile.
 
-        Once more where what is here is not what belongs there: the bucket may have another one by now, such as a longer
-        one of a grown store. Errors as `fetch`, and those of `use`.
+        Fetched again once if `use` finds it corrupt: the bucket may have another one by now, such as a longer one of a
+        grown store. Errors as `fetch`, and those of `use`.
 
         Raises:
-            CorruptError: what came whole from the bucket is damaged here.
+            CorruptError: the shard was intact when it was downloaded, but the local copy is damaged.
         """
         replaced = False
         while True:
@@ -298,7 +298,7 @@ class Mirror(ShardObjects):
                 replaced = True
 
     def spoilt(self, array: str, key: str, error: CorruptError) -> CorruptError:
-        """The error for a copy that is damaged as soon as it is here, while its object is whole."""
+        """The error for a copy that is damaged right after the download, though its object is intact."""
         return CorruptError(
             f"{self.cache.folder / self._file(array, key)}, the copy of {self.where(array, key)}, is damaged though it "
             f"came whole, and was fetched twice ({error}): this machine's disk or memory fails. Choose another cache "
@@ -306,12 +306,12 @@ class Mirror(ShardObjects):
         )
 
     def fetch(self, array: str, key: str, check: Callable[[bytes, int], Layout]) -> Path:
-        """Give the file of a shard, brought here where it is not; blocks until then.
+        """The file of a shard, fetched if it is not cached; blocks until then.
 
-        Its header is looked at by `check`, and the checksum of each inner chunk is compared, before it has its name.
+        Its header is checked by `check`, and every inner chunk's checksum is compared, before the file appears.
 
         Raises:
-            IncompleteError, CorruptError, AccessError, RemoteError: as `read`; a checksum differs.
+            IncompleteError, CorruptError, AccessError, RemoteError: as `read`, or a checksum differs.
             ArgumentError: it is larger than the whole cache.
             DiskFullError: the cache's disk is full.
         """
@@ -332,7 +332,7 @@ class Mirror(ShardObjects):
             try:
                 return self.cache.add(name, begin, whole)
             except CorruptError:
-                # It may have been replaced, or damaged by whatever lies between, while it came.
+                # The object may have been replaced during the download, or the bytes damaged on the way.
                 if seen is None or (again and seen == self.head(array, key)):
                     raise
                 again = True
@@ -340,10 +340,10 @@ class Mirror(ShardObjects):
     def _download(
         self, array: str, key: str, layout: Layout, head: bytes, coming: Generator[memoryview], draft: AtomicFile
     ) -> None:
-        """Write a shard whose first bytes have come: in as many parts as there are streams for it.
+        """Write a shard whose first bytes have arrived, in as many parallel parts as there are free streams.
 
-        Of several shards each is one request, and where they come quickly too: some servers answer it far sooner than
-        one for a part.
+        One request per shard if many shards are fetched, or if one stream is fast: some servers answer it far sooner
+        than a request for a range.
         """
         parts = 1 if self.quick else max(1, STREAMS // max(1, self._coming))
         arriving = StreamCheck(layout, head, max(_PART_BYTES, -(-layout.size // parts)))
@@ -356,33 +356,33 @@ class Mirror(ShardObjects):
             for part in asked:
                 part.result()
         finally:
-            # All of them end before the draft does.
+            # They must end before the file is closed.
             let_end(asked)
         if problem := arriving.problem():
             raise CorruptError(f"{self.where(array, key)}: {problem}; remove the object and make it again")
 
     def _receive(self, array: str, key: str, part: StreamCheckPart, stop: int, draft: AtomicFile) -> None:
-        """Write one part of a shard as it comes; parts lie apart, so that several threads may write them."""
+        """Write one part of a shard as it arrives; parts do not overlap, so several threads may write them."""
         self._landing.land(self.stream(array, key, part.at, stop), draft, part.at, part.add)
 
     def extent(self, array: str, key: str, start: int, stop: int) -> Path:
-        """A file of some bytes of a shard and their checksum, brought here where it is not. Errors as `fetch`."""
+        """A file of bytes `start` to `stop` of a shard and their checksum, fetched if not cached. Errors as `fetch`."""
 
         def fill(draft: AtomicFile) -> None:
             at = digest = 0
-            # Into the page cache: they are wanted at once, and all of them.
+            # Through the page cache: all of them are read right afterwards.
             for data in self.stream(array, key, start, stop):
                 draft.write(np.frombuffer(data, np.uint8), at)
                 at, digest = at + len(data), crc32c.crc32c(data, digest)
             draft.write(np.array([digest], "<u4").view(np.uint8), at)
 
-        # Its bytes do not say which store they are of, and another one may come to the same address.
+        # With the store's id: the bytes do not contain it, and another store may be put at the same URL.
         name, size = self._file(array, key, f":{self._store}:{start}-{stop}"), stop - start + CHECKSUM_BYTES
         return self.cache.add(name, lambda: (size, fill), partial(_check_extent, size=size))
 
 
 def _check_extent(file: Path, size: int) -> None:
-    """Compare some bytes of a shard with their checksum, which stands behind them; errors as `check_copy`."""
+    """Compare part of a shard with the checksum that follows it; errors as `check_copy`."""
     data = memoryview(read_file(file, size))
     digest = crc32c.crc32c(data[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little")
     if len(data) != size or digest != data[-CHECKSUM_BYTES:]:
@@ -390,7 +390,7 @@ def _check_extent(file: Path, size: int) -> None:
 
 
 def _up_to(stop: int, coming: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Give the first `stop` bytes of what comes."""
+    """The first `stop` bytes of a stream."""
     at = 0
     for data in coming:
         yield data[: stop - at]

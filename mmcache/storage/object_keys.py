@@ -1,7 +1,7 @@
-"""The keys of the objects below a prefix. One that no client can address does not hide the others: it is left out.
+"""Listing the keys of the objects below a prefix, even if some keys are ones that obstore cannot address.
 
-The client refuses a whole listing for one key with `..`, an empty part or a control character in it, and takes a slash
-at the end of one for none. Then S3 is listed by boto3, and a folder by ourselves.
+obstore refuses a whole listing if one key has `..`, an empty part or a control character in it, and strips a slash at
+the end of a key. In these cases boto3 lists S3, and this module a folder; such keys are left out, and noted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["UPLOADS", "Entry", "ObjectKeys"]
 # Key, bytes, tag.
 Entry = tuple[str, int, "str | None"]
 
-# Objects that are listed at a time.
+# Objects per batch of a listing.
 _LISTED = 5000
-# Where objects lie until they are whole: a name that nothing reads.
+# Prefix of objects that are still being uploaded: nothing reads them.
 UPLOADS = ".uploads"
-# What the client refuses, and what it writes beside an object in a folder while that comes.
+# Keys that obstore refuses; and the suffix of its temporary files in a folder.
 _ODD, _HALF = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]"), re.compile(r"#\d+$")
 
 
@@ -38,8 +38,8 @@ class ObjectKeys:
     Args:
         url: the prefix.
         obstore: the client's library.
-        store: gives the client.
-        again: does something until it succeeds, or will not, or patience is over; told what it is about.
+        store: returns the client.
+        again: retries a function, as `try_again`; its first argument names the object in errors.
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class ObjectKeys:
         again: Callable[[str, Callable[[], list[Entry]]], list[Entry]],
     ) -> None:
         self._url, self._obstore, self._store, self._again = url, obstore, store, again
-        # Those that no client addresses, and whether there are any: then the client lists nothing.
+        # Keys that obstore cannot address; and whether to list without obstore, since there are such.
         self.refused: set[str] = set()
         self._by_hand = False
 
     def batches(self, under: str) -> Iterator[list[Entry]]:
         """Keys that begin with the folder `under`, some thousands at a time; errors as `ObjectStore.names`.
 
-        A listing that fails half-way begins anew, so a key may come twice.
+        A listing that fails half-way starts again, so a key may come twice.
         """
         listing: Iterator[list[Entry]] | None = None
         given, more, last = 0, True, list[str]()
 
         def some() -> list[Entry]:
             nonlocal listing, given, more, last
-            # One that fails is not gone on with; the new one has to come further than it, or patience never ends.
+            # A failed listing cannot be resumed. The new one must get further than it, so that the retries end.
             going, listing, skipped = listing, None, 0
             if going is None:
                 going, skipped, last = self._begin(under), given, []
@@ -95,7 +95,7 @@ class ObjectKeys:
         return ([(entry["path"], entry["size"], entry["e_tag"]) for entry in batch] for batch in listing)
 
     def _is_ordered(self, keys: list[str]) -> bool:
-        """Whether keys are in order; where they are not, one of S3 had a slash at its end, and seems to be another."""
+        """Whether keys are in order, as S3 lists them; otherwise obstore has stripped a slash at the end of one."""
         if self._by_hand or not self._url.startswith("s3"):
             return True
         return all(before < behind for before, behind in itertools.pairwise(keys))
@@ -118,7 +118,7 @@ class ObjectKeys:
                 if not _ODD.search(key):
                     batch.append((key, found["Size"], found["ETag"]))
                 elif found["Size"] or (key and (key[-1] != "/" or _ODD.search(key[:-1]))):
-                    # An empty one may stand for a folder, as some tools make, and is not worth a word.
+                    # Not an empty object with a slash at its end, which some tools make for a folder.
                     self._refuse(key)
             yield batch
 
@@ -138,7 +138,7 @@ class ObjectKeys:
             yield batch
 
     def _known(self, store: Any, key: str, path: bytes) -> list[Entry]:
-        """A file of a folder, as the client knows it; nothing of one that it does not."""
+        """The entry of a file in a folder, by obstore; empty if obstore cannot address it."""
         if not _ODD.search(key) and os.fsencode(key) in path and os.path.isfile(path):  # noqa: PTH113 -- bytes
             found = self._obstore.head(store, key)
             return [(key, found["size"], found["e_tag"])]
@@ -155,7 +155,7 @@ class ObjectKeys:
 
 
 def _pages(url: str, asked: dict[str, str]) -> Iterator[Any]:
-    """Pages of a listing of S3, by boto3. Errors as `ObjectStore.names`."""
+    """Pages of a listing of S3 by boto3. Errors as `ObjectStore.names`."""
     try:
         import boto3  # noqa: PLC0415 -- an extra, and slow to import
         from botocore import UNSIGNED  # noqa: PLC0415 -- as above

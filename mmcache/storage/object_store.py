@@ -1,12 +1,11 @@
-"""Objects below one prefix of a bucket: the only place that talks to object storage.
+"""Reads, writes and lists objects below one prefix of a bucket.
 
-S3 and what speaks its language, Google Cloud Storage, Azure and `file://`, through obstore. What may pass (a server
-that refuses, is slow, cuts a connection or sends less than it says) is tried again until `PATIENCE` is over; what will
-not pass (no such bucket, no right to it) is told at once.
+S3 and compatible servers, Google Cloud Storage, Azure and `file://`, through obstore. Transient failures (a server that
+is down or slow, cuts a connection or sends too little) are retried for `PATIENCE` seconds; permanent ones (no such
+bucket, no access) are raised at once.
 
-What `file://` needs beyond its client: objects that are durable when they are there, and no link that is followed. The
-client renames a file when all of it was written, and waits for no disk: after a power failure it may be empty under its
-name.
+For `file://`, `LocalObjects` adds durability, and follows no links. obstore renames a file when it is written, without
+a sync: after a power failure it may be empty under its name.
 """
 
 from __future__ import annotations
@@ -35,31 +34,31 @@ __all__ = ["LocalObjects", "ObjectReads", "ObjectStore"]
 
 T = TypeVar("T")
 
-# What is handed on at a time of what comes: memory that is used again is far quicker than fresh memory.
+# Least bytes per piece of a stream; small, so that its memory is reused, which is far faster than fresh memory.
 _PIECE_BYTES = 2 << 20
 
 
 class ObjectReads:
-    """What can be read of a `ObjectStore`, which says where, and tries again."""
+    """The reading half of `ObjectStore`, which provides the client and the retries."""
 
     url: str
     _obstore: Any
 
     @property
     def _store(self) -> Any:
-        """The client."""
+        """The obstore client."""
         raise NotImplementedError
 
     def _again(self, where: str, work: Callable[[], T], short: Callable[[], None] = lambda: None) -> T:
-        """Do some work until it succeeds, or will not, or patience is over."""
+        """The result of `work`, retried as in `try_again`."""
         raise NotImplementedError
 
     def where(self, key: str) -> str:
-        """The address of an object."""
+        """The URL of an object."""
         return f"{self.url}/{key}"
 
     def size(self, key: str, alive: Callable[[], None] = lambda: None) -> int:
-        """Give the bytes of an object; `alive` as in `upload`. Raises StoreNotFoundError and the others of `read`."""
+        """Size of an object in bytes; `alive` as in `upload`. Errors as `read`."""
 
         def look() -> int:
             alive()
@@ -68,13 +67,13 @@ class ObjectReads:
         return self._again(self.where(key), look)
 
     def read(self, key: str, start: int, stop: int) -> memoryview:
-        """Read the bytes from `start` to before `stop` of an object: exactly so many; blocks until they are there.
+        """Bytes `start` to `stop` (exclusive) of an object; blocks until all are there.
 
         Raises:
             StoreNotFoundError: there is no such object, or no such bucket.
             CorruptError: it ends before `stop`.
-            AccessError: no right to it.
-            RemoteError: the server gave no whole answer in all the time that there was.
+            AccessError: the server refuses access.
+            RemoteError: no complete answer within `PATIENCE` seconds.
         """
         if start == stop:
             return memoryview(b"")
@@ -88,17 +87,17 @@ class ObjectReads:
         return self._again(self.where(key), get, lambda: self._check_size(key, stop))
 
     def stream(self, key: str, start: int, stop: int) -> Iterator[memoryview]:
-        """Read the bytes from `start` to before `stop` of an object, some megabytes at a time as they come.
+        """Stream bytes `start` to `stop` (exclusive) of an object, some megabytes at a time.
 
-        What breaks off goes on from there. Blocks until the next are there; errors as `read`.
+        An interrupted stream is resumed where it stopped. Each step blocks for the next piece; errors as `read`.
         """
         return self._stream(key, start, stop, None)
 
     def whole(self, key: str) -> tuple[int, Generator[memoryview]]:
-        """Read a whole object as `stream` does, in one request, and give its size; blocks until that is known."""
+        """Size of an object, and all its bytes as `stream`, by one request; blocks until the size is known."""
 
         def begin() -> tuple[int, Iterator[Any]]:
-            # An answer to a range says how long the object is, whatever of it comes.
+            # The answer to a range request has the object's size, even if the body is cut short.
             answer = self._obstore.get(self._store, key, options={"range": {"offset": 0}})
             return answer.meta["size"], iter(answer.stream(min_chunk_size=_PIECE_BYTES))
 
@@ -106,12 +105,12 @@ class ObjectReads:
         return size, self._stream(key, 0, size, coming)
 
     def _stream(self, key: str, start: int, stop: int, coming: Iterator[Any] | None) -> Generator[memoryview]:
-        """As `stream`; `coming` has begun already."""
+        """As `stream`; `coming` is a stream that is already open."""
         at = start
 
         def more() -> memoryview:
             nonlocal coming
-            # One that fails is not gone on with.
+            # A failed stream is not used again.
             stream, coming = coming, None
             if stream is None:
                 answer = self._obstore.get(self._store, key, options={"range": (at, stop)})
@@ -128,7 +127,7 @@ class ObjectReads:
             yield data
 
     def read_head(self, key: str, count: int) -> tuple[bytes, int]:
-        """Read the first `count` bytes of an object, or all where it has fewer, and give its size. Errors as `read`."""
+        """The first `count` bytes of an object (all, if it has fewer), and its size. Errors as `read`."""
 
         def empty() -> None:
             self._check_size(key, 1)
@@ -143,11 +142,11 @@ class ObjectReads:
         return self._again(self.where(key), get, empty)
 
     def read_whole(self, key: str, limit: int) -> bytes:
-        """Read a whole object of at most `limit` bytes. Errors as `read`; CorruptError if it is larger."""
+        """All bytes of an object. Errors as `read`; CorruptError if it is larger than `limit` bytes."""
         return self.read_tagged(key, limit)[0]
 
     def read_tagged(self, key: str, limit: int) -> tuple[bytes, str | None]:
-        """Read a whole object as `read_whole`, and give its tag too, as `names` does."""
+        """All bytes of an object, as `read_whole`, and its tag, as in `names`."""
 
         def get() -> tuple[bytes, str | None]:
             result = self._obstore.get(self._store, key)
@@ -168,13 +167,13 @@ class ObjectReads:
 
 
 class LocalObjects:
-    """The folder that stands for a bucket.
+    """The folder of a `file://` URL, used as a bucket.
 
     Args:
-        url: its address.
+        url: its URL.
 
     Raises:
-        ArgumentError: it is of another machine.
+        ArgumentError: the URL names another machine.
     """
 
     def __init__(self, url: str) -> None:
@@ -185,15 +184,15 @@ class LocalObjects:
 
     @property
     def is_there(self) -> bool:
-        """Whether there is such a folder."""
+        """Whether the folder exists."""
         return self.root.is_dir()
 
     def make(self) -> None:
-        """Make the folder, durably. Raises WriteError."""
+        """Create the folder, durably. Raises WriteError."""
         make_folder(self.root)
 
     def check(self, keys: Iterable[str]) -> None:
-        """Refuse to change files that lie behind a link, which may lead out of the folder.
+        """Check that no folder of some keys is a symbolic link, which may lead out of the folder.
 
         Raises:
             LinkError: there is one.
@@ -202,7 +201,7 @@ class LocalObjects:
             check_path(self.root, folder)
 
     def prepare(self, key: str) -> None:
-        """Make the folder of an object, durably. Raises WriteError, and LinkError as `check`."""
+        """Create the folder of an object, durably. Raises WriteError, and LinkError as `check`."""
         self.check([key])
         make_folder(self.root, key.rpartition("/")[0])
 
@@ -220,25 +219,25 @@ class LocalObjects:
         sync_folder((self.root / key).parent)
 
 
-# Seconds for which a request is tried again.
+# Seconds for which a request is retried.
 PATIENCE = 120.0
-# What is sent in one request, and in how many parts at a time.
+# Bytes per part of an upload, and parts sent in parallel.
 PART_BYTES, _PARTS = 8 << 20, 4
-# Keys that are named in a warning.
+# Most keys named in a warning.
 _SHOWN = 5
 
 
 class ObjectStore(ObjectReads):
-    """The objects below one prefix. Safe to use from several threads, but not in a process that was forked.
+    """The objects below one prefix. Safe to use from several threads, but not in a forked process.
 
-    Credentials and endpoints are found as each ecosystem does: for S3 the AWS_… variables, and through boto3 profiles,
-    SSO and instance roles; for Google its application default credentials; for Azure the AZURE_… variables.
+    Credentials and endpoints are found in each provider's usual way: for S3 the AWS_… variables and, through boto3,
+    profiles, SSO and instance roles; for Google its application default credentials; for Azure the AZURE_… variables.
 
     Args:
         url: `s3://bucket/prefix`, `gs://…`, `az://account/container/prefix` or `file:///folder`.
 
     Raises:
-        ArgumentError: no such address, or obstore is not installed.
+        ArgumentError: the URL is not valid, or obstore is not installed.
         AccessError: there are no credentials.
     """
 
@@ -268,10 +267,10 @@ class ObjectStore(ObjectReads):
     def names(self, under: str = "") -> Iterator[list[tuple[str, int, str | None]]]:
         """List the objects whose keys begin with the folder `under`: (key, bytes, tag), some thousands at a time.
 
-        Keys are relative to the prefix. A listing that fails half-way begins anew, so a name may come twice.
+        Keys are relative to the prefix. A listing that fails half-way starts again, so a key may come twice.
 
         Raises:
-            StoreNotFoundError, AccessError, RemoteError: there is no such bucket; no right to list it; no answer.
+            StoreNotFoundError, AccessError, RemoteError: there is no such bucket; listing is refused; no answer.
         """
         if self._local is not None and not self._local.is_there:
             return
@@ -281,11 +280,11 @@ class ObjectStore(ObjectReads):
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Keys that no client addresses, as far as objects were listed: nothing reads them, and they hide no others."""
+        """Keys found by listings so far that obstore cannot address, sorted; nothing reads them."""
         return tuple(sorted(self._names.refused))
 
     def warn_of(self, keys: Sequence[str]) -> None:
-        """Warn the caller's caller of keys that no store has."""
+        """Warn about keys that no store has, on behalf of the line that called this package."""
         if keys:
             more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
             warnings.warn(
@@ -295,12 +294,12 @@ class ObjectStore(ObjectReads):
             )
 
     def put(self, key: str, data: bytes, alive: Callable[[], None] = lambda: None, *, replace: bool = True) -> bool:
-        """Make a small object, whole or not at all; False if it is there already and may not be replaced.
+        """Put a small object, atomically; False if it exists already and may not be replaced.
 
         `alive` as in `upload`. Errors as `read`.
         """
         if self._local is not None:
-            # As what is large: a file that has its name is durable.
+            # As a large one, so that the file is durable once it has its name.
             return self._upload(key, lambda whole: self._put_whole(whole, key, data), alive, replace=replace)
         mode = "overwrite" if replace else "create"
 
@@ -311,7 +310,7 @@ class ObjectStore(ObjectReads):
                 made = self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
             except self._obstore.exceptions.AlreadyExistsError:
                 return False
-            # It is ours from here on: what arrived damaged is replaced, not taken for somebody else's.
+            # The object is now ours: if it arrived damaged, the retry must replace it, not report that it exists.
             mode = "overwrite"
             self._compare(key, key, data, made["e_tag"])
             return True
@@ -319,10 +318,10 @@ class ObjectStore(ObjectReads):
         return self._again(self.where(key), put)
 
     def upload(self, key: str, file: Path, alive: Callable[[], None] = lambda: None, *, replace: bool = False) -> bool:
-        """Make an object of a file, whole or not at all; False if it is there already and may not be replaced.
+        """Upload a file as an object, atomically; False if it exists already and may not be replaced.
 
-        In parts, several at a time, each tried again by itself; what the server says it has is compared with what was
-        sent. Blocks until then. `alive` is called now and then, and may raise to end it.
+        Sent in parallel parts, each retried separately; the server's checksum is compared with what was sent. Blocks
+        until then. `alive` is called during the upload, and may raise to abort it.
 
         Raises:
             StoreNotFoundError, AccessError, RemoteError: as `read`.
@@ -333,8 +332,8 @@ class ObjectStore(ObjectReads):
         return self._upload(key, lambda whole: self._send(whole, key, file, alive), alive, replace=replace)
 
     def _upload(self, key: str, send: Callable[[str], None], alive: Callable[[], None], *, replace: bool) -> bool:
-        """Make an object of one that `send` makes under a name that nothing reads."""
-        # In a fork, what tidies up would wait for ever.
+        """Upload under a temporary key, which is passed to `send`, and then copy or rename to `key`."""
+        # In a fork, the deletion below would wait forever.
         self.check_process(self.where(key))
         whole = f"{UPLOADS}/{secrets.token_hex(8)}"
         if self._local is not None:
@@ -354,12 +353,12 @@ class ObjectStore(ObjectReads):
         try:
             return self._again(self.where(key), upload)
         finally:
-            # Litter at worst, which nothing reads.
+            # A temporary object that stays does no harm.
             with contextlib.suppress(MmcacheError, OSError, self._obstore.exceptions.BaseError):
                 self._obstore.delete(self._store, whole)
 
     def _place(self, whole: str, key: str, *, replace: bool) -> None:
-        """Give a whole object its name."""
+        """Copy or rename a complete object to its key."""
         if self._local is None:
             self._obstore.copy(self._store, whole, key, overwrite=replace)
             return
@@ -389,7 +388,7 @@ class ObjectStore(ObjectReads):
         said = (made["e_tag"] or "").strip('"')
         if said == f"{together}-{len(digests)}":
             return
-        # Not an MD5, as where the server encrypts, or it differs: read it back.
+        # The tag is no MD5 (the server encrypts, for example), or differs: read the object back.
         for number, digest in enumerate(digests):
             start = number * PART_BYTES
             found = self.read(whole, start, min(start + PART_BYTES, size))
@@ -397,20 +396,20 @@ class ObjectStore(ObjectReads):
                 raise RemoteError(f"{self.where(key)}: from byte {start} on, what arrived is not what {file} has")
 
     def _compare(self, whole: str, key: str, data: bytes, tag: str | None) -> None:
-        """Compare what the server has with what it was sent: by its tag, where that is an MD5, or by reading it."""
+        """Compare an object with what was sent: by its tag if that is an MD5, otherwise by reading it back."""
         digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if (tag or "").strip('"') == digest or bytes(self.read(whole, 0, len(data))) == data:
             return
         raise RemoteError(f"{self.where(key)}: what arrived is not what was sent")
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects; those that are not there are fine. Errors as `read`."""
+        """Remove objects; missing ones are fine. Errors as `read`."""
 
         def delete(some: list[str]) -> None:
             try:
                 self._again(self.where(some[0]), lambda: self._obstore.delete(self._store, some))
             except StoreNotFoundError:
-                # Some storages stop there, and leave what comes behind it.
+                # Some servers stop at the first missing object.
                 for key in some if len(some) > 1 else ():
                     delete([key])
 
@@ -420,7 +419,7 @@ class ObjectStore(ObjectReads):
             delete(list(keys[start : start + 1000]))
 
     def check_process(self, where: str = "") -> None:
-        """Raise RemoteError in a process that was forked: neither connections nor threads have come along."""
+        """Raise RemoteError in a forked process, where connections and threads do not work."""
         if self._process != os.getpid():
             raise RemoteError(
                 f"{where or self.url}: this process was forked from one that uses object storage, and its connections "
@@ -428,6 +427,6 @@ class ObjectStore(ObjectReads):
             )
 
     def _again(self, where: str, work: Callable[[], T], short: Callable[[], None] = lambda: None) -> T:
-        """Do some work until it succeeds, or will not, or patience is over."""
+        """The result of `work`, retried as in `try_again`."""
         self.check_process(where)
         return try_again(where, work, short, self._obstore.exceptions, PATIENCE)

@@ -1,7 +1,6 @@
-"""Whether a shard is what its writer made, byte for byte: while it is downloaded in parts, or in a file.
+"""Verification of a whole shard, in a file or during a download in parts.
 
-A whole shard, byte for byte: whether it is what its writer made, as it comes in parts, or in a file. Its checksums are
-compared, and all that stands behind its rows is written anew, and compared.
+Checksums are compared, and everything after the rows is compared with what the writer would make.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ _PIECE = 8 << 20
 
 
 class StreamCheckPart:
-    """One part of a shard, from `start` on, whose bytes come in order. Used by one thread.
+    """Incremental checksums of one part of a shard, whose bytes arrive in order. For one thread.
 
     Args:
-        layout: what the shard's header promises.
-        start: where the part begins: at the header, or an inner chunk.
+        layout: the shard's layout, by its header.
+        start: offset of the part: the header (0), or the start of an inner chunk.
     """
 
     def __init__(self, layout: Layout, start: int) -> None:
@@ -53,7 +52,7 @@ class StreamCheckPart:
         self.first, self.tail = bytearray(), bytearray()
 
     def add(self, data: memoryview) -> None:
-        """Take in the next bytes."""
+        """Add the next bytes."""
         layout, offset, step = self._layout, self.at, self._layout.spec.chunk_bytes
         self.first += data[: max(0, HEADER_BYTES - offset)]
         self.tail += data[max(0, layout.data_end - offset) :]
@@ -69,12 +68,12 @@ class StreamCheckPart:
 
 
 class StreamCheck:
-    """What is known of a shard that comes in parts, all at the same time.
+    """Incremental checksum verification of a shard downloaded in parallel parts.
 
     Args:
-        layout: what its header promises.
-        head: the header, which was read before.
-        size: about how many bytes a part may have.
+        layout: the shard's layout, by its header.
+        head: the header, as it was checked.
+        size: approximate bytes per part.
     """
 
     def __init__(self, layout: Layout, head: bytes, size: int) -> None:
@@ -85,7 +84,7 @@ class StreamCheck:
         self.parts = [(StreamCheckPart(layout, start), stop) for start, stop in pairwise(edges)]
 
     def problem(self) -> str:
-        """What is wrong with it, once all has come; empty if nothing is."""
+        """What is wrong with the shard, after all bytes were added; empty if nothing is."""
         first, tail = (b"".join(getattr(part, name) for part, _ in self.parts) for name in ("first", "tail"))
         if first != self._head:
             return "its header is not the one that was checked"
@@ -94,15 +93,15 @@ class StreamCheck:
 
 
 def check_copy(file: Path, check: Callable[[bytes, int], Layout]) -> None:
-    """Compare every byte of a shard's file with what belongs there; blocks while it is read.
+    """Check every byte of a shard's file; blocks while it is read.
 
     Args:
         file: the shard.
-        check: checks its header and size, and gives its layout.
+        check: checks its header and size, and returns its layout.
 
     Raises:
         IncompleteError: there is no such file.
-        CorruptError: it is not what belongs there.
+        CorruptError: it is damaged, or another shard.
         OSError: the system refuses to read it.
     """
     fd, status = open_file(file, what="the copy of a shard")
@@ -117,10 +116,10 @@ def check_copy(file: Path, check: Callable[[bytes, int], Layout]) -> None:
 
 
 def read_whole(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -> tuple[list[int], bytes]:
-    """Read a whole shard: the checksum of each inner chunk, and all that stands behind the rows.
+    """Read a whole shard. The checksum of each inner chunk, and all bytes after the rows.
 
     Raises:
-        CorruptError: it ends before its size. OSError: the system refuses to read it.
+        CorruptError: it is too short. OSError: the system refuses to read it.
     """
     piece, whole = anonymous(min(_PIECE, layout.size)).data, StreamCheckPart(layout, 0)
     while whole.at < layout.size:
@@ -133,12 +132,12 @@ def read_whole(shard: ShardBytes, layout: Layout, tell: Callable[[int], None]) -
 
 
 def index_start(layout: Layout) -> int:
-    """Where the index of inner chunks begins, or the fill before it."""
+    """Offset of the index of inner chunks, or of the fill before it."""
     return layout.tensors.get("fill", layout.tensors["index"])[2]
 
 
 def tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
-    """What is wrong with a whole shard, by the checksums of its inner chunks and all that stands behind its rows."""
+    """What is wrong with a shard, by its inner chunks' computed checksums and all bytes after its rows (`tail`)."""
     start = layout.data_end
 
     def bytes_of(name: str, of: bytes = tail) -> bytes:
@@ -170,19 +169,19 @@ def tail_problems(layout: Layout, crcs: list[int], tail: bytes) -> list[str]:
 def check_shard(
     folder: ShardFolder, slot: int, block: int, *, full: bool, ids: str | None, tell: Callable[[int], None]
 ) -> tuple[list[str], int]:
-    """Look at one shard: what is wrong with its bytes, and how many were read; blocks until then.
+    """Check one shard; blocks until done. What is wrong with its bytes, and how many were read.
 
     Args:
         folder: the array's shards.
         slot: which shard,
         block: and which block of it.
         full: compare every checksum; else only the header, the size, and the index with the fill before it.
-        ids: the digest of the tokens that its rows should be of, if its header says any; None where that is not known.
-        tell: called with numbers of bytes, as they are read.
+        ids: the digest of its rows' token ids, compared if its header has one; None if unknown.
+        tell: called with the number of bytes of each read.
 
     Raises:
-        IncompleteError: it is not there.
-        CorruptError: its first page or its size is not that of the shard that belongs there, or it is of other tokens.
+        IncompleteError: it does not exist.
+        CorruptError: its first page or size is not that of the expected shard, or its rows are of other tokens.
         OSError: the system refuses to read it.
     """
     try:
@@ -202,7 +201,7 @@ def check_shard(
 
 
 def check_ids(head: bytes, ids: str | None) -> None:
-    """Raise CorruptError if a shard's header says that its rows are of other tokens; None where these are not known."""
+    """Raise CorruptError if a shard's header has another digest of token ids than `ids`; None if that is unknown."""
     said = said_ids(head)
     if ids is not None and said not in ("", ids):
         raise CorruptError(f"its rows are of other tokens ({said}) than those that the store has there ({ids})")

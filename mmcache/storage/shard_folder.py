@@ -31,48 +31,48 @@ __all__ = ["MANY", "FileBytes", "ObjectBytes", "ShardBytes", "ShardFiles", "Shar
 
 
 class ShardBytes(Protocol):
-    """A shard that is open for reading pieces of it, until it is closed."""
+    """A shard that is open for reading ranges of it."""
 
     @property
     def size(self) -> int:
-        """Bytes of all of it."""
+        """Size of the shard in bytes."""
 
     def head(self) -> bytes:
-        """Read its first page, or what there is of it."""
+        """The first 4096 bytes, or fewer if it is shorter."""
 
     def read(self, into: memoryview, offset: int) -> bool:
-        """Fill `into` from `offset` on; False if it ends before. Blocks until it is there."""
+        """Fill `into` with the bytes from `offset`; False if the shard is too short. Blocks until done."""
 
     def scattered(self) -> None:
-        """Say that little of it will be read, so that nothing is read ahead."""
+        """Turn off readahead, since little of it will be read."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
 
 
 class FileBytes:
-    """Those of a file, whose descriptor it closes."""
+    """`ShardBytes` of a file; owns the descriptor."""
 
     def __init__(self, fd: int, size: int, *, direct: bool = False) -> None:
         self._fd, self.size, self._direct = fd, size, direct
 
     def head(self) -> bytes:
-        """Read its first page."""
+        """As `ShardBytes.head`."""
         return read_page(self._fd)
 
     def read(self, into: memoryview, offset: int) -> bool:
-        """As `ShardBytes.read`; where the file was opened for direct reads, all of it has to be in whole pages."""
+        """As `ShardBytes.read`; if the file was opened with O_DIRECT, memory, size and offset must be whole pages."""
         done = 0
         while done < len(into):
             count = read_at(self._fd, into[done:], offset + done)
             done += count
-            # Direct reads cannot go on from within a page: there the file ends.
+            # A direct read of part of a page means that the file ends there.
             if not count or (self._direct and count % PAGE):
                 break
         return done == len(into)
 
     def scattered(self) -> None:
-        """Tell the system so."""
+        """As `ShardBytes.scattered`."""
         advise_random(self._fd)
 
     def close(self) -> None:
@@ -81,14 +81,14 @@ class FileBytes:
 
 
 class ObjectBytes:
-    """Those of an object, by ranged reads."""
+    """`ShardBytes` of an object, by range requests."""
 
     def __init__(self, objects: ShardObjects, array: str, key: str) -> None:
         self._objects, self._array, self._key = objects, array, key
         self._head, self.size = objects.head(array, key)
 
     def head(self) -> bytes:
-        """Give its first page, which was read when it was opened."""
+        """The first page, which was read when it was opened."""
         return self._head
 
     def read(self, into: memoryview, offset: int) -> bool:
@@ -99,32 +99,32 @@ class ObjectBytes:
         return stop - offset == len(into)
 
     def scattered(self) -> None:
-        """Do nothing: no more comes than is asked for."""
+        """No-op: range requests have no readahead."""
 
     def close(self) -> None:
-        """Do nothing: it keeps no connection."""
+        """No-op: it keeps no connection."""
 
 
 T = TypeVar("T")
 
-# Numbers, or rows, from which on memory is not taken for what a root says alone, which may be a stranger's.
+# Count of numbers or shards from which memory is not allocated on the word of the root alone, which may be forged.
 MANY = 1 << 24
-# Shards that many of them may be of, for each file that is there.
+# Most expected shards per existing file, above MANY.
 _SPARSE = 100
 
 
 class ShardFiles:
-    """The shards of one array. It keeps no map: each lives as long as the tensor that is handed out.
+    """The shards of one array: open, check and map them. A mapping lives as long as the tensor returned.
 
     Args:
         path: the store.
         manifest: what the store says of itself.
         array: a site, or `tokens`, `flags` or `sequences`.
-        rows: rows (tokens, or sequences) that count.
+        rows: committed rows (tokens, or sequences).
         wait: called with (slot, block) before a shard is opened; a cache that is being written blocks there
             until the shard is in place.
-        remote: what has the store's shards, where they are in a bucket; `path` is its folder then.
-        fresh: read from the bucket even what is here.
+        remote: the mirror of a store in a bucket, whose folder is `path`; None for a local store.
+        fresh: read from the bucket even if the shard is cached.
 
     Raises:
         LinkError: the array's folder is a symbolic link.
@@ -146,20 +146,20 @@ class ShardFiles:
         self._path, self._manifest, self.array, self._wait = path, manifest, array, wait
         self.remote, self._fresh = remote, fresh
         self._full = Layout(self.spec, self.spec.shard_rows)
-        # What was checked: a file that is the same as then need not be again.
+        # Identities of the files whose headers were checked, to check them only once.
         self._met: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def key(self, slot: int, block: int) -> str:
-        """Name a shard."""
+        """The file name of a shard."""
         return self._manifest.shard_key(self.array, block, slot)
 
     def where(self, slot: int, block: int) -> str:
-        """Say where a shard is, for people."""
+        """Path or URL of a shard, for messages."""
         key = self.key(slot, block)
         return str(self._path / self.array / key) if self.remote is None else self.remote.where(self.array, key)
 
     def bring(self, slot: int, block: int) -> Path:
-        """Give a shard's path, once it is in place: of a store in a bucket, once it is here. Errors as `open_file`."""
+        """Path of a shard's file; blocks until it is written or, from a bucket, fetched. Errors as `open_file`."""
         if self.remote is not None:
             return self.remote.fetch(self.array, self.key(slot, block), partial(self.check, slot, block))
         if self._wait is not None:
@@ -167,28 +167,28 @@ class ShardFiles:
         return self._path / self.array / self.key(slot, block)
 
     def check(self, slot: int, block: int, head: bytes, size: int) -> Layout:
-        """Check a shard's header and size, and give its layout. Raises CorruptError."""
+        """Check a shard's header and size. Its layout. Raises CorruptError."""
         where = self.where(slot, block)
         expected = self.spec.rows_in_block(block, self.rows)
         likely = self._full if expected == self.spec.shard_rows else Layout(self.spec, expected)
         metadata = self._manifest.shard_metadata(self.array, block, slot)
         layout = parse_header(self.spec, head, size, metadata, where=where, likely=likely)
-        # What grows may be ahead of the commit after a crash, never behind it.
+        # After a crash, a grown store's shard may have more rows than were committed, never fewer.
         exact = self._manifest.kind == "planned" and self.array in self._manifest.sites
         if layout.rows < expected or (exact and layout.rows != expected):
             raise CorruptError(f"{where} has {layout.rows} rows, the store counts {expected}: set it aside")
         return layout
 
     def open_file(self, slot: int, block: int, *, direct: bool = False) -> tuple[int, FileStatus]:
-        """Open one shard's file, checked, and give its descriptor, which is the caller's to close, and its status.
+        """Open and check one shard's file. Its descriptor, which the caller must close, and its status.
 
-        Beside a busy thread the first time takes two turns of the interpreter's lock, and each later one none. What is
-        in a bucket is brought here first.
+        The first open releases the GIL twice; later ones keep the GIL (see system/threads.py). A shard in a bucket is
+        fetched first.
 
         Raises:
-            IncompleteError: the shard is not there.
-            CorruptError: it is not what belongs there.
-            OSError: `direct` was asked for, and the file system has no direct reads.
+            IncompleteError: the shard does not exist.
+            CorruptError: it is damaged, or another shard.
+            OSError: `direct` was requested, and the file system has no direct reads.
             AccessError, RemoteError, DiskFullError: of a store in a bucket, as `Mirror.fetch`.
         """
         return self._brought(slot, block, partial(self._open_checked, slot, block, direct))
@@ -210,20 +210,20 @@ class ShardFiles:
         return open_file(file, what=what, direct=direct, known=(slot, block) in self._met)
 
     def _brought(self, slot: int, block: int, use: Callable[[Path], T]) -> T:
-        """Use a shard's file, once it is in place; of a store in a bucket as `Mirror.use`."""
+        """The result of `use` on a shard's file, once that is in place; for a store in a bucket as `Mirror.use`."""
         if self.remote is None:
             return use(self.bring(slot, block))
         return self.remote.use(self.array, self.key(slot, block), partial(self.check, slot, block), use)
 
     def count(self) -> int:
-        """Count the shards that are there, from one listing."""
+        """The number of shards that exist, from one listing."""
         return count_shards(self._path, self._manifest, self.array, self.rows)
 
     def present(self) -> np.ndarray:
-        """Tell which shards are there: `[slots, blocks]` bool, from one listing; `in_order` names them.
+        """Which shards exist: `[slots, blocks]` bool, from one listing; `in_order` iterates over them.
 
         Raises:
-            IncompleteError: the root counts so many that hardly any of them can be there.
+            IncompleteError: the root counts so many shards that hardly any of them can exist.
         """
         shards = self.spec.blocks(self.rows) * len(self._manifest.slots(self.array))
         if shards >= MANY and shards > MANY + _SPARSE * (files := count_names(self._path / self.array)):
@@ -234,19 +234,19 @@ class ShardFiles:
         return present_shards(self._path, self._manifest, self.array, self.rows)
 
     def believe(self, numbers: int, slot: int, position: int) -> None:
-        """Before memory is taken for many numbers: look whether the shard of the first row is what the root says.
+        """Before a large allocation, check the header of the first row's shard.
 
-        A root may claim widths and layers that no file has. Errors as `open_file`.
+        Guards against a root with forged widths and layers. Errors as `open_file`.
         """
         if numbers >= MANY:
             slot = slot if self._manifest.layout == "layer" else 0
             self.open_layout(slot, position // self.spec.shard_rows)[0].close()
 
     def believe_rows(self, start: int, stop: int) -> None:
-        """Before memory is taken for something of each of some rows: look whether there are files for as many.
+        """Before an allocation for rows `start` to `stop`, check that the folder has files for as many.
 
         Raises:
-            IncompleteError: there are fewer.
+            IncompleteError: there are fewer files.
         """
         files = count_names(self._path / self.array)
         blocks = self.spec.blocks(stop) - start // self.spec.shard_rows
@@ -259,10 +259,10 @@ class ShardFiles:
     def open_layout(
         self, slot: int, block: int, *, direct: bool = False, scattered: bool = False
     ) -> tuple[ShardBytes, Layout]:
-        """Open one shard for reading pieces, checked, and say where everything is in it; its header is read each time.
+        """Open and check one shard for reading ranges. The open shard, which the caller must close, and its layout.
 
-        Of a store in a bucket, pieces of a site's shard come from there where it is not here; other arrays are small,
-        and brought here. What is opened is the caller's to close. `scattered`: little of it will be read.
+        Its header is read each time. From a bucket, ranges of a site's shard are read remotely if it is not cached;
+        other arrays are small, and fetched. `scattered`: little of it will be read.
 
         Raises:
             IncompleteError, CorruptError, OSError: as `open_file`.
@@ -286,29 +286,29 @@ class ShardFiles:
         return self._brought(slot, block, of_file)
 
     def _stays_there(self, remote: Mirror, slot: int, block: int) -> bool:
-        """Tell whether a shard is read from the bucket by the piece."""
+        """Whether ranges of a shard are read from the bucket."""
         size = Layout(self.spec, self.spec.rows_in_block(block, self.rows)).size
         if self._fresh or size > remote.cache.most_bytes:
             return True
         return self.array not in RESERVED and not self.is_here(slot, block)
 
     def is_here(self, slot: int, block: int) -> bool:
-        """Whether a shard of a store in a bucket is here; one that turns out to be damaged goes."""
+        """Whether a shard is cached (a damaged copy is removed); True for a local store."""
         if self.remote is None:
             return True
         return self.remote.find(self.array, self.key(slot, block), partial(self.check, slot, block)) is not None
 
     def _mapped(self, slot: int, block: int, file: Path) -> tuple[np.ndarray, Layout]:
-        """Map a shard's file and check its header and size: `[bytes]` uint8, and where things are in it."""
+        """Map a shard's file, and check its header and size. Its bytes `[bytes]` uint8, and its layout."""
         pages = map_file(file, what=f"shard {self.key(slot, block)} of {self.array}")
         return pages, self.check(slot, block, pages[:HEADER_BYTES].tobytes(), len(pages))
 
     def open(self, slot: int, block: int) -> torch.Tensor:
-        """Map one shard: `[rows, *row_shape]`, only those rows that count. It must only be read.
+        """The committed rows of one shard, mapped: `[rows, *row_shape]`, read-only.
 
         Raises:
-            IncompleteError: the shard is not there.
-            CorruptError: it is not what belongs there.
+            IncompleteError: the shard does not exist.
+            CorruptError: it is damaged, or another shard.
         """
         return self._rows(self._brought(slot, block, partial(self._mapped, slot, block))[0], block)
 
@@ -319,10 +319,9 @@ class ShardFiles:
 
 
 class ShardFolder(ShardFiles):
-    """The shards of one array. Made as `ShardFiles`.
+    """The shards of one array, with checksums of what is read. Constructed as `ShardFiles`.
 
-    Where the copy of a bucket's shard turns out to be damaged, it goes, and is fetched again: an error that names the
-    object means that what was just fetched is damaged.
+    A damaged copy of a shard in a bucket is removed and fetched again once.
     """
 
     def _bad_chunk(self, slot: int, block: int, number: int) -> CorruptError:
@@ -335,9 +334,9 @@ class ShardFolder(ShardFiles):
     def _opened(
         self, slot: int, block: int, *, scattered: bool = False, last: bool
     ) -> Iterator[tuple[ShardBytes, Layout]]:
-        """Open a shard for reading pieces. A copy of a bucket's in which something is damaged goes, and that is all.
+        """Open a shard for reading ranges. A CorruptError of a cached copy removes the copy, and is suppressed.
 
-        With `last`, when it was fetched again already, that is an error.
+        With `last`, after it was fetched again, it is raised.
         """
         shard, layout = self.open_layout(slot, block, scattered=scattered)
         try:
@@ -352,7 +351,7 @@ class ShardFolder(ShardFiles):
             shard.close()
 
     def reading(self, slot: int, block: int, read: Callable[[ShardBytes, Layout], T], *, scattered: bool = False) -> T:
-        """What is read of one shard, which is open as long as that takes.
+        """The result of `read` on one open shard.
 
         Args:
             slot: which shard,
@@ -369,9 +368,9 @@ class ShardFolder(ShardFiles):
         raise AssertionError("the last time, an error is raised")
 
     def chunks(self, slot: int, block: int, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Read inner chunks of one shard, each as its number and `[bytes]` uint8, once its checksum was compared.
+        """(number, `[bytes]` uint8) of inner chunks of one shard, checksums compared.
 
-        Nothing is mapped: a file that is cut short meanwhile is an error, and does not end the process.
+        Read, not mapped: a file that is truncated meanwhile raises, instead of killing the process.
 
         Raises:
             IncompleteError, CorruptError: as `open_file`; a checksum differs, or the file ends before it should.
@@ -418,7 +417,7 @@ class ShardFolder(ShardFiles):
         return self._rows(pages, block)
 
     def read_through(self, slot: int, start: int, stop: int) -> None:
-        """Read rows from `start` to `stop` for nothing but their being in the page cache afterwards.
+        """Read rows `start` to `stop` into the page cache; blocks until then.
 
         Raises:
             IncompleteError, CorruptError: as `open_file`.
@@ -433,9 +432,9 @@ class ShardFolder(ShardFiles):
                 close_read(fd)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Read rows into memory of the caller's own, checksums compared: `[stop - start, *row_shape]`.
+        """Rows `start` to `stop`, checksums compared: `[stop - start, *row_shape]`, in memory that the caller owns.
 
-        For arrays that have one shard a block: `tokens`, `flags` and `sequences`.
+        For arrays with one shard per block: `tokens`, `flags` and `sequences`.
         """
         self.believe_rows(start, stop)
         spec = self.spec

@@ -1,4 +1,4 @@
-"""The tokenizer, kept in a store as its own JSON: a store explains itself wherever it is.
+"""The tokenizer that a store keeps as JSON, so that its tokens can be decoded on any machine.
 
 `tokenizer/tokenizer.json` is what Hugging Face's `tokenizers` reads. Its bytes are pinned by the tokenizer's digest,
 which is in the root, in the store's identity.
@@ -34,37 +34,37 @@ __all__ = [
 ]
 
 TOKENIZER = f"{TOKENIZER_FOLDER}/tokenizer.json"
-# The largest vocabularies of today take 35 MB.
+# Today's largest tokenizers take 35 MB.
 _LIMIT = 1 << 28
-# How it comes back, where no plan makes it and where one does.
+# How to restore the file: in a store without a plan, and in a planned one.
 _AGAIN = ("put back the file that was there", "run the same `mmcache extract` again, or restore it")
 
 
 def tokenizer_text(tokenizer: Any) -> str | None:
-    """Give a tokenizer's own JSON; None for one that is Python code."""
+    """A tokenizer's JSON; None for one implemented in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else backend.to_str()
 
 
 def tokenizer_digest(text: str, special: Sequence[int]) -> str:
-    """Hash what a tokenizer does, and which of its ids are special, in order."""
+    """Digest of a tokenizer's text and its special ids, in order."""
     return hashlib.sha256(f"{text}\n{json.dumps(list(special))}".encode()).hexdigest()
 
 
 def tokenizer_identity(tokenizer: Any, special: Sequence[int]) -> str:
-    """Hash of what a tokenizer does: its own JSON where it has one, its vocabulary otherwise; and the special ids."""
+    """Digest of a tokenizer: its JSON, or its vocabulary if it has none; and the special ids."""
     text = tokenizer_text(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
     return tokenizer_digest(text, special)
 
 
 def tokenizer_source(tokenizer: Any) -> dict[str, int]:
-    """What a store's `source` says of the file that keeps its tokenizer; empty where `save_tokenizer` writes none."""
+    """The entry of a store's `source` for its tokenizer file; empty if `save_tokenizer` writes none."""
     text = tokenizer_text(tokenizer)
     return {} if text is None else {"tokenizer_bytes": len(text.encode())}
 
 
 def save_tokenizer(path: Path, tokenizer: Any, *, durable: bool = True) -> None:
-    """Keep a tokenizer in a store, if it has a JSON; blocks until it is written, and durable where that is asked."""
+    """Write a tokenizer into a store, if it has JSON; blocks until it is written and, if `durable`, synced."""
     text = tokenizer_text(tokenizer)
     if text is None:
         return
@@ -74,16 +74,19 @@ def save_tokenizer(path: Path, tokenizer: Any, *, durable: bool = True) -> None:
 
 
 def restore_tokenizer(path: Path, manifest: Manifest, tokenizer: Any) -> None:
-    """Keep it again where it is gone, as after a repair; the plan's identity says that it is the same one."""
+    """Write a planned store's tokenizer file again if it is missing, as after a repair.
+
+    The plan's identity ensures that the tokenizer is the same.
+    """
     if "tokenizer_bytes" in manifest.source and Path(TOKENIZER).name not in list_names(path / TOKENIZER_FOLDER):
         save_tokenizer(path, tokenizer)
 
 
 def read_tokenizer(path: Path, manifest: Manifest) -> str | None:
-    """Read the tokenizer that a store keeps, its digest compared; None if it keeps none.
+    """The JSON of a store's tokenizer, its digest compared; None if the store keeps none.
 
     Raises:
-        StoreNotFoundError: the store says that it keeps one, and it is not there.
+        StoreNotFoundError: the root names a tokenizer file, but it is missing.
         CorruptError: it is damaged.
     """
     size, identity = manifest.source.get("tokenizer_bytes"), manifest.source.get("identity")

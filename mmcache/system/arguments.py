@@ -1,10 +1,10 @@
-"""Arguments of the public functions: what each may be, checked before anything is done with it.
+"""Checks of the arguments of public functions, run before the function does anything.
 
     @public(path=a_folder, layers=optional(layer_numbers), batch_size=count(1))
     def function(path, *, layers=None, batch_size=8): ...
 
-A check takes the argument's name and its value, and returns what the function gets in its place. What is left to its
-default is not checked. What the system refuses inside of the function is one of our errors as well.
+A check takes the argument's name and value, and returns the value that the function gets instead. Defaults are not
+checked. An OSError inside the function is raised as one of our errors.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Check: TypeAlias = Callable[[str, Any], Any]
 
-# Bytes of a name and of a path that Linux takes.
+# The longest file name and path on Linux, in bytes.
 _NAME, _PATH = 255, 4095
-# Numbers of a list that is kept in a root, or asked for at once; no model has as many layers.
+# The longest list that is kept in a root or passed in one call; no model has as many layers.
 _MOST = 1 << 20
 _LARGEST = 2**63 - 1
-# What is raised as it is.
+# OSErrors that are raised unchanged.
 _NOT_OURS = (MmcacheError, ConnectionError, TimeoutError, InterruptedError, ChildProcessError)
 
 
 def shown(value: object) -> str:
-    """A value in an error's text, cut short."""
+    """The value as text for an error message, truncated to 98 characters if it has more than 100."""
     try:
         text = repr(value)
     except ValueError:
-        # Of numbers with thousands of digits Python writes none.
+        # Python refuses to print integers with thousands of digits.
         text = f"a {type(value).__name__} too long to be written"
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 def outside() -> int:
-    """The `stacklevel` by which a warning names the line that called this package."""
+    """The `stacklevel` with which a warning names the line that called this package."""
     level, frame = 1, inspect.currentframe()
     frame = None if frame is None else frame.f_back
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
@@ -81,7 +81,7 @@ def outside() -> int:
 
 
 def public(**checks: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A decorator that checks arguments, and lets no OSError out that is not one of ours."""
+    """A decorator that checks arguments and turns an OSError of the system into one of our errors."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         places = {name: at for at, name in enumerate(inspect.signature(function).parameters)}
@@ -100,7 +100,7 @@ def public(**checks: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
             try:
                 return function(*given, **kwargs)
             except OSError as error:
-                # One without a number is not the system's: a callback of the caller's has raised it, or a network.
+                # Without an errno it is not the system's: a callback of the caller or a network library raised it.
                 if isinstance(error, _NOT_OURS) or error.errno is None:
                     raise
                 raise our_error(error) from error
@@ -111,17 +111,17 @@ def public(**checks: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def optional(check: Check) -> Check:
-    """A check that lets None pass."""
+    """A check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def either(word: str, check: Check) -> Check:
-    """A check that lets one word pass."""
+    """A check that also accepts one word."""
     return lambda name, value: value if isinstance(value, str) and value == word else check(name, value)
 
 
 def a_path(name: str, value: Any) -> Any:
-    """A path, or an address of object storage."""
+    """A path, or an object storage URL."""
     try:
         text = os.fspath(value)
         encoded = os.fsencode(text)
@@ -158,7 +158,7 @@ def a_name(name: str, value: Any) -> str:
     """A text."""
     text: str | None = value if isinstance(value, str) else None
     try:
-        # A half of a character, which no file and no tokenizer takes.
+        # Fails on a lone surrogate, which no file name and no tokenizer accepts.
         (text or "").encode()
     except UnicodeError:
         text = None
@@ -168,21 +168,21 @@ def a_name(name: str, value: Any) -> str:
 
 
 def a_callable(name: str, value: Any) -> Any:
-    """Something to be called."""
+    """A callable."""
     if not callable(value):
         raise ArgumentError(f"{name} is {shown(value)}: expected a function")
     return value
 
 
 def a_tokenizer(name: str, value: Any) -> Any:
-    """A Hugging Face tokenizer, as an argument."""
+    """A Hugging Face tokenizer."""
     if not (callable(value) and hasattr(value, "all_special_ids")):
         raise ArgumentError(f"{name} is {shown(value)}: expected a Hugging Face tokenizer")
     return value
 
 
 def instance(kind: type, source: str) -> Check:
-    """A check for an object of ours, which `source` gives."""
+    """A check for an object of a class of ours; `source` names the function that returns one."""
 
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, kind):
@@ -210,7 +210,7 @@ def _bounds(least: int, most: int) -> str:
 
 
 def count(least: int, most: int = _LARGEST) -> Callable[[str, Any], int]:
-    """A check for a whole number of any kind, which becomes an int; True and False are none."""
+    """A check for an integer of any type, converted to int; True and False are refused."""
 
     def check(name: str, value: Any) -> int:
         try:
@@ -228,8 +228,8 @@ def count(least: int, most: int = _LARGEST) -> Callable[[str, Any], int]:
 
 
 def a_list(name: str, value: Any, what: str = "values") -> list[Any]:
-    """Any list that is not too long."""
-    # A mapping's keys, and the letters of a text, are not meant.
+    """A list made from any iterable of at most 2^20 values."""
+    # Strings and mappings can be iterated over too, but are a mistake here.
     given = None if isinstance(value, str | bytes | Mapping) else value
     try:
         found = list(itertools.islice(given, _MOST + 1))  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ def a_list(name: str, value: Any, what: str = "values") -> list[Any]:
 
 
 def whole_numbers(least: int, most: int) -> Check:
-    """A check for a list of whole numbers of any kind, which becomes a tuple of ints."""
+    """A check for a list of integers of any type, converted to a tuple of ints."""
     number = count(least, most)
 
     def check(name: str, value: Any) -> tuple[int, ...]:
@@ -250,15 +250,15 @@ def whole_numbers(least: int, most: int) -> Check:
     return check
 
 
-# A position or an index, which counts from the end where it is negative.
+# A position or index; a negative one counts from the end.
 an_index = count(-_LARGEST)
-# The model's own numbers of layers, and ids of tokens, as they are stored.
+# Layer numbers of the model, and token ids: both are stored as int32.
 layer_numbers = whole_numbers(-(2**31), 2**31 - 1)
 token_ids = whole_numbers(0, 2**31 - 1)
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:
-    """A list of names, such as those of sites; one name alone is none."""
+    """A tuple of names, such as those of sites; a single string is refused."""
     if isinstance(value, str):
         raise ArgumentError(f"{name} is the string {shown(value)}: expected a list of names, [{shown(value)}]")
     return tuple(a_name(f"{name}[{at}]", one) for at, one in enumerate(a_list(name, value, "names")))
@@ -276,9 +276,9 @@ def _device(device: Any) -> Any:
 
 
 def a_device(name: str, value: Any) -> Any:
-    """A device that torch knows, and that is there: a `torch.device`."""
+    """The `torch.device`, which must exist on this machine."""
     try:
-        # True is no number, though torch takes it for one.
+        # torch would accept True as device 1.
         return _device(repr(value) if isinstance(value, bool) else value)
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:200]

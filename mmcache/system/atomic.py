@@ -1,8 +1,8 @@
-"""Files that are written whole and durable under their own names, one by one or several together, or not there.
+"""Files that appear atomically under their final names, once they are complete and durable.
 
-A file is written under a temporary name, made durable, renamed to its own name, and its folder made durable: a name
-that can be seen is a file that is whole. Linux is where this is fast; what another system or file system refuses
-(O_DIRECT, RWF_DONTCACHE, preallocation) is probed and done without.
+A file is written under a temporary name, synced and renamed, and its folder is synced: a file that is visible under its
+final name is complete. This is fastest on Linux. Features that a system or file system lacks (O_DIRECT, RWF_DONTCACHE,
+preallocation) are probed, and not used there.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
 __all__ = ["AtomicFile", "publish", "publish_all", "remove_drafts"]
 
 _DRAFT = ".tmp"
-# The sealed file's mode, less what the umask forbids: a zarr writer that touched a shard would re-encode it, and lose
-# the header.
+# Mode of a sealed file, less what the umask forbids. Read-only, since a zarr writer would re-encode a shard that it
+# changes, and lose the header.
 _SEALED = 0o444
-# RWF_DONTCACHE (Linux 6.14): written through the page cache, and dropped from it; Python has no name for it.
+# RWF_DONTCACHE (Linux 6.14): written through the page cache, then dropped from it; Python has no name for it.
 _DONT_CACHE = 0x80
 
 
 def remove_drafts(root: Path, folder: str = "") -> list[str]:
-    """Remove what writers that died left half-written in a folder; the names of the files that live ones are writing.
+    """Remove dead writers' temporary files from a folder. The final names of the files that live ones are writing.
 
     Raises:
-        LinkError: The folder, or one that it is in, is a symbolic link; the root may be.
+        LinkError: The folder, or one between it and the root, is a symbolic link; the root may be one.
     """
     alive = []
-    # What is removed while the folder is read may or may not be met, and the others are met once.
+    # Removing while listing is safe: readdir returns each remaining name exactly once.
     names = itertools.chain.from_iterable(name_batches(root / folder))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened_folder(root, folder) as opened:
         for name in (name for name in names if name.startswith(".") and name.endswith(_DRAFT)):
-            # Whatever cannot be locked or removed is only litter, and no reason to stop.
+            # A file that cannot be locked or removed does no harm.
             with contextlib.suppress(OSError):
                 fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | NO_FOLLOW, dir_fd=opened)
                 try:
-                    # Shared: NFS gives an exclusive lock only to those who may write, and a draft may be sealed.
+                    # Shared: on NFS an exclusive lock needs write access, and a draft may already be read-only.
                     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     os.unlink(name, dir_fd=opened)
                 except BlockingIOError:
@@ -64,27 +64,27 @@ def remove_drafts(root: Path, folder: str = "") -> list[str]:
 
 
 class AtomicFile:
-    """A file that is being written, and is not yet there under its own name.
+    """A file that is being written under a temporary name, and gets its final name in `publish`.
 
-    Parts that lie apart may be written by several threads; all else is for one at a time. The draft holds a lock on
-    its temporary file, by which `remove_drafts` tells live writers from dead ones.
+    Several threads may write ranges that do not overlap; all else is for one thread at a time. The object holds a lock
+    on its temporary file, by which `remove_drafts` distinguishes live writers from dead ones.
 
     Args:
-        root: the folder from which on no link is followed.
-        name: the final name from there, parts with slashes between them.
-        reserve: bytes to allocate at once, so that a full disk is met now; 0 to allocate as it grows.
+        root: the folder below which no link is followed.
+        name: the final name relative to it, with slashes.
+        reserve: bytes to allocate now, so that a full disk fails early; 0 to allocate as the file grows.
 
     Raises:
         LinkError: The file's folder, or one between it and the root, is a symbolic link.
     """
 
     _temporary: str
-    _maker = 0  # the process that may have made the temporary file, which is still there
+    _maker = 0  # pid of the process whose temporary file may exist; 0 for none
 
     def __init__(self, root: Path, name: str, *, reserve: int = 0) -> None:
         self._root, self._name, self.path = root, name, root / name
         self._direct_fd = self._fd = -1
-        # Whether to try writes past the page cache; else, whether to try such as do not stay in it.
+        # Whether to try O_DIRECT; and where that is refused, RWF_DONTCACHE.
         self._direct, self._uncached, self._opening = bool(O_DIRECT), LINUX, threading.Lock()
         with explained(self.path, "starting the file", reserve):
             try:
@@ -96,10 +96,10 @@ class AtomicFile:
                 raise
 
     def _create(self) -> bool:
-        """Make the temporary file, and lock it; False if `remove_drafts` took it for a dead one's in between."""
+        """Create the temporary file and lock it; False if `remove_drafts` removed it before it was locked."""
         with opened_parent(self._root, self._name) as (folder, last):
             self._temporary = f".{last}.{secrets.token_hex(8)}{_DRAFT}"
-            # Before it is there: an interrupt may come between the system's making it and our knowing so.
+            # Set first: an interrupt may come right after the file is created.
             self._maker = os.getpid()
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder)
             with contextlib.suppress(BlockingIOError):
@@ -123,8 +123,8 @@ class AtomicFile:
         Args:
             data: what to write.
             offset: where to.
-            direct: past the page cache where the file system lets us, in whole pages, if the memory is as far into a
-                page as the offset; else so that it does not stay there, where the system knows how.
+            direct: write whole pages past the page cache, if the file system allows it and the memory's address modulo
+                the page size equals the offset's; otherwise with RWF_DONTCACHE where the kernel has it.
         """
         view = data.data
         head = pages = 0
@@ -141,7 +141,7 @@ class AtomicFile:
             self._write_all(self._fd, view[rest:], offset + rest)
 
     def _write_directly(self, view: memoryview, offset: int) -> bool:
-        """Write whole pages past the page cache; False where that is refused."""
+        """Write whole pages with O_DIRECT; False where that is refused."""
         with self._opening:
             if self._direct and self._direct_fd < 0:
                 try:
@@ -155,13 +155,13 @@ class AtomicFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # Opened, but not written, directly: some file systems want larger sectors. Others may be at it still.
+            # Some file systems allow the open but need larger sectors. Not closed: other threads may be writing.
             self._direct = False
             return False
         return True
 
     def _open_again(self, flags: int) -> int:
-        """Open the temporary file a second time: the very file, and not what somebody put in its place."""
+        """Open the temporary file a second time, and check that it is still the same file."""
         with opened_parent(self._root, self._name) as (folder, _):
             fd = os.open(self._temporary, flags | NO_FOLLOW, dir_fd=folder)
         if os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
@@ -170,13 +170,13 @@ class AtomicFile:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._temporary)
 
     def _write_uncached(self, view: memoryview, offset: int) -> int:
-        """Write as much as the system takes without keeping it in the page cache; give how many bytes that was."""
+        """Write with RWF_DONTCACHE as far as the system accepts it. The number of bytes written."""
         done = 0
         try:
             while self._uncached and done < len(view):
                 some = os.pwritev(self._fd, [view[done:]], offset + done, _DONT_CACHE)
                 if not some:
-                    break  # which the ordinary way finds out too
+                    break  # the ordinary write that follows reports it
                 done += some
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
@@ -193,14 +193,14 @@ class AtomicFile:
             view, offset = view[written:], offset + written
 
     def publish(self, size: int, *, durable: bool = True) -> None:
-        """Give the file exactly `size` bytes, make it durable, seal it, and rename it to its own name.
+        """Truncate the file to `size` bytes, make it read-only, sync it if `durable`, and rename it to its final name.
 
         Blocks until the bytes are on the device (the name becomes durable with `sync_folder`). A failed sync
-        is never tried again on the same file: the system may have dropped the bytes.
+        is never retried on the same file: the system may have dropped the bytes.
         """
         with explained(self.path, "making the file durable", size):
             os.ftruncate(self._fd, size)
-            # The file was made with what the umask, or the folder's default ACL, allows: no more than that.
+            # No more than the umask or the folder's default ACL allowed when the file was created.
             os.fchmod(self._fd, _SEALED & os.fstat(self._fd).st_mode)
             if durable:
                 os.fsync(self._fd)
@@ -210,16 +210,16 @@ class AtomicFile:
         self._close()
 
     def discard(self) -> None:
-        """Remove the draft; what is under the final name stays as it is. Safe to call twice."""
+        """Remove the temporary file; a file under the final name is not touched. Safe to call twice."""
         if self._maker:
-            # What cannot be removed is litter; saying so would hide why the draft is given up.
+            # An error here would hide the reason for the discard.
             with contextlib.suppress(OSError, CorruptError), opened_parent(self._root, self._name) as (folder, _):
                 os.unlink(self._temporary, dir_fd=folder)
             self._maker = 0
         self._close()
 
     def __del__(self) -> None:
-        # An interrupt may come before the draft is kept anywhere. A forked process only has a copy.
+        # For an interrupt that comes before the caller has a reference. A forked process has only a copy.
         if self._maker and self._maker == os.getpid():
             self.discard()
 
@@ -231,7 +231,7 @@ class AtomicFile:
 
 
 def publish(root: Path, name: str, data: bytes, *, durable: bool = True) -> None:
-    """Put a small file in place, whole or not at all, and make it and its name durable; blocks until then.
+    """Write a small file atomically, and make it and its name durable unless `durable` is False; blocks until then.
 
     Arguments and errors as `AtomicFile`.
     """
@@ -247,14 +247,13 @@ def publish(root: Path, name: str, data: bytes, *, durable: bool = True) -> None
 
 
 def publish_all(root: Path, contents: Mapping[str, bytes]) -> None:
-    """Put small files in place, and make them, their names and their folders durable; blocks until then.
+    """Write small files, and make them, their names and their folders durable; blocks until then.
 
-    Each is there whole or not at all, and the first ones are where a later one fails. Folders are made where there
-    are none.
+    Each file is atomic, the group is not: if one fails, the earlier ones stay. Missing folders are created.
 
     Args:
-        root: the folder from which on no link is followed.
-        contents: the files, by their names from there.
+        root: the folder below which no link is followed.
+        contents: the files' bytes by name, relative to the root.
 
     Raises:
         LinkError: A folder below the root is a symbolic link.

@@ -1,4 +1,4 @@
-"""A folder that is being filled, and is not yet there under its own name: an export, whole or not at all."""
+"""A folder that is filled under a temporary name and appears atomically under its final one: for exports."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ __all__ = ["AtomicFolder"]
 
 _SUFFIX = ".tmp"
 _PIECE_BYTES = 16 << 20
-# Another file system, one without links, somebody else's file, too many links: then a copy does it.
+# Another file system, no hard links, another user's file, too many links: the file is copied instead.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class AtomicFolder:
-    """A folder beside `target`, which `publish` gives that name. Left without that, it is removed with all in it.
+    """A temporary folder beside `target`; `publish` renames it to that. A context: without `publish`, it is removed.
 
-    It is locked while its maker lives; those of dead makers are removed by the next one for the same target.
+    It is locked while its process lives. Folders of dead processes are removed when the next one with the same target
+    is entered.
 
     Raises:
-        StoreExistsError: there is something at `target`.
-        WriteError: the folder cannot be made.
+        StoreExistsError: `target` exists.
+        WriteError: the folder cannot be created.
     """
 
     def __init__(self, target: Path) -> None:
@@ -63,12 +64,12 @@ class AtomicFolder:
             )
 
     def _create(self) -> bool:
-        """Make the folder, and lock it; False if another maker took it for a dead one's in between."""
+        """Create the folder and lock it; False if another process removed it before it was locked."""
         self.path = self.target.with_name(f".{self.target.name}.{secrets.token_hex(8)}{_SUFFIX}")
         self.path.mkdir()
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(OSError):
-            # Some network file systems lock no folders; then nobody else takes it for a dead one's either.
+            # Some network file systems cannot lock folders; no other process can lock and remove it there either.
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if self.path.exists():
             return True
@@ -80,7 +81,7 @@ class AtomicFolder:
             if not (name.startswith(f".{self.target.name}.") and name.endswith(_SUFFIX)):
                 continue
             path = self.target.with_name(name)
-            # What cannot be locked is somebody's, or only litter.
+            # A folder that cannot be locked is in use, or does no harm.
             with contextlib.suppress(OSError):
                 fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
                 try:
@@ -94,7 +95,7 @@ class AtomicFolder:
         self._fd = -1
 
     def link(self, source: Path, name: str) -> bool:
-        """Give a durable file a second name in the folder; False where that cannot be done."""
+        """Hard-link a durable file into the folder; False where that is not possible."""
         with explained(self.path / name, "linking the file"):
             try:
                 os.link(source, self.path / name, follow_symlinks=False)
@@ -107,7 +108,7 @@ class AtomicFolder:
         return True
 
     def unlink(self, name: str) -> None:
-        """Take a link back."""
+        """Remove a link that `link` made."""
         self.files -= 1
         self.linked_bytes -= (self.path / name).lstat().st_size
         (self.path / name).unlink()
@@ -127,7 +128,7 @@ class AtomicFolder:
 
     @contextlib.contextmanager
     def draft(self, name: str, size: int) -> Iterator[AtomicFile]:
-        """Write a file of `size` bytes, durable and sealed when the block ends."""
+        """A file of `size` bytes to write in the `with` body; durable and read-only when that ends."""
         draft = AtomicFile(self.path, name, reserve=size)
         try:
             yield draft
@@ -139,7 +140,7 @@ class AtomicFolder:
         self.written_bytes += size
 
     def publish(self) -> None:
-        """Make all names durable, and give the folder its own; blocks until that is durable too."""
+        """Sync all names, and rename the folder to `target`; blocks until that is durable too."""
         for folder in [*(path for path in self.path.iterdir() if path.is_dir()), self.path]:
             sync_folder(folder)
         self._check_free()

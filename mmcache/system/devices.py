@@ -1,4 +1,4 @@
-"""Between host memory and a device: pinned buffers, in pieces, so that a terabyte needs only megabytes of them."""
+"""Copies between host memory and a device, in pieces through small pinned buffers, and checks of tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PIECE_BYTES = 16 << 20
 
 
 def is_cpu(device: torch.device | str) -> bool:
-    """Tell whether a device is the host itself. Raises ArgumentError for one that is not there."""
+    """Whether a device is the CPU. Raises ArgumentError for one that does not exist."""
     return (device.__class__ is str and device == "cpu") or a_device("device", device).type == "cpu"
 
 
 def check_dense(tensor: object, what: str) -> None:
-    """Refuse what has no rows that could be copied.
+    """Check that `tensor` is a dense tensor with data; `what` names it in the error.
 
     Raises:
-        DtypeError: no tensor, a sparse one, or one of the meta device, which has no data.
+        DtypeError: it is no tensor, is sparse, or is on the meta device, which has no data.
     """
     if not isinstance(tensor, torch.Tensor):
         raise DtypeError(f"{what} is a {type(tensor).__name__}: expected a torch tensor")
@@ -37,11 +37,11 @@ def check_dense(tensor: object, what: str) -> None:
 
 
 def check_target(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Refuse what rows cannot be put into.
+    """Check that rows can be written into `out`.
 
     Raises:
         ShapeError, DtypeError: it is no tensor of that shape and dtype.
-        ArgumentError: it belongs to autograd, its elements share memory, or its memory cannot be written to.
+        ArgumentError: it requires grad, its elements overlap, or its memory is read-only.
     """
     check_dense(out, "out")
     if tuple(out.shape) != shape or out.dtype != dtype:
@@ -62,7 +62,7 @@ def check_target(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Whether elements may share memory: some dimension takes smaller steps than all that is within one of them."""
+    """Whether elements may share memory: some dimension's stride is no larger than the extent of the faster ones."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -73,10 +73,10 @@ def _overlaps(tensor: torch.Tensor) -> bool:
 
 
 def own_copy(rows: torch.Tensor, device: torch.device | str, *, non_blocking: bool = False) -> torch.Tensor:
-    """Copy host rows into memory of the caller's own, on any device.
+    """A copy of host rows on any device, in memory that the caller owns.
 
     Args:
-        rows: `[n, …]` on the host, at least one dimension; it is only read, before this returns.
+        rows: `[n, …]` on the host, at least one dimension; read before this returns, and never written.
         device: where the copy goes; to CUDA as in `fill_device`.
         non_blocking: as in `fill_device`.
     """
@@ -92,12 +92,12 @@ def own_copy(rows: torch.Tensor, device: torch.device | str, *, non_blocking: bo
 def fill_device(
     out: torch.Tensor, fill: Callable[[torch.Tensor, int, int], object], *, non_blocking: bool = False
 ) -> None:
-    """Fill CUDA memory with rows that come piece by piece, through two pinned buffers of 16 MiB.
+    """Fill CUDA memory piece by piece, through two pinned buffers of 16 MiB (or one row, if that is larger).
 
     Args:
         out: `[n, …]`, contiguous.
-        fill: called with a pinned piece `[m, …]` and the rows (from, to) that belong there; the copy of one piece is
-            under way while the next is filled.
+        fill: called as `fill(piece, start, stop)` to write rows `start` to `stop` into the pinned `piece` `[m, …]`;
+            the copy of one piece overlaps with filling the next.
         non_blocking: return when the last copy is queued on the current stream, not when it is done.
     """
     if not out.numel():
@@ -109,7 +109,7 @@ def fill_device(
         for number, start in enumerate(range(0, len(out), step)):
             stop, turn = min(start + step, len(out)), number % 2
             if number < 2:
-                # Torch's own pinned memory: it is not given to anyone else before the copies from it are done.
+                # torch's pinned allocator does not reuse this memory before the copies from it are done.
                 shape = (stop - start, *out.shape[1:])
                 buffers.append(torch.empty(shape, dtype=out.dtype, pin_memory=True))
                 events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]

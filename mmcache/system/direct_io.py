@@ -1,11 +1,11 @@
-"""Many small reads past the page cache, at the depth that keeps a device busy.
+"""Many small reads past the page cache (O_DIRECT), with a queue deep enough to keep the device busy.
 
-Small rows go through a ring whose memory stays in the processor's cache: measured, that is 1.2 to 1.5 times as fast as
-letting the device write each to where it is wanted. Large ones are written there: as fast, and the lock of Python is
-let go of only twice. Rows are read together where what lies between them costs less to read than another request.
+Small rows go through a ring that stays in the processor's cache: measured, 1.2 to 1.5 times as fast as direct reads
+into the target. Large rows are read into the target: as fast, and the GIL is released only twice. Neighbouring rows are
+read in one request where reading the gap between them is cheaper than another request.
 
-What several batches want of several sites is asked for in one go: each time that the lock is had back takes 5 ms beside
-a busy thread.
+Rows of several batches and sites are read in one call, so that the GIL is re-acquired less often (see
+system/threads.py).
 
 Source: Linux asynchronous I/O, io_submit(2) and io_getevents(2), on descriptors opened with O_DIRECT.
 """
@@ -47,18 +47,18 @@ __all__ = [
     "runs_of",
 ]
 
-# Tried in turn: a system has so many for all its processes together, 65,536 unless told otherwise (fs.aio-max-nr).
+# Tried in turn: all processes of a system share a limit, 65,536 by default (fs.aio-max-nr).
 _DEPTHS = (4096, 1024, 256)
-# A request carries its size, below 4 GiB, and its tag above that.
+# A request's data field: its size in the lower 32 bits, its tag in the upper ones.
 _TAG = np.uint64(32)
 _SIZE = np.uint64(2**32 - 1)
 
 
 class Queue:
-    """Asynchronous requests of one thread at a time. Use it as a context: nothing is in flight when that ends.
+    """Asynchronous requests, for one thread at a time. Use it as a context: no request is in flight after it.
 
-    A request that a failure or an interrupt leaves in flight would go on to write into memory that may be someone
-    else's by then: where the block is ended by one, the queue is closed, which waits for all of them.
+    A request left in flight by an error or interrupt could write into memory that is reused by then. So the queue is
+    closed in that case, which waits for all requests.
 
     Raises:
         OSError: the kernel has no asynchronous I/O, or none left.
@@ -70,7 +70,7 @@ class Queue:
         self.depth, self.in_flight, self._prepared = depth, 0, 0
         self._process = os.getpid()
         self._events = np.zeros(depth, EVENT)
-        # The kernel copies a request when it takes it, and is told of each by its first field.
+        # The kernel copies a request on submission, and returns its first field with the result.
         self._records = np.zeros(depth, IOCB)
         self._pointers = (self._records.ctypes.data + np.arange(depth) * IOCB.itemsize).astype(np.uint64)
         self._handle = aio_setup(depth)
@@ -83,7 +83,7 @@ class Queue:
     def prepare(
         self, opcode: int, fds: np.ndarray, addresses: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, tag: int = 0
     ) -> None:
-        """Put requests down, all of the same opcode (READ or WRITE), `[n]` int64 each, `n` at most what is free."""
+        """Prepare `n` <= `free` requests of one opcode (READ or WRITE), `[n]` int64 each, for the next `submit`."""
         these = self._records[self._prepared : self._prepared + len(sizes)]
         self._prepared += len(sizes)
         for some in pieces(len(sizes), len(sizes)):
@@ -96,9 +96,9 @@ class Queue:
             part["offset"] = offsets[some]
 
     def submit(self) -> None:
-        """Submit all that was prepared, in one call of the system.
+        """Submit all prepared requests, in one system call if the kernel accepts them at once.
 
-        Blocks while the device's own queue is full. The memory must stay until they are reaped.
+        Blocks while the device's queue is full. Their memory must stay valid until they are reaped.
 
         Raises:
             OSError: the kernel refused.
@@ -112,10 +112,10 @@ class Queue:
             pointers = pointers[taken:]
 
     def reap(self, least: int) -> list[int]:
-        """Wait until at least `least` requests are done, and give the tags of those that are.
+        """Block until at least `least` requests are done. The tags of all that are.
 
         Raises:
-            OSError: one of them failed, or was cut short (EIO: the file ends before what was asked for).
+            OSError: one of them failed, or was short (EIO: the file ends before the requested range).
         """
         count = aio_reap(self._handle, least, self._events)
         self.in_flight -= count
@@ -134,7 +134,7 @@ class Queue:
 
     @property
     def closed(self) -> bool:
-        """Whether it can no longer be used: it was closed, or is another process's, of which this is a fork."""
+        """Whether it can no longer be used: it was closed, or belongs to the process that this one was forked from."""
         return not self._handle or self._process != os.getpid()
 
     def __enter__(self) -> Self:
@@ -146,14 +146,14 @@ class Queue:
             self.close()
 
     def close(self) -> None:
-        """Give the context back once everything in it is done, for which this waits. A fork has none to give."""
+        """Release the context; blocks until all its requests are done. Does nothing in a forked process."""
         handle, self._handle = self._handle, 0
         if handle and self._process == os.getpid():
             aio_destroy(handle)
 
 
 def deepest() -> Queue:
-    """Make the deepest queue that is to be had.
+    """A new queue, as deep as the system allows: 4096, 1024 or 256 requests.
 
     Raises:
         OSError: the kernel has no asynchronous I/O, or none left.
@@ -167,22 +167,22 @@ def deepest() -> Queue:
     return Queue(_DEPTHS[-1])
 
 
-# To read so much that is not wanted takes about as long as one more request: 14 us at 2.5 GB/s.
+# Reading a gap of this size takes about as long as one more request: 14 us at 2.5 GB/s.
 GAP_BYTES = 32 << 10
 # Long enough for the device's full rate, short enough that many are in flight.
 RUN_BYTES = 1 << 20
 
 
 class Source(Protocol):
-    """Where rows are read from: files of equally many rows, numbered through. Hashable."""
+    """Files to read rows from, each with places for equally many rows, numbered across files. Hashable."""
 
     @property
     def rows_per_file(self) -> int:
-        """Rows of a file's place, gaps at its end included."""
+        """Row numbers per file, unused ones at its end included."""
 
     @property
     def data_offset(self) -> int:
-        """Where a file's first row begins, in bytes."""
+        """Offset of a file's first row, in bytes."""
 
     @property
     def alignment(self) -> int:
@@ -193,37 +193,37 @@ class Source(Protocol):
 
 
 def runs_of(rows: np.ndarray, per_file: int, row_bytes: int) -> np.ndarray:
-    """Say where runs of rows that can be read together begin in `rows`: int64 `[runs]`, the first of them 0.
+    """Start indices in `rows` of the runs that are each read in one request: int64 `[runs]`, the first one 0.
 
     Args:
         rows: int64 `[n]`, at least one, ascending.
-        per_file: rows a file: no run goes from one into the next.
-        row_bytes: bytes a row.
+        per_file: rows per file; a run never spans two files.
+        row_bytes: bytes per row.
     """
     far = (np.diff(rows) - 1) * row_bytes > GAP_BYTES
     far |= np.diff(rows // per_file) != 0
     begins = np.concatenate([[True], far])
-    # One that became too long is cut at even distances from its begin.
+    # A run that is too long is cut at equal distances from its start.
     first = rows[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0))]
     begins[1:] |= np.diff((rows - first) // max(1, RUN_BYTES // row_bytes)) != 0
     return np.flatnonzero(begins)
 
 
 def alike(keys: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Give where each stretch of equal keys begins and ends: int64 `[n]`, from 0 on, equal ones side by side."""
+    """(start, stop) of each stretch of equal keys; `keys` is int64 `[n]`, not negative, equal ones adjacent."""
     return pairwise([*np.flatnonzero(np.diff(keys, prepend=-1)).tolist(), len(keys)])
 
 
 def apart(rows: np.ndarray, row_bytes: int) -> bool:
-    """Say whether nothing would be gained from sorting rows, in that hardly any two of them could be read together."""
+    """Whether sorting the rows gains nothing, since hardly any two of them could be read in one request."""
     step = -(-len(rows) // HELD)
-    # Python's own sort keeps the interpreter's lock.
+    # Python's own sort keeps the GIL (see system/threads.py).
     some = np.array(sorted(rows[::step].tolist()))
     return bool(np.mean((np.diff(some) - 1) * row_bytes <= GAP_BYTES * step) < 0.2) if len(some) > 1 else True
 
 
 class Reads(NamedTuple):
-    """Requests, int64 `[n]` each: which file, from which byte on, how many, how many rows; and where those begin."""
+    """Requests, int64 `[n]` each: file, offset and bytes, number of rows; `wanted` `[rows]` is each row's offset."""
 
     files: np.ndarray
     offsets: np.ndarray
@@ -233,7 +233,7 @@ class Reads(NamedTuple):
 
     @classmethod
     def of(cls, source: Source, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, row_bytes: int) -> Reads:
-        """Cover the runs of rows from each start to before each stop, widened to whole units of direct reads."""
+        """Requests for the runs `rows[start:stop]`, widened to the source's alignment."""
         files = rows[starts] // source.rows_per_file
         within = rows[starts[0] : stops[-1]] % source.rows_per_file
         wanted = source.data_offset + within * row_bytes
@@ -244,7 +244,7 @@ class Reads(NamedTuple):
         return cls(files, begin, sizes, stops - starts, wanted)
 
     def up_to(self, size: int) -> Reads:
-        """Give those of the first ones that fit into so many bytes, and at least one."""
+        """The first requests that together fit into `size` bytes, at least one."""
         most = max(1, int(np.searchsorted(np.cumsum(self.sizes), size, side="right")))
         rows = int(self.counts[:most].sum())
         files, offsets, sizes, counts = (part[:most] for part in self[:-1])
@@ -253,18 +253,18 @@ class Reads(NamedTuple):
 
 _SLOT_BYTES = 4 << 20
 _SLOTS = 8
-# Requests in a slot, so that the first rows are copied while the others come. Where several reads are asked for in
-# one go, other threads see to that, and all that matters is how often the lock is let go of.
+# Requests in a slot, so that copying the first rows overlaps with reading the others. With several reads in one call,
+# other threads provide the overlap, and slots have more requests so that the GIL is released less often.
 _BATCH = 256
-# From here on a row is read straight to where it is wanted.
+# Rows of at least this size are read directly into the target.
 _LARGE_BYTES = 16 << 10
-# Open files that one submission holds, of the 1,024 that a process usually may have.
+# File descriptors that one submission may hold; a process usually may have 1,024.
 _MOST_FILES = 128
 _MOST_IDLE = 4
 
 
 class Wanted(NamedTuple):
-    """Rows of one source, int64 `[n]`, at least one, in any order, and where they go: `[n, …]` contiguous memory."""
+    """Rows of one source to read, int64 `[n]`, at least one, in any order, into `[n, …]` contiguous memory."""
 
     source: Source
     rows: np.ndarray
@@ -277,13 +277,16 @@ class Wanted(NamedTuple):
 
     @property
     def straight(self) -> bool:
-        """Whether the device may write each row to where it is wanted, were none to be read together."""
+        """Whether each row may be read directly into the target: rows are aligned, and large enough."""
         whole = not (self.row_bytes | self.into.data_ptr() | self.source.data_offset) % self.source.alignment
         return whole and self.row_bytes >= _LARGE_BYTES
 
 
 class _Chunk(NamedTuple):
-    """What a slot of the ring takes: whose, the requests, and which of the slot's bytes go where behind them."""
+    """The requests that fill one slot of the ring, and where each row is in the slot and in the target.
+
+    `whose` is the index of the `Wanted`; `begins` and `places` are offsets in bytes in the slot and in `target`.
+    """
 
     whose: int
     source: Source
@@ -294,10 +297,10 @@ class _Chunk(NamedTuple):
     row_bytes: int
 
     def copy(self, slot: memoryview) -> None:
-        """Copy the rows from the slot to their places; those that lie one after the other at once.
+        """Copy the rows from the slot to the target, adjacent rows in one copy.
 
-        Not by torch, whose threads spin for a while after each call, which took a third of the device's rate away;
-        and without letting go of the interpreter's lock.
+        Not by torch: its threads spin for a while after each call, which cost a third of the device's rate. Keeps the
+        GIL (see system/threads.py).
         """
         size, target = self.row_bytes, self.target
         edges = np.flatnonzero((np.diff(self.begins) != size) | (np.diff(self.places) != size)) + 1
@@ -309,9 +312,9 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(wanted: Wanted, whose: int, *, together: bool, slot_bytes: int, most: int) -> Iterator[_Chunk]:
-    """Cut what is wanted into what slots take, at most so many requests each."""
+    """Chunks of the wanted rows that fit into a slot, of at most `most` requests; `together`: sort and merge rows."""
     source, rows, size = wanted.source, wanted.rows, wanted.row_bytes
-    # In the order asked where nothing is read together: a row is copied only once then.
+    # In the order requested if no rows are read together: their places in the target are then consecutive.
     order, edges = None, np.arange(len(rows))
     if together:
         order = np.argsort(rows, kind="stable")
@@ -330,23 +333,23 @@ def _chunks(wanted: Wanted, whose: int, *, together: bool, slot_bytes: int, most
 
 
 class DirectReader:
-    """Reads rows for one thread at a time; keeps its queue and its ring for the next time.
+    """Reads rows for one thread at a time; keeps its queue and ring between reads.
 
     Raises:
-        OSError: this kernel has no asynchronous I/O, or none left.
+        OSError: the kernel has no asynchronous I/O, or none left.
     """
 
     def __init__(self) -> None:
         self.queue = deepest()
         self._ring = np.empty(0, np.uint8)
-        # Held until the kernel has its own reference to each file.
+        # Kept open until submission, when the kernel has its own reference to each file.
         self._opened: dict[tuple[Source, int], Descriptor] = {}
 
     def read(self, wanted: Sequence[Wanted]) -> list[int]:
-        """Read rows to where they are wanted, and give the bytes that each took; blocks until all are there.
+        """Read rows into their targets; blocks until all are there. The bytes read for each of `wanted`, gaps included.
 
         Raises:
-            OSError: the device, or the file system, refused; the memory holds then whatever came.
+            OSError: the device or the file system refused; the content of the targets is then undefined.
         """
         taken, straight, chunks = [0] * len(wanted), [], []
         slot_bytes = max(_SLOT_BYTES, *(max(one.row_bytes, RUN_BYTES) + 2 * one.source.alignment for one in wanted))
@@ -370,7 +373,7 @@ class DirectReader:
     def _prepare(
         self, source: Source, files: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, addresses: np.ndarray, tag: int
     ) -> None:
-        """Prepare reads of some files, `[n]` integers each, and submit what can no longer wait."""
+        """Prepare reads, `[n]` integers each; submits earlier ones if too many files would be open."""
         names = files.tolist()
         several = set(names)
         if len(several) > _MOST_FILES:
@@ -390,7 +393,7 @@ class DirectReader:
         self._opened.clear()
 
     def _read_straight(self, wanted: Sequence[Wanted]) -> None:
-        """Let the device write each row to where it is wanted."""
+        """Read each row directly into its target."""
         queue = self.queue
         step = min(HELD, queue.depth // 2)
         for one in wanted:
@@ -409,18 +412,18 @@ class DirectReader:
             queue.reap(queue.in_flight)
 
     def _read_over(self, chunks: Iterator[_Chunk], slot_bytes: int, taken: list[int]) -> None:
-        """Read chunks into the ring, and copy the rows out of it while the next ones come.
+        """Read chunks into the ring; copying the rows out of it overlaps with reading the next chunks.
 
         Args:
             chunks: of at most `slot_bytes` each.
-            slot_bytes: what a slot has.
-            taken: where the bytes that each of the wanted takes are added up.
+            slot_bytes: bytes of a slot.
+            taken: the bytes read for each of the wanted are added to this.
         """
         waiting: deque[tuple[int, _Chunk]] = deque()
         left: dict[int, int] = {}
         tags = itertools.count()
         while True:
-            # Every slot that is free, in one submission.
+            # Fill all free slots with one submission.
             for chunk, tag in zip(itertools.islice(chunks, _SLOTS - len(waiting)), tags, strict=False):
                 files, offsets, sizes = chunk.reads[:3]
                 at = self._slot(tag, slot_bytes).ctypes.data + np.cumsum(sizes) - sizes
@@ -450,7 +453,7 @@ _IDLE: deque[DirectReader] = deque()
 
 @contextlib.contextmanager
 def borrowed() -> Iterator[DirectReader]:
-    """Give a reader that nobody else uses meanwhile; a few are kept for the next time.
+    """A reader for the caller's exclusive use in the `with` body; up to four idle ones are kept for reuse.
 
     Raises:
         OSError: as `DirectReader`.
@@ -468,5 +471,5 @@ def borrowed() -> Iterator[DirectReader]:
             _IDLE.append(reader)
 
 
-# A fork has the memory of its parent's queues, and not the queues.
+# A fork has a copy of its parent's memory, but not the kernel's queues.
 os.register_at_fork(after_in_child=_IDLE.clear)

@@ -1,8 +1,7 @@
-"""Folders and files that are opened, listed, read and mapped. With `atomic`, which writes, all that touches the disk.
+"""Open, list, read, map and remove files and folders. `system/atomic.py` has the writes.
 
-Open files: what they are, how they close, and that nobody's read loses one. All of it keeps the interpreter's lock,
-since Python's own calls let go of it each time, and to get it back beside a busy thread takes 5 ms: measured, a second
-for the first batches of a store of 24 shards.
+The calls used to open and close a shard keep the GIL where they can (see system/threads.py): measured, Python's own
+calls cost a second for the first batches of a store of 24 shards.
 
 Source: man page statx(2) and struct statx of <linux/stat.h>.
 """
@@ -60,16 +59,16 @@ __all__ = [
 ]
 
 _EMPTY_PATH, _BASIC, _DIOALIGN = 0x1000, 0x07FF, 0x2000
-# Mask, owner, mode, inode, size, time of modification, alignment of memory and of offsets.
+# Mask, owner, mode, inode, size, modification time (s, ns), alignment of memory and of offsets.
 _STATX = struct.Struct("=I 16x I 4x H 2x Q Q 64x q I 28x II")
 
 
 class FileStatus(NamedTuple):
-    """What the system says of an open file: times in nanoseconds, sizes in bytes.
+    """Status of an open file: times in nanoseconds, sizes in bytes.
 
-    `alignment` is what offsets, sizes and addresses of direct I/O must be multiples of: a page where the kernel does
-    not say (before Linux 6.1), and where it says that the file has none, as an encrypted one: opening it for direct
-    I/O is refused there, or its reads go through the page cache and may be of any size.
+    Offsets, sizes and addresses of direct I/O must be multiples of `alignment`. It is a page where the kernel does not
+    say (before Linux 6.1), and where the file has no direct I/O (an encrypted one, for example): there a direct open is
+    refused, or its reads go through the page cache and may have any size.
     """
 
     mode: int
@@ -81,7 +80,7 @@ class FileStatus(NamedTuple):
 
 
 def file_status(fd: int) -> FileStatus:
-    """Ask what an open file is; keeps the interpreter's lock."""
+    """Status of an open file; keeps the GIL on Linux."""
     told = ctypes.create_string_buffer(256)
     if not LINUX or LIBC.statx(fd, b"", _EMPTY_PATH, _BASIC | _DIOALIGN, told):
         found = os.fstat(fd)
@@ -92,7 +91,7 @@ def file_status(fd: int) -> FileStatus:
 
 
 def open_known(path: str, flags: int) -> int:
-    """Open a file that was open not long ago, so that its name need not be looked up on the disk; keeps the lock.
+    """Open a file that was open recently, so that looking it up needs no disk access. The descriptor; keeps the GIL.
 
     Raises:
         OSError: as `os.open`.
@@ -107,7 +106,7 @@ def open_known(path: str, flags: int) -> int:
 
 
 def close_read(fd: int) -> None:
-    """Close a file that was only read, for which nothing is waited for; keeps the lock."""
+    """Close a file that was only read, which does not block; keeps the GIL."""
     if LINUX:
         LIBC.close(fd)
     else:
@@ -117,7 +116,7 @@ def close_read(fd: int) -> None:
 class Descriptor:
     """An open file that is closed with its last reference."""
 
-    # Kept here, since modules are emptied before the last objects go.
+    # A reference here, since module globals may be gone when `__del__` runs at exit.
     _close = staticmethod(close_read)
 
     def __init__(self, fd: int) -> None:
@@ -127,23 +126,22 @@ class Descriptor:
         self._close(self.fd)
 
 
-# How a kernel or a file system says that it has no direct or asynchronous reads, or no more of them.
+# Errors of a kernel or file system without direct or asynchronous reads, or without resources for more.
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.EMFILE)
 
 O_DIRECT: int = 0 if PORTABLE else getattr(os, "O_DIRECT", 0)
-# Non-blocking, so that a pipe put there by a stranger cannot hang the reader; and a store's files are no links, which
-# might lead out of it.
+# Non-blocking, so that a pipe in a foreign store cannot hang the reader; no links, which might lead out of the store.
 _READ = os.O_RDONLY | os.O_NONBLOCK | NO_FOLLOW
 _PIECE = 8 << 20
-# So far apart are the pages that are looked at, and how one is: without waiting for it.
+# Distance of the pages that are probed, and the flag for probing without waiting.
 _SAMPLE, _NO_WAIT = 256 << 10, 0 if PORTABLE else getattr(os, "RWF_NOWAIT", 0)
-# Names that are in memory at a time where there may be millions.
+# Names held in memory at a time when listing a folder.
 _NAMES = 1 << 14
 
 
 @contextlib.contextmanager
 def explained(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
-    """Turn the system's refusal into one of our errors, with the path and the numbers."""
+    """Raise an OSError of the body as DiskFullError (with bytes needed and free) or WriteError, with the path."""
     try:
         yield
     except OSError as error:
@@ -158,30 +156,30 @@ def explained(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Give the bytes that an ordinary user may still write in `folder`'s file system."""
+    """Bytes free for an unprivileged user in the file system of `folder`, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def make_folder(root: Path, name: str = "") -> None:
-    """Make a folder below a root, or the root, and those above it, durably. Arguments and errors as `make_folders`."""
+    """Create a folder below a root, or the root, with its parents, durably. Arguments and errors as `make_folders`."""
     for changed in make_folders(root, [name]):
         sync_folder(changed)
 
 
 def make_folders(root: Path, names: Iterable[str]) -> list[Path]:
-    """Make folders and those above them. Those that are there already are fine.
+    """Create folders and their missing parents. Existing ones are fine.
 
     Args:
-        root: the folder from which on no link is followed; it is made too.
-        names: the folders, by their names from there.
+        root: the folder below which no link is followed; it is created too.
+        names: the folders' names relative to it.
 
     Returns:
-        The folders that those which were made are in: durable with `sync_folder` of these.
+        The parents of the new folders: call `sync_folder` on these to make the new folders durable.
 
     Raises:
-        LinkError: a folder below the root is a symbolic link. WriteError: one cannot be made.
+        LinkError: a folder below the root is a symbolic link. WriteError: one cannot be created.
     """
     changed: dict[Path, None] = {}
     missing = itertools.takewhile(lambda folder: not folder.is_dir(), (root, *root.parents))
@@ -206,12 +204,12 @@ def sync_folder(path: Path) -> None:
 
 
 def list_names(path: Path) -> list[str]:
-    """List the names in a folder, without `.` and `..`; a folder that is not there has none."""
+    """The names in a folder, without `.` and `..`; none if it does not exist."""
     return list(itertools.chain.from_iterable(name_batches(path)))
 
 
 def name_batches(path: Path) -> Iterator[list[str]]:
-    """Give the names in a folder, as `list_names`, some thousands at a time: for folders that hold millions."""
+    """The names in a folder, as `list_names`, in lists of at most 16,384: for folders that hold millions."""
     try:
         entries = os.scandir(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -225,12 +223,12 @@ def name_batches(path: Path) -> Iterator[list[str]]:
 
 
 def count_names(path: Path) -> int:
-    """Count the names in a folder."""
+    """The number of names in a folder."""
     return sum(map(len, name_batches(path)))
 
 
 def remove_file(root: Path, name: str) -> None:
-    """Remove a file that can be made again; one that is not there is fine. Durable with `sync_folder`.
+    """Remove a file, if it exists. Durable only after `sync_folder`.
 
     Raises:
         LinkError: a folder on the way is a symbolic link. WriteError: the system refuses.
@@ -244,12 +242,12 @@ def remove_file(root: Path, name: str) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and everything in it; only ever called on a temporary cache's own folder."""
+    """Remove a folder and everything in it, ignoring errors; only for folders that mmcache made."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_link(error: OSError, path: Path) -> None:
-    """Say of a file that could not be opened that it is a link, or that the way to it goes round in circles."""
+    """Raise LinkError if opening failed since the file is a link, or StoreNotFoundError if links form a cycle."""
     if error.errno not in (errno.ELOOP, errno.EMLINK):
         return
     with contextlib.suppress(OSError):
@@ -264,7 +262,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
     Raises:
         StoreNotFoundError: there is no such file.
-        CorruptError: it is larger, or no plain file; LinkError: it is a symbolic link.
+        CorruptError: it is larger than `limit`, or no plain file. LinkError: it is a symbolic link.
     """
     try:
         fd = os.open(path, _READ)
@@ -282,7 +280,7 @@ def read_file(path: Path, limit: int) -> bytes:
         raise CorruptError(f"{path} is a folder where a file belongs") from error
     with file:
         try:
-            # No more memory than there are bytes, whatever the limit.
+            # Not `limit`: `read` allocates as much as it is asked for.
             data = file.read(min(limit, os.fstat(fd).st_size) + 1)
         except OSError as error:
             raise our_error(error, path) from error
@@ -294,13 +292,13 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def open_file(path: Path, *, what: str, direct: bool = False, known: bool = False) -> tuple[int, FileStatus]:
-    """Open a plain file for reading: its descriptor, which is the caller's to close, and its status.
+    """Open a plain file for reading. Its descriptor, which the caller must close, and its status.
 
     Args:
         path: the file.
         what: what it is, for the error.
-        direct: past the page cache.
-        known: it was open not long ago, so that the system need not wait for the disk.
+        direct: open with O_DIRECT, to read past the page cache.
+        known: it was open recently, so that opening it needs no disk access: keeps the GIL.
 
     Raises:
         IncompleteError: there is no such file.
@@ -327,19 +325,19 @@ def open_file(path: Path, *, what: str, direct: bool = False, known: bool = Fals
 
 
 def read_page(fd: int) -> bytes:
-    """Read the first page of a file, or less if there is less; on descriptors for direct reading too."""
+    """Read the first 4096 bytes of a file, or fewer if it is shorter; works on O_DIRECT descriptors too."""
     page = anonymous(PAGE)
     return page[: read_at(fd, page.data, 0)].tobytes()
 
 
 def advise_random(fd: int) -> None:
-    """Tell the system, where it listens, that nothing but what is asked for is wanted of a file."""
+    """Turn off readahead for an open file, where the system supports it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def set_aside(root: Path, name: str, into: str) -> str:
-    """Move something into a folder, made where there is none, as `move_below` does, durably; blocks until then.
+    """Move a file or folder into another folder, created if missing, durably; blocks until then. Its new name.
 
     Raises:
         LinkError: A folder on the way is a symbolic link.
@@ -348,16 +346,16 @@ def set_aside(root: Path, name: str, into: str) -> str:
     make_folder(root, into)
     with explained(root / name, "setting it aside"):
         there = move_below(root, name, into)
-    # Where it is before where it is no longer: a crash may leave both names, never none.
+    # New folder first: a crash may leave both names, but never none.
     sync_folder(root / into)
     sync_folder((root / name).parent)
     return there
 
 
 def read_through(fd: int, start: int, stop: int) -> None:
-    """Read the bytes from `start` to `stop` into the page cache, and nowhere else that is kept; blocks until then.
+    """Read the bytes from `start` to `stop` into the page cache, and discard them; blocks until then.
 
-    Pieces that are there already, as far as some of their pages tell, are not copied once more.
+    Pieces of 8 MiB that are already there, judged by a sample of their pages, are skipped.
     """
     piece = anonymous(min(_PIECE, max(1, stop - start)))
     while start < stop:
@@ -367,17 +365,17 @@ def read_through(fd: int, start: int, stop: int) -> None:
             continue
         done = read_at(fd, piece[:size].data, start)
         if not done:
-            return  # the file ends; whoever reads the rows is told
+            return  # the file is too short; reading the rows raises
         start += done
 
 
 def _seems_cached(fd: int, start: int, stop: int) -> bool:
-    """Tell whether bytes are in the page cache, by a page here and there; False where the system does not say."""
+    """Whether bytes seem to be in the page cache, by a sample of pages; False where the system does not say."""
     if not _NO_WAIT:
         return False
     byte = bytearray(1)
     try:
-        # What is missing is asked of the disk by that: best where the reading begins.
+        # Probing a missing page may start to read it: in ascending order, that is where reading starts.
         return all(os.preadv(fd, [byte], at, _NO_WAIT) for at in (*range(start, stop, _SAMPLE), stop - 1))
     except OSError:
         return False
@@ -386,9 +384,9 @@ def _seems_cached(fd: int, start: int, stop: int) -> bool:
 def map_file(path: Path, *, what: str) -> np.ndarray:
     """Map a whole file for reading: `[bytes]` uint8.
 
-    The memory is the file's own pages: it must never be written to (that ends the process) and never reaches
-    a user. The mapping lives as long as the array, or any view of it. It starts at the file's offset 0, which
-    is a page boundary on every machine.
+    The memory is the file's pages: it must never be written to (that kills the process) and is never returned to a
+    user. The mapping lives as long as the array or any view of it. It starts at offset 0, which is a page boundary on
+    every machine.
 
     Raises:
         IncompleteError: there is no such file.
@@ -400,7 +398,7 @@ def map_file(path: Path, *, what: str) -> np.ndarray:
         mapped = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
     finally:
         os.close(fd)
-    # torch takes only memory that calls itself writable without a warning, which the mapping does not.
+    # torch warns about arrays that are not writable, as one of the mapping would be.
     address = np.frombuffer(mapped, np.uint8).ctypes.data
     pages = (ctypes.c_uint8 * size).from_address(address)
     pages._keep = mapped  # type: ignore[attr-defined]  # noqa: SLF001 -- ties the mapping to the views of it

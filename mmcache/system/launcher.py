@@ -1,4 +1,4 @@
-"""Which of how many workers of one job a process is, as torchrun, srun and SLURM's job arrays say it."""
+"""Rank and number of workers of this process, from the environment of torchrun, srun or a SLURM job array."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["Rank", "find_rank"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# Set in the tasks of `srun`; a batch script that runs by itself has SLURM_NTASKS too, and is one process all the same.
+# Set in tasks of `srun`. SLURM_NTASKS is not used: a batch script without srun has it too, and is one process.
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A worker: number `number` of `of`, number `local` on its machine; `launcher` is who said so, None for nobody.
+    """Rank `number` of `of` workers, rank `local` on its machine; `launcher` is where that comes from, None if nowhere.
 
-    `leads` says that it tells how far all are: one of those that share a terminal, and each task of an array, which has
-    a log of its own.
+    `leads`: whether it reports the progress of all workers. One of those that share a terminal does; and one in each
+    task of an array, which has its own log.
     """
 
     number: int = 0
@@ -35,12 +35,12 @@ class Rank:
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> Rank:
-    """Find out which worker this process is; the only one where the environment does not say.
+    """The rank of this process; the only worker if the environment does not say.
 
-    A job array of which each task starts several processes, by torchrun or srun, counts all of them.
+    If each task of a job array starts several processes, by torchrun or srun, all of them are counted.
 
     Raises:
-        ArgumentError: the environment says what cannot be.
+        ArgumentError: the environment contradicts itself, or a number in it is no integer.
     """
     inner = Rank()
     for launcher, names in (("torchrun", _TORCHRUN), ("srun", _SRUN)):
@@ -52,7 +52,7 @@ def find_rank(environ: Mapping[str, str] = os.environ) -> Rank:
         raise ArgumentError(f"{inner.launcher} says that this is worker {inner.number} of {inner.of}")
     if _ARRAY[0] not in environ:
         return inner
-    # The numbers of an array may have gaps: then some tasks begin where another does, which costs them a look.
+    # Array indices may have gaps: then some tasks get the same rank, which costs them only a look at the same shards.
     count = max(1, _integer(environ, _ARRAY[2], default=1))
     step = max(1, _integer(environ, "SLURM_ARRAY_TASK_STEP", default=1))
     task = (_integer(environ, _ARRAY[0]) - _integer(environ, _ARRAY[1], default=0)) // step % count

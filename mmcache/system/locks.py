@@ -1,4 +1,4 @@
-"""The right to write to a grown store, or to plan one: one process at a time."""
+"""File locks: the one writer of a grown store, and short locks between threads and processes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 __all__ = ["FolderLock", "locked"]
 
 _LOCK = ".lock"
-# Seconds between two tries.
+# Seconds between two attempts.
 _AGAIN = 0.2
 
 
 @contextlib.contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """Hold a lock on a file that is made for it, and removed behind it; blocks while another thread or process has it.
+    """Hold a lock on a file that exists only while locked; blocks while another thread or process has it.
 
     Args:
-        root: the folder from which on no link is followed.
-        name: the file's name from there.
+        root: the folder below which no link is followed.
+        name: the file's name relative to it.
 
     Raises:
-        WriteError: the file cannot be made, or its file system has no locks.
+        WriteError: the file cannot be created, or its file system has no locks.
         LinkError, CorruptError: as `open_in_place`.
     """
     while True:
@@ -50,7 +50,7 @@ def locked(root: Path, name: str) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    # While it is still ours: who waits on the old file notices that it is gone.
+                    # Before unlocking: a process that waits on the old file then notices that it is gone.
                     with contextlib.suppress(FileNotFoundError), opened_parent(root, name) as (folder, last):
                         os.unlink(last, dir_fd=folder)
                 return
@@ -66,9 +66,9 @@ def _is_at(fd: int, root: Path, name: str) -> bool:
 
 
 class FolderLock:
-    """The right to write to a grown store, held by one process until it is released or dies.
+    """The lock of a grown store's only writer, held until it is released or its process dies.
 
-    It is a lock on the file `.lock`, which the holder removes; one that a dead process left behind is taken over.
+    It is a lock on the file `.lock`, which the holder removes; a file left by a dead process is reused.
 
     Raises:
         LockedError: another writer has it; the error names its process and host.
@@ -101,9 +101,9 @@ class FolderLock:
             if _is_at(fd, folder, _LOCK):
                 self._fd = fd
             else:
-                # The holder before removed the file between our open and our lock.
+                # The previous holder removed the file between our open and our lock.
                 os.close(fd)
-        # Who holds it is a courtesy: neither a full disk nor an interrupt must refuse the lock and leave it held.
+        # The holder's name is optional: a full disk must not refuse the lock, nor an interrupt leave it held.
         try:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
@@ -114,7 +114,7 @@ class FolderLock:
 
     @classmethod
     def wait(cls, folder: Path, waiting: Callable[[], None]) -> Self:
-        """Take the lock; blocks while somebody else has it, and calls `waiting` now and then.
+        """Take the lock; blocks while another writer has it, and calls `waiting` before each retry, every 0.2 seconds.
 
         Raises:
             WriteError: as above.
@@ -127,14 +127,14 @@ class FolderLock:
                 time.sleep(_AGAIN)
 
     def release(self) -> None:
-        """Let others write. Safe to call twice."""
+        """Release the lock. Safe to call twice."""
         if self._fd >= 0:
             with contextlib.suppress(OSError, CorruptError):
-                # Removed while it is still ours: whoever locks the old file notices that it is no longer there.
+                # Before unlocking: a process that locks the old file then notices that it is gone.
                 if _is_at(self._fd, self._folder, _LOCK):
                     with opened_parent(self._folder, _LOCK) as (folder, last):
                         os.unlink(last, dir_fd=folder)
-                # Closing is not enough where a forked process, such as a data loader's, has the descriptor too.
+                # Closing is not enough if a forked process, such as a data loader worker, has the descriptor too.
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1

@@ -1,4 +1,4 @@
-"""Host memory: the page size, page-aligned buffers, a pool of buffers that are used again, and how much is free."""
+"""Host memory: the page size, page-aligned buffers, a pool of reused buffers, and how much is free."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _HUGE_PAGE = 2 << 20
 
 
 def available_memory() -> int:
-    """Give the bytes of memory that could be had without swapping; half of all where that is not told.
+    """Bytes of memory available without swapping; half of all memory where the system does not say.
 
-    As it was a second ago, or later: asking lets go of the interpreter's lock four times.
+    Cached for up to a second: reading it releases the GIL four times (see system/threads.py).
     """
     return _available(int(time.monotonic()))
 
@@ -41,10 +41,10 @@ def _available(_second: int) -> int:
 
 
 def anonymous(size: int) -> np.ndarray:
-    """Give page-aligned memory of our own: `[size]` uint8, zeros, taken from the system as it is touched.
+    """Page-aligned private memory: `[size]` uint8, zeros, allocated by the system when it is touched.
 
-    A fork has its own copy of it. Where the system has huge pages, it is taken in those: fresh memory is then written
-    five to eight times as fast.
+    A fork has its own copy. Huge pages are used where the system has them: fresh memory is then written five to eight
+    times as fast.
     """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -53,39 +53,39 @@ def anonymous(size: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)
 
 
-# What is kept for the next ones to need memory, when those that took it are gone; of less, fresh memory costs nothing.
+# Memory of pools that are gone, kept for later pools. Smaller buffers are not kept: fresh memory is cheap there.
 _SPARE_BYTES, _WORTH_SPARING = 256 << 20, 2 << 20
 _spare: deque[np.ndarray] = deque()
 
 
 class BufferPool:
-    """Buffers for what is of one size again and again. Safe to use from several threads.
+    """A pool of buffers for repeated requests of similar size. Safe to use from several threads.
 
-    Fresh memory is written at a fraction of the rate of memory that was written before: the system has to clear it, and
-    a virtual machine to get it first. So what nobody uses any more is kept for the next one, and at the end up to 256
-    MiB for whatever else of the process takes such memory.
+    Writing to fresh memory is several times slower than to reused memory: the system must clear it, and a virtual
+    machine must get it first. So unused buffers are kept for the next request. When a pool goes, up to 256 MiB are kept
+    for the other pools of the process.
 
     Args:
-        most: buffers that are kept while nobody uses them.
+        most: how many unused buffers to keep.
     """
 
     def __init__(self, most: int) -> None:
-        # Its methods are atomic, so that a finaliser may call them wherever it comes.
+        # A deque's methods are atomic, so that a finalizer may call them at any point.
         self._idle: deque[np.ndarray] = deque(maxlen=most)
         weakref.finalize(self, _spare_all, self._idle).atexit = False
 
     def lend(self, sizes: Sequence[int]) -> list[np.ndarray]:
-        """Lend memory in parts of these numbers of bytes: `[size]` uint8 each, beginning on a page, of any content.
+        """Borrow one array for each size: `[size]` uint8, page-aligned, uninitialized.
 
-        It is the borrower's own until all of these very arrays are gone; a view of one does not count, but what holds
-        on to one, as the storage of a tensor that was made of it does, and so every view of that tensor.
+        The memory returns to the pool when all of these array objects are gone. A numpy view does not keep it; a
+        tensor made from an array does, and so does every view of that tensor.
         """
         places, end = [], 0
         for size in sizes:
             places.append(end)
             end += -(-size // PAGE) * PAGE
         memory = self._take(end)
-        # One for each, but for the last to come back, which finds none.
+        # One ticket less than parts: the last part to go finds none, and returns the memory.
         tickets = [None] * (len(sizes) - 1)
         parts = []
         for place, size in zip(places, sizes, strict=True):
@@ -105,7 +105,7 @@ class BufferPool:
 
 
 def _from_spare(size: int) -> np.ndarray:
-    """Take memory that others left, if some is large enough and not much larger, or fresh memory."""
+    """Spare memory of `size` to 2 * `size` bytes if there is some, otherwise fresh memory."""
     with contextlib.suppress(IndexError):
         for _ in range(len(_spare)):
             memory = _spare.pop()
@@ -117,7 +117,7 @@ def _from_spare(size: int) -> np.ndarray:
 
 def _spare_all(idle: deque[np.ndarray]) -> None:
     _spare.extend(memory for memory in idle if len(memory) >= _WORTH_SPARING)
-    with contextlib.suppress(IndexError):  # another thread takes them meanwhile
+    with contextlib.suppress(IndexError):  # another thread may take them meanwhile
         while sum(map(len, _spare.copy())) > _SPARE_BYTES:
             _spare.popleft()
 

@@ -1,9 +1,8 @@
-"""Files and folders below a root, reached without following a link, and files that are written in place.
+"""Access to files and folders below a root without following symbolic links.
 
-A store or a cache may hold what somebody else put there: a link, in the place of a file or of a folder, that leads to
-the user's own files. So what is written, renamed or removed below a root is named relative to the folder that it is
-in, and that folder is opened from within the one above it. The root is the user's choice, and may be reached through
-links.
+A store or cache may contain links that somebody else put there, leading to the user's own files. So files below a root
+are written, renamed and removed relative to a descriptor of their folder (`dir_fd`), which is opened step by step from
+the root. The root itself is the user's choice, and may be reached through links.
 """
 
 from __future__ import annotations
@@ -35,27 +34,27 @@ __all__ = [
     "status_in",
 ]
 
-# 0 where the system has no such flag: what was opened is compared with what was there before.
+# 0 where the system has no such flag: there `open_in` compares the file before and after the open.
 NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
-# To name files from, which needs no right to list the folder.
+# For use as `dir_fd`; O_PATH needs no permission to list the folder.
 _FOLDER: int = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
-# Folders within each other: statistics/SITE/dimensions/c/0/0 are five, and the rest is nobody's.
+# Nested folders that are checked: statistics/SITE/dimensions/c/0/0 has five, and no store has more.
 _DEEPEST = 8
 
 
 @contextlib.contextmanager
 def opened_parent(root: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Open the folder that something below a root is in: its descriptor, for `dir_fd`, and the last part of the name.
+    """Open the parent folder of a name below a root. Its descriptor, for `dir_fd`, and the last part of the name.
 
     Args:
-        root: the folder from which on no link is followed.
-        name: the name from there, parts with slashes between them.
+        root: the folder below which no link is followed.
+        name: the name relative to it, with slashes.
 
     Raises:
         LinkError: A folder on the way is a symbolic link.
         CorruptError: The name leads out of the root.
-        OSError: A folder on the way is not there, or no folder.
+        OSError: A folder on the way does not exist, or is no folder.
     """
     folders, _, last = name.rpartition("/")
     if last in ("", ".", ".."):
@@ -66,7 +65,7 @@ def opened_parent(root: Path, name: str) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def opened_folder(root: Path, name: str = "") -> Iterator[int]:
-    """Open a folder below a root, or the root, and give its descriptor, for `dir_fd`. Errors as `opened_parent`."""
+    """Open a folder below a root, or the root. Its descriptor, for `dir_fd`. Errors as `opened_parent`."""
     fd, where = os.open(root, _FOLDER), root
     try:
         for part in name.split("/") if name else ():
@@ -81,15 +80,15 @@ def opened_folder(root: Path, name: str = "") -> Iterator[int]:
 
 
 def open_in_place(root: Path, name: str, flags: int) -> int:
-    """Open a file below a root that is written in place, such as a lock: its descriptor.
+    """Open a file below a root that is written in place, such as a lock. Its descriptor.
 
-    It is a plain file without a second name. Everything else is refused before it is opened, since opening a pipe may
-    wait, and opening a device may do something.
+    It must be a plain file with one name (hard link). Anything else is refused before it is opened: opening a pipe may
+    block, and opening a device may have effects.
 
     Args:
-        root: the folder from which on no link is followed.
-        name: the file's name from there.
-        flags: as of `os.open`; with O_CREAT it is made where there is none. Never O_TRUNC, which would come first.
+        root: the folder below which no link is followed.
+        name: the file's name relative to it.
+        flags: as of `os.open`; O_CREAT creates a missing file. Never O_TRUNC, which would act before the check.
 
     Raises:
         LinkError: It, or a folder on the way, is a symbolic link; or the file has other names.
@@ -100,12 +99,12 @@ def open_in_place(root: Path, name: str, flags: int) -> int:
     with opened_parent(root, name) as (folder, last):
         while True:
             found = status_in(folder, last)
-            # Somebody else may make it, or remove it, meanwhile.
+            # Another process may create or remove it meanwhile.
             if found is None and not flags & os.O_CREAT:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where))
             if found is None:
                 with contextlib.suppress(FileExistsError):
-                    # Never through a link, on any system.
+                    # O_EXCL never follows a link, on any system.
                     return os.open(last, flags | os.O_EXCL, 0o644, dir_fd=folder)
                 continue
             _check_plain(found, where)
@@ -120,21 +119,21 @@ def open_in_place(root: Path, name: str, flags: int) -> int:
 
 
 def make_below(root: Path, name: str) -> list[Path]:
-    """Make a folder below a root, and those that it is in. The folders that got one. Errors as `opened_parent`."""
+    """Create a folder below a root, and missing parents. The parents of the new folders. Errors as `opened_parent`."""
     with contextlib.suppress(FileNotFoundError), opened_folder(root, name):
         return []
     parts, changed = name.split("/"), []
     for depth in range(len(parts)):
-        # Somebody else may make it too.
+        # Another process may create it too.
         with opened_parent(root, "/".join(parts[: depth + 1])) as (above, last), contextlib.suppress(FileExistsError):
             os.mkdir(last, dir_fd=above)
             changed.append(root.joinpath(*parts[:depth]))
     with opened_folder(root, name):
-        return changed  # where something was in the way, it is a folder
+        return changed  # anything that existed already is a folder
 
 
 def make_empty(root: Path, folder: str, names: Iterable[str]) -> None:
-    """Make empty files in a folder below a root; what is there under such a name stays. Errors as `opened_parent`."""
+    """Create empty files in a folder below a root; existing ones stay as they are. Errors as `opened_parent`."""
     with opened_folder(root, folder) as fd:
         for name in names:
             with contextlib.suppress(FileExistsError):
@@ -142,7 +141,7 @@ def make_empty(root: Path, folder: str, names: Iterable[str]) -> None:
 
 
 def move_below(root: Path, name: str, into: str) -> str:
-    """Move something into another folder, under a name that is free there; the new name. Errors as `opened_parent`."""
+    """Move a file or folder into another folder, under a free name there. The new name. Errors as `opened_parent`."""
     with opened_parent(root, name) as (above, last), opened_folder(root, into) as folder:
         number = 1
         while status_in(folder, f"{last}.{number}") is not None:
@@ -152,7 +151,9 @@ def move_below(root: Path, name: str, into: str) -> str:
 
 
 def check_links(root: Path, names: Iterable[str]) -> None:
-    """Refuse links in a folder under some names, and below these; what is not there is fine. Reads only names.
+    """Check that some names in a folder, and what is below them, are no symbolic links. Missing ones are fine.
+
+    Reads only folder entries.
 
     Raises:
         LinkError: There is one.
@@ -164,10 +165,10 @@ def check_links(root: Path, names: Iterable[str]) -> None:
 
 
 def _check_below(folder: Path, deepest: int) -> None:
-    # What cannot be listed is told to whoever writes there.
+    # A folder that cannot be listed raises when something is written there.
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            # The folder's own list tells what it is: nothing more is asked of the disk.
+            # The type is in the folder's entry: no further disk access.
             if entry.is_symlink():
                 refuse_link(stat.S_IFLNK, folder / entry.name)
             if deepest and entry.is_dir(follow_symlinks=False):
@@ -175,7 +176,7 @@ def _check_below(folder: Path, deepest: int) -> None:
 
 
 def check_path(root: Path, name: str) -> os.stat_result | None:
-    """Refuse a link on the way from a root to a file or folder below it, and say what that is; None for nothing.
+    """Check that no part of a path below a root is a symbolic link. The path's status; None if it does not exist.
 
     Raises:
         LinkError: There is one.
@@ -191,7 +192,7 @@ def check_path(root: Path, name: str) -> os.stat_result | None:
 
 
 def open_in(folder: int, part: str, flags: int, where: Path) -> int:
-    """Open something in an open folder, unless it is a link. Raises LinkError, OSError."""
+    """Open an entry of an open folder, unless it is a link. Its descriptor. Raises LinkError, OSError."""
     before = None if NO_FOLLOW else status_in(folder, part)
     if before is not None:
         refuse_link(before.st_mode, where)
@@ -209,7 +210,7 @@ def open_in(folder: int, part: str, flags: int, where: Path) -> int:
 
 
 def status_in(folder: int | None, part: str | Path) -> os.stat_result | None:
-    """What something in an open folder is, a link itself and not what it points to; None for nothing."""
+    """Status of an entry of an open folder, without following a link; None if it does not exist."""
     try:
         return os.stat(part, dir_fd=folder, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
@@ -228,7 +229,7 @@ def _check_plain(found: os.stat_result, where: Path) -> None:
 
 
 def refuse_link(mode: int, where: Path) -> None:
-    """Refuse a symbolic link, named with what it points to; `mode` is that of what is there. Raises LinkError."""
+    """Raise LinkError, with the target, if `mode` is that of a symbolic link."""
     if not stat.S_ISLNK(mode):
         return
     target = "something that cannot be told"

@@ -1,4 +1,4 @@
-"""What the system refuses, as one of our errors: with the system's number, the path and the cause."""
+"""Conversion of an OSError to one of our errors, with the errno, the path and the cause."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mmcache.errors import (
 __all__ = ["FULL", "NO_PLACE", "our_error", "read_at"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Nothing is there, nor can be: a file where a folder belongs, links that lead to themselves, names that are too long.
+# Nothing exists at the path, or can: a file in place of a folder, a cycle of links, a name that is too long.
 NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-# Which of the system's numbers are which of our errors, and what to do.
+# Our error for each errno, and its message.
 _KINDS: tuple[tuple[tuple[int, ...], type[MmcacheError], str], ...] = (
     (FULL, DiskFullError, "there is no room ({}): make some, and do it again"),
     (NO_PLACE, StoreNotFoundError, "there is nothing to be read ({}): give another path"),
@@ -28,16 +28,16 @@ _KINDS: tuple[tuple[tuple[int, ...], type[MmcacheError], str], ...] = (
     ((errno.EROFS,), WriteError, "nothing can be written there ({}): choose another place"),
 )
 _OTHER = "it cannot be read ({}): see to the disk, or the limits of the system, and try again"
-# What opening a socket says, or a device that is not there.
+# Raised by opening a socket, or a device that does not exist.
 _NO_FILE = (errno.ENXIO, errno.ENODEV)
 
 
 def our_error(error: OSError, path: str | os.PathLike[str] | None = None) -> MmcacheError:
-    """Our error for one of the system's, whose number and path it has; ours are given back as they are.
+    """Our error for an OSError, with its errno and path; one of ours is returned unchanged.
 
     Args:
-        error: what the system said.
-        path: what it was about, where the error does not say.
+        error: the error of the system.
+        path: the path, if the error has none.
     """
     if isinstance(error, MmcacheError):
         return error
@@ -51,10 +51,10 @@ def our_error(error: OSError, path: str | os.PathLike[str] | None = None) -> Mmc
 
 
 def read_at(fd: int, into: memoryview, offset: int) -> int:
-    """Read into memory from an offset of an open file on; the number of bytes, which may be fewer than asked for.
+    """Read into memory from an offset of an open file. The number of bytes, which may be fewer than requested.
 
     Raises:
-        ReadError: The system refuses; it has the system's number, and the file's name where that is known.
+        ReadError: The system refuses (or another error of `our_error`); with the errno, and the file's name if known.
     """
     try:
         return os.preadv(fd, (into,), offset)

@@ -1,8 +1,7 @@
 """The system calls that Python has no names for, through ctypes: address space, advice, residency, asynchronous I/O.
 
-Linux only: `LINUX` tells whether any of this may be called, and everything that uses it has a portable path beside
-it. Calls of microseconds keep the interpreter's lock, since getting it back beside a busy thread costs about 5 ms;
-calls that may wait for the disk let go of it.
+Linux only: `LINUX` says whether any of this may be called, and every caller has a portable path too. Calls that take
+microseconds keep the GIL (see system/threads.py); calls that may wait for the disk release it.
 
 Sources: man pages mmap(2), madvise(2), process_madvise(2), mincore(2), statx(2), io_submit(2); the structures are
 those of <linux/aio_abi.h> and <linux/stat.h>.
@@ -53,9 +52,9 @@ __all__ = [
     "writable",
 ]
 
-# MMCACHE_PORTABLE=1 takes the portable paths everywhere, as on a system that has no others.
+# MMCACHE_PORTABLE=1 selects the portable paths everywhere.
 PORTABLE = bool(os.environ.get("MMCACHE_PORTABLE"))
-# Shards' data begin at byte 4096, which is a place to map from only where pages are no larger.
+# Shard data start at byte 4096, which can be mapped only if pages are no larger.
 LINUX = sys.platform == "linux" and sys.maxsize > 2**32 and mmap.PAGESIZE == PAGE and not PORTABLE
 
 READ, WRITE = 0, 1
@@ -68,7 +67,7 @@ EVENT = np.dtype([("data", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("more", 
 _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 _SETUP, _DESTROY, _GETEVENTS, _SUBMIT = _NUMBERS.get(platform.machine(), (-1,) * 4)
 _PROCESS_MADVISE, _PIDFD_OPEN = 440, 434
-# Whether this machine's asynchronous I/O calls are known; whether its kernel allows them, `aio_setup` tells.
+# Whether the numbers of this machine's asynchronous I/O calls are known; `aio_setup` fails if the kernel forbids them.
 AIO = LINUX and _SETUP >= 0
 
 _NONE, _READ = 0, 1
@@ -78,10 +77,10 @@ _FAILED = ctypes.c_void_p(-1).value
 _MOST_RANGES = 1024
 _HUGE = 2 << 20
 
-# Where ranges of memory begin, on pages, and how long they are: int64 `[n]` each.
+# Ranges of memory: page-aligned addresses and sizes in bytes, int64 `[n]` each.
 Ranges: TypeAlias = "tuple[np.ndarray, np.ndarray]"
 
-# The C library, called without letting go of the lock.
+# The C library: calls through `LIBC` keep the GIL, calls through `_let_go` release it.
 LIBC = _held = ctypes.PyDLL(None, use_errno=True)
 _let_go = ctypes.CDLL(None, use_errno=True)
 if LINUX:
@@ -107,13 +106,13 @@ def _mmap(address: int | None, size: int, access: int, flags: int, fd: int, offs
 
 
 def reserve(size: int, offset: int) -> int:
-    """Take `size` bytes of address space that nothing may touch yet, and give its address: no memory, no commitment.
+    """Reserve `size` bytes of address space, inaccessible and without memory or commitment. Its address.
 
-    The address is as far from a huge page's begin as `offset`, so that what is mapped there from such an offset on can
-    be mapped by huge pages.
+    The address equals `offset` modulo the size of a huge page, so that a file mapped there from that offset can use
+    huge pages.
 
     Raises:
-        OSError: there is not as much (RLIMIT_AS, an old machine).
+        OSError: there is not enough address space (RLIMIT_AS, an old machine).
     """
     found = _mmap(None, size + _HUGE, _NONE, _PRIVATE | _ANONYMOUS | _NORESERVE, -1, 0)
     before = (offset - found) % _HUGE
@@ -125,12 +124,12 @@ def reserve(size: int, offset: int) -> int:
 
 
 def release(address: int, size: int) -> None:
-    """Give address space back. Nothing may point into it any more."""
+    """Release address space. Nothing may point into it any more."""
     _held.munmap(address, size)
 
 
 def map_over(address: int, size: int, fd: int, offset: int) -> None:
-    """Map a file's bytes, for reading, over reserved address space; faults read what they touch and no more.
+    """Map a file's bytes, read-only, over reserved address space; page faults read no further than what they touch.
 
     Raises:
         OSError: too many maps (ENOMEM), or a file that cannot be mapped.
@@ -140,17 +139,17 @@ def map_over(address: int, size: int, fd: int, offset: int) -> None:
 
 
 def unmap_over(address: int, size: int) -> None:
-    """Make reserved address space of what was mapped there, page tables included."""
+    """Unmap a file, page tables included; the address space stays reserved."""
     _mmap(address, size, _NONE, _PRIVATE | _FIXED | _ANONYMOUS | _NORESERVE, -1, 0)
 
 
 def will_need(address: int, size: int) -> None:
-    """Begin to read mapped pages into the page cache, in one piece: `address` must be a page's."""
+    """Start reading a range of mapped pages into the page cache; `address` must be page-aligned."""
     _held.madvise(address, size, _WILLNEED)
 
 
 def dont_need(address: int, size: int) -> None:
-    """Let this process' view of mapped pages go; they stay in the page cache."""
+    """Drop mapped pages from this process' page tables; they stay in the page cache."""
     _held.madvise(address, size, _DONTNEED)
 
 
@@ -160,14 +159,14 @@ def _own_pidfd(process: int) -> int:
 
 
 def populate(address: int, size: int) -> None:
-    """Fill the page tables for mapped pages, which must all be in memory (Linux 5.14; nothing happens before)."""
+    """Fill the page tables for mapped pages, which must all be in memory (Linux 5.14; no effect on older kernels)."""
     _let_go.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ)
 
 
 def will_need_all(ranges: Sequence[Ranges]) -> None:
-    """Begin to read many ranges of mapped pages, all of them in one go.
+    """Start reading many ranges of mapped pages into the page cache.
 
-    One call for 1,024 ranges where the kernel knows it (Linux 5.10), one each otherwise.
+    One system call per 1,024 ranges where the kernel has it (Linux 5.10), otherwise one per range.
     """
     pidfd = _own_pidfd(os.getpid())
     vectors = np.empty((sum(len(addresses) for addresses, _ in ranges), 2), np.uint64)
@@ -190,9 +189,9 @@ def will_need_all(ranges: Sequence[Ranges]) -> None:
 
 
 class Residency:
-    """Asks which mapped pages are in memory. The kernel tells only who owns a file, or may write it.
+    """Whether mapped pages are in memory. The kernel tells only users who own the file or may write to it.
 
-    An answer is a guess, since pages come and go: one object may serve several threads.
+    An answer is a guess, since pages come and go; so several threads may share one object.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -200,7 +199,7 @@ class Residency:
         self._at = ctypes.addressof((ctypes.c_char * len(self._pages)).from_buffer(self._pages))
 
     def whole(self, address: int, size: int) -> bool:
-        """Tell whether all of `size` mapped bytes at `address` are in memory."""
+        """Whether all of `size` mapped bytes at `address` are in memory."""
         first = address & -PAGE
         reach = address + size - first
         _held.mincore(first, reach, self._at)
@@ -213,13 +212,13 @@ def _own_page() -> int:
 
 
 def writable(address: int) -> bool:
-    """Whether a byte of memory can be written to, without ending the process if not; the byte is changed."""
-    # The kernel writes its answer there, or says that it cannot.
+    """Whether a byte of memory can be written to, tested without a fault; the byte is changed."""
+    # mincore writes its answer there, or fails with EFAULT.
     return _held.mincore(_own_page(), PAGE, address) == 0 or ctypes.get_errno() != errno.EFAULT
 
 
 def page_table_bytes() -> int:
-    """Give the bytes that this process' page tables take; 0 where that is not told."""
+    """Bytes of this process' page tables; 0 where the system does not say."""
     try:
         with open("/proc/self/status") as lines:  # noqa: PTH123 -- no Path for a pseudo-file
             return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPTE")), 0)
@@ -228,7 +227,7 @@ def page_table_bytes() -> int:
 
 
 def aio_setup(depth: int) -> int:
-    """Make a context for asynchronous I/O of this process, and give its handle.
+    """Create a context for asynchronous I/O of this process. Its handle.
 
     Raises:
         OSError: the kernel has none, or none left (fs.aio-max-nr).
@@ -240,18 +239,18 @@ def aio_setup(depth: int) -> int:
 
 
 def aio_destroy(handle: int) -> None:
-    """End a context, after everything in it is done."""
+    """Destroy a context; blocks until every request in it is done."""
     _let_go.syscall(ctypes.c_long(_DESTROY), ctypes.c_ulong(handle))
 
 
 def aio_submit(handle: int, pointers: np.ndarray) -> int:
     """Submit requests: `pointers` `[n]` uint64 to IOCB records; blocks while the device's queue is full.
 
-    Returns how many were taken; 0 where some must be reaped first. The memory they name must stay until `aio_reap`
-    has told of each.
+    The number of requests accepted; 0 if some must be reaped first. Their memory must stay valid until `aio_reap` has
+    returned each of them.
 
     Raises:
-        OSError: none was taken.
+        OSError: none was accepted.
     """
     while True:
         done = _let_go.syscall(
@@ -267,7 +266,7 @@ def aio_submit(handle: int, pointers: np.ndarray) -> int:
 
 
 def aio_reap(handle: int, least: int, into: np.ndarray) -> int:
-    """Wait for at least `least` requests, and give how many of the EVENT records `into` were filled."""
+    """Block until at least `least` requests are done. The number of EVENT records filled in `into`."""
     while True:
         done = _let_go.syscall(
             ctypes.c_long(_GETEVENTS), ctypes.c_ulong(handle), ctypes.c_long(least), ctypes.c_long(len(into)),

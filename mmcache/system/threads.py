@@ -1,7 +1,12 @@
-"""Threads in the background that end with the interpreter, and how large a numpy call keeps the GIL.
+"""Background threads that end with the interpreter, and why some calls keep the GIL.
 
-It lets go in every call of more than 500 numbers, and to get the lock back beside a thread that keeps it busy takes 5
-ms: measured, 76 ms instead of 0.14 for the sixty calls that put 1,024 tokens in order.
+A call that releases the GIL may have to wait to get it back: beside a thread that is busy in Python, up to the switch
+interval of 5 ms. numpy releases it in calls on more than 500 numbers; torch operations, system calls of `os` and calls
+through ctypes.CDLL release it too. Measured: the sixty numpy calls that put 1,024 tokens in order take 76 ms instead of
+0.14 ms.
+
+So on hot paths, short operations are done by calls that keep the GIL (numpy on at most `HELD` numbers, plain Python,
+ctypes.PyDLL), or many are gathered into one call. Long operations, and calls that wait for the disk, release it.
 """
 
 from __future__ import annotations
@@ -20,12 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["HELD", "ThreadPool", "let_end", "pieces"]
 
 HELD = 500
-# More numbers than these are worth more than the lock.
+# With more numbers than this, the work takes so long that releasing the GIL does not matter.
 _FEW = 16 * HELD
 
 
 def pieces(count: int, long: int, width: int = 1) -> list[slice]:
-    """Cut `count` rows of `width` numbers into pieces that keep the lock, or where they are many, of `long` rows."""
+    """Slices of `count` rows of `width` numbers: short enough that numpy keeps the GIL, or `long` rows each if many."""
     step = max(1, HELD // max(1, width)) if count * width <= _FEW else long
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -40,10 +45,10 @@ _THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 class ThreadPool:
-    """Some threads that take jobs in the order in which they are submitted. They start with the first one.
+    """A pool of threads that run jobs in the order of submission. The threads start with the first job.
 
-    The standard library's executor does all that was ever submitted before the interpreter may end; here what has not
-    begun is cancelled. A crew that is dropped is closed. In a fork its threads are missing: make another one there.
+    Unlike the standard library's executor, which runs every submitted job before the interpreter may end, it cancels
+    jobs that have not started. A pool is closed when its last reference goes. After a fork, make a new one.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -56,9 +61,9 @@ class ThreadPool:
         _CREWS.add(self)
 
     def submit(self, work: Callable[[*Ts], T], *args: *Ts) -> Future[T]:
-        """Queue a job, and give what will hold its result or its error; after `close` it is cancelled at once.
+        """Queue a job. A future of its result or error; cancelled at once after `close`.
 
-        Does not block. By one thread at a time.
+        Does not block. To be called by one thread at a time.
         """
         for thread in self._threads:
             if thread.ident is None:
@@ -66,13 +71,13 @@ class ThreadPool:
                 _THREADS.add(thread)
         future: Future[T] = Future()
         self._jobs.put((future, work, args))
-        # In this order, so that a job that comes while the crew is being closed is cancelled here or there.
+        # After the put, so that a job submitted during `close` is cancelled either here or there.
         if not self._end.alive:
             future.cancel()
         return future
 
     def close(self) -> None:
-        """Cancel the jobs that have not begun; the threads end when they are done with theirs. Does not block."""
+        """Cancel the jobs that have not started; threads end after their current job. Does not block."""
         self._end()
 
     def join(self) -> None:
@@ -83,9 +88,9 @@ class ThreadPool:
 
 
 def let_end(futures: Sequence[Future[Any]]) -> None:
-    """Cancel what has not begun, and block until the rest has ended, well or not: nothing goes on behind one's back.
+    """Cancel jobs that have not started, and block until the others have ended, so that none runs in the background.
 
-    `concurrent.futures.wait` would wait for ever for what a closed crew has cancelled.
+    `concurrent.futures.wait` would wait forever for jobs that a closed pool has cancelled.
     """
     for future in futures:
         if not future.cancel():
@@ -100,12 +105,12 @@ def _work(jobs: _Jobs) -> None:
                 future.set_result(work(*args))
             except BaseException as error:  # noqa: BLE001 -- kept, and raised again where the result is asked for
                 future.set_exception(error)
-        # While this thread waits, it must not hold on to anybody's result.
+        # A waiting thread must not keep a result alive.
         del job, future, work, args
 
 
 def _end(jobs: _Jobs, threads: int) -> None:
-    # May run anywhere, in a collection of garbage: it takes no lock and waits for nothing.
+    # May run during garbage collection, at any point: it takes no lock and does not wait.
     with contextlib.suppress(queue.Empty):
         while True:
             job = jobs.get_nowait()
@@ -117,7 +122,7 @@ def _end(jobs: _Jobs, threads: int) -> None:
 
 @atexit.register
 def _end_all() -> None:
-    """End all of them while there still is an interpreter: native code in a thread that outlives it may crash."""
+    """End all threads before the interpreter: native code in a thread that outlives it may crash."""
     for crew in list(_CREWS):
         crew.close()
     for thread in list(_THREADS):
