@@ -26,8 +26,9 @@ from mmcache.ops.endpoints import SUMMARY, BucketEndpoint, FolderEndpoint, expec
 from mmcache.read.store import Store
 from mmcache.storage.mirror import STREAMS, StreamWriter
 from mmcache.storage.object_store import PART_BYTES
+from mmcache.storage.shard_bytes import FileBytes
 from mmcache.storage.shard_check import StreamCheckPart, check_ids, check_shard, tail_problems
-from mmcache.storage.shard_folder import FileBytes, ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from mmcache.storage.tokenizer_file import TOKENIZER
 from mmcache.system.atomic import AtomicFile
 from mmcache.system.files import open_file

@@ -17,7 +17,7 @@ from mmcache.format.signed_json import ROOT, read_signed
 from mmcache.stats.site_statistics import load_summary
 from mmcache.storage.bucket_metadata import manifest_of, read_if_there
 from mmcache.storage.listing import listed_shards
-from mmcache.storage.shard_folder import FileBytes
+from mmcache.storage.shard_bytes import FileBytes
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
 from mmcache.system.atomic import publish
 from mmcache.system.files import make_folder, open_file, read_file

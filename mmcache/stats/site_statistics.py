@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from mmcache.format.manifest import Manifest
     from mmcache.format.shard import Layout
-    from mmcache.storage.shard_folder import ShardBytes, ShardFolder
+    from mmcache.storage.shard_bytes import ShardBytes
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = [
     "SiteStatistics",

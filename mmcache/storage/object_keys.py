@@ -110,7 +110,7 @@ class ObjectKeys:
     def _s3_names(self, under: str) -> Iterator[list[Entry]]:
         store = self._store()
         above = f"{store.prefix}/" if store.prefix else ""
-        asked = {"ObjectStore": store.config["bucket"], "Prefix": f"{above}{under}/" if under else above}
+        asked = {"Bucket": store.config["bucket"], "Prefix": f"{above}{under}/" if under else above}
         for page in _pages(self._url, asked):
             batch = []
             for found in page.get("Contents", ()):

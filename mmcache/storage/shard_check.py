@@ -13,7 +13,7 @@ import numpy as np
 
 from mmcache.errors import CorruptError
 from mmcache.format.shard import HEADER_BYTES, STATISTICS, said_ids
-from mmcache.storage.shard_folder import FileBytes
+from mmcache.storage.shard_bytes import FileBytes
 from mmcache.system.files import REFUSALS, open_file
 from mmcache.system.memory import anonymous
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmcache.format.shard import Layout
-    from mmcache.storage.shard_folder import ShardBytes, ShardFolder
+    from mmcache.storage.shard_bytes import ShardBytes
+    from mmcache.storage.shard_folder import ShardFolder
 
 __all__ = [
     "StreamCheck",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import crc32c
 import numpy as np
@@ -14,95 +14,19 @@ from mmcache.errors import CorruptError, IncompleteError
 from mmcache.format.names import RESERVED
 from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.storage.listing import count_shards, present_shards
-from mmcache.system.files import advise_random, close_read, count_names, map_file, open_file, read_page, read_through
-from mmcache.system.memory import PAGE
+from mmcache.storage.shard_bytes import FileBytes, ObjectBytes, ShardBytes
+from mmcache.system.files import close_read, count_names, map_file, open_file, read_page, read_through
 from mmcache.system.no_symlinks import check_path
-from mmcache.system.os_errors import read_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from mmcache.format.manifest import Manifest
-    from mmcache.storage.mirror import Mirror, ShardObjects
+    from mmcache.storage.mirror import Mirror
     from mmcache.system.files import FileStatus
 
-__all__ = ["MANY", "FileBytes", "ObjectBytes", "ShardBytes", "ShardFiles", "ShardFolder"]
-
-
-class ShardBytes(Protocol):
-    """A shard that is open for reading ranges of it."""
-
-    @property
-    def size(self) -> int:
-        """Size of the shard in bytes."""
-
-    def head(self) -> bytes:
-        """The first 4096 bytes, or fewer if it is shorter."""
-
-    def read(self, into: memoryview, offset: int) -> bool:
-        """Fill `into` with the bytes from `offset`; False if the shard is too short. Blocks until done."""
-
-    def scattered(self) -> None:
-        """Turn off readahead, since little of it will be read."""
-
-    def close(self) -> None:
-        """Close it."""
-
-
-class FileBytes:
-    """`ShardBytes` of a file; owns the descriptor."""
-
-    def __init__(self, fd: int, size: int, *, direct: bool = False) -> None:
-        self._fd, self.size, self._direct = fd, size, direct
-
-    def head(self) -> bytes:
-        """As `ShardBytes.head`."""
-        return read_page(self._fd)
-
-    def read(self, into: memoryview, offset: int) -> bool:
-        """As `ShardBytes.read`; if the file was opened with O_DIRECT, memory, size and offset must be whole pages."""
-        done = 0
-        while done < len(into):
-            count = read_at(self._fd, into[done:], offset + done)
-            done += count
-            # A direct read of part of a page means that the file ends there.
-            if not count or (self._direct and count % PAGE):
-                break
-        return done == len(into)
-
-    def scattered(self) -> None:
-        """As `ShardBytes.scattered`."""
-        advise_random(self._fd)
-
-    def close(self) -> None:
-        """Close the file."""
-        close_read(self._fd)
-
-
-class ObjectBytes:
-    """`ShardBytes` of an object, by range requests."""
-
-    def __init__(self, objects: ShardObjects, array: str, key: str) -> None:
-        self._objects, self._array, self._key = objects, array, key
-        self._head, self.size = objects.head(array, key)
-
-    def head(self) -> bytes:
-        """The first page, which was read when it was opened."""
-        return self._head
-
-    def read(self, into: memoryview, offset: int) -> bool:
-        """As `ShardBytes.read`; one request. Errors as `ShardObjects.read`."""
-        stop = min(offset + len(into), self.size)
-        if stop > offset:
-            into[: stop - offset] = self._objects.read(self._array, self._key, offset, stop)
-        return stop - offset == len(into)
-
-    def scattered(self) -> None:
-        """No-op: range requests have no readahead."""
-
-    def close(self) -> None:
-        """No-op: it keeps no connection."""
+__all__ = ["MANY", "ShardFiles", "ShardFolder"]
 
 
 T = TypeVar("T")

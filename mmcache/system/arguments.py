@@ -75,7 +75,7 @@ def outside() -> int:
     """The `stacklevel` with which a warning names the line that called this package."""
     level, frame = 1, inspect.currentframe()
     frame = None if frame is None else frame.f_back
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "mmcache":
         level, frame = level + 1, frame.f_back
     return level
 

@@ -38,7 +38,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for module, name, value in (
         (fill, "_LOOK_AGAIN", 0.01), (scheduling, "_PATIENCE", 0.02),
-        (connection, "_CLIENT_PAUSE", 0.01), (bucket_upload, "_LOOK_AT_UPLOADS", 0.01),
+        (connection, "_PAUSE", 0.01), (bucket_upload, "_LOOK_AT_UPLOADS", 0.01),
         (bucket_upload, "_AGAIN", 0.01), (bucket_plan, "_LIST_AGAIN", 0.1),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

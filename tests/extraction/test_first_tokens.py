@@ -1,5 +1,7 @@
 """First tokens, where attention sinks are whether a tokenizer adds a BOS or not: flagged, and left out by default."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -142,7 +144,7 @@ def strange(path, version=2, *, layout="token", middle=MIDDLE, flags=None):
     with pytest.MonkeyPatch.context() as patch:
         made = rows()
         made[1, list(middle)] *= SINK
-        patch.setattr("test_first_tokens.rows", lambda: made)
+        patch.setitem(globals(), "rows", lambda: made)
         return make(path, version, layout=layout, flags=flags), made
 
 
@@ -188,13 +190,13 @@ def test_what_is_read_of_them_is_bounded_and_said(tmp_path, monkeypatch):
     store, _ = strange(tmp_path / "acts")
     chunk = store.shards("mlp_out").spec.chunk_rows
     # Room for one inner chunk of rows: where the first is stays exact, how many there are does not.
-    monkeypatch.setattr("mmcache.view.health._BYTES", 1)
+    monkeypatch.setattr(sys.modules["mmcache.view.health"], "_BYTES", 1)
     (far,) = mmcache.view.health(store, "mlp_out")["far"]
     inside = [at for at in MIDDLE if at // chunk == MIDDLE[0] // chunk]
     assert (far["rows"], far["exact"], far["first"]) == (len(inside), False, 60)
     assert far["chunks"] == len({at // chunk for at in MIDDLE}) == 2
     assert f"at least {len(inside)} rows that count" in mmcache.view.health(store, "mlp_out")["problems"][0]
-    monkeypatch.setattr("mmcache.view.health._MOST_FAR_SHARDS", 1)
+    monkeypatch.setattr(sys.modules["mmcache.view.health"], "_MOST_FAR_SHARDS", 1)
     view = mmcache.view.health(store, "mlp_out")
     assert view.sampled == "the norms of 1 of 4 blocks, evenly spread"
     assert not view["far"][0]["exact"]

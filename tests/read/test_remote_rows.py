@@ -275,7 +275,8 @@ def test_two_processes_share_one_cache(path, url, s3_proxy, room, request):
     s3_proxy.reset()
     with ThreadPoolExecutor(2) as pool:
         started = [
-            pool.submit(python, PROCESS, path, url, room, request.path.parent, seed, timeout=120) for seed in range(2)
+            pool.submit(python, PROCESS, path, url, room, request.path.parents[1] / "helpers", seed, timeout=120)
+            for seed in range(2)
         ]
         for process in started:
             assert process.result().returncode == 0, process.result().stderr

@@ -120,7 +120,7 @@ def test_statistics_that_are_merged_are_those_in_the_shards(tmp_path, said):
     found = 0
     for site in ("mlp_in", "mlp_out"):
         with safe_open(tmp_path / "acts" / site / "c.0.0.0", framework="np") as shard:
-            found += sum(shard.get_tensor(name).nbytes for name in mmcache.format.STATISTICS)
+            found += sum(shard.get_tensor(name).nbytes for name in mmcache.format.shard.STATISTICS)
     assert store["statistics"] == found
 
 

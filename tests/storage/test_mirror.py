@@ -20,8 +20,9 @@ from mmcache.format.shard import HEADER_BYTES, Layout, parse_header
 from mmcache.storage import mirror as mirror_module
 from mmcache.storage import object_store
 from mmcache.storage.mirror import CHECKSUM_BYTES, Mirror, ShardObjects
+from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
 from mmcache.storage.shard_check import StreamCheck
-from mmcache.storage.shard_folder import FileBytes, ObjectBytes, ShardFolder
+from mmcache.storage.shard_folder import ShardFolder
 from random_shards import METADATA, encoded, layouts, random_rows
 from stores_and_processes import flip, python, tree, without_sync
 

@@ -8,7 +8,7 @@ import pytest
 import remote_stores
 from mmcache.errors import CorruptError, IncompleteError
 from mmcache.storage.mirror import Mirror
-from mmcache.storage.shard_folder import FileBytes, ObjectBytes
+from mmcache.storage.shard_bytes import FileBytes, ObjectBytes
 from mmcache.system.memory import anonymous
 from stores_and_processes import shards
 
