@@ -55,10 +55,19 @@ def _batch_size(text: str) -> Any:
 @click.argument("model")
 @click.argument("corpus", nargs=-1, required=True)
 @click.option("--out", required=True, help="The store to create or resume: a folder, or s3://bucket/prefix.")
-@click.option("--sites", default="mlp_in,mlp_out", show_default=True, help="Which activations, separated by commas.")
+@click.option(
+    "--sites",
+    default="mlp_in,mlp_out",
+    show_default=True,
+    help="Which activations, separated by commas; `mmcache sites MODEL` lists them.",
+)
 @click.option("--layers", help="Which layers, such as 0-5,8.  [all]")
 @click.option("--context-length", type=int, help="Maximum tokens per context.  [1024, or the model's maximum]")
-@click.option("--pack", is_flag=True, help="Put several documents into one context; they attend to each other.")
+@click.option(
+    "--pack",
+    is_flag=True,
+    help="Put several documents into one context; they attend to each other. Without: one document per context.",
+)
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
     help="Begin contexts with a BOS: as the tokenizer does, always, or never.",
@@ -66,7 +75,10 @@ def _batch_size(text: str) -> Any:
 @click.option("--batch-size", default="8", show_default=True, help="Contexts per forward pass, or auto.")
 @click.option("--dtype", type=DTYPES, default="bfloat16", show_default=True, help="Storage dtype.")
 @click.option("--compute-dtype", type=DTYPES, help="Dtype the model computes in.  [as its checkpoint]")
-@click.option("--layout", type=click.Choice(["token", "layer"]), default="token", show_default=True)
+@click.option(
+    "--layout", type=click.Choice(["token", "layer"]), default="token", show_default=True,
+    help="token: all layers of a token side by side, for training. layer: each layer apart.",
+)  # fmt: skip
 @click.option("--shard-tokens", type=int, help="Tokens per shard.  [256 MiB of the widest site]")
 @click.option("--max-tokens", type=int, help="Store whole contexts up to this many tokens. Can be raised later.")
 @click.option("--device", help="Device of the model.  [cuda if available, else cpu]")
@@ -88,7 +100,9 @@ def _batch_size(text: str) -> Any:
 )
 @click.option("--dry-run", is_flag=True, help="Estimate size and time, and write nothing.")
 @click.option(
-    "--staging", type=click.Path(path_type=Path), help="With a bucket: folder for shards to upload.  [a cache]"
+    "--staging",
+    type=click.Path(path_type=Path),
+    help="With a bucket: folder for shards to upload.  [below the user's cache folder]",
 )
 @click.option(
     "--staging-bytes",
