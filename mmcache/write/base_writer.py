@@ -139,13 +139,13 @@ class BaseWriter:
             if arrays:
                 self._commit_root(manifest, arrays)
         except BaseException:
-            # A failure to remove would hide the original error.
-            with contextlib.suppress(OSError):
-                for file in (*(f"{array}/{ROOT}" for array in arrays), TOKENIZER):
+            for file in (*(f"{array}/{ROOT}" for array in arrays), TOKENIZER, ROOT):
+                # One that is not there yet is no reason to leave the root; a failure would hide the original error.
+                with contextlib.suppress(OSError):
                     remove_file(self._path, file)
-                    if (above := (self._path / file).parent).is_dir():
-                        above.rmdir()
-                remove_file(self._path, ROOT)
+                    if (array := file.rpartition("/")[0]) and (self._path / array).is_dir():
+                        remove_drafts(self._path, array)
+                        (self._path / array).rmdir()
             raise
 
     def _commit_root(self, manifest: Manifest, arrays: dict[str, int]) -> None:

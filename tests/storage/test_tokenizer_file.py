@@ -14,6 +14,7 @@ from mmcache import cli
 from mmcache.format.manifest import read_manifest
 from mmcache.storage import tokenizer_file
 from mmcache.storage.tokenizer_file import TOKENIZER, read_tokenizer
+from mmcache.write import base_writer
 from small_models import byte_tokenizer, contents, letter_tokenizer, llama
 from stores_and_processes import damage, flip
 
@@ -102,6 +103,27 @@ def test_a_store_whose_tokenizer_cannot_be_written_leaves_the_path_free(tmp_path
             grown(tmp_path / "acts", byte_tokenizer())
     assert contents(tmp_path / "acts") == {}
     grown(tmp_path / "acts", byte_tokenizer())
+
+
+@pytest.mark.parametrize("behind", range(4))
+def test_a_store_that_cannot_be_begun_leaves_the_path_free_whatever_of_it_is_there(tmp_path, monkeypatch, behind):
+    publish, calls = base_writer.publish, iter(range(100))
+
+    def fails(path, name, *given, **named):
+        publish(path, name, *given, **named)
+        if next(calls) == behind:
+            # As an interrupt leaves it that comes when the next file was just opened.
+            for folder in ("tokens", "flags"):
+                if (path / folder).is_dir():
+                    (path / folder / ".zarr.json.0123456789abcdef.tmp").touch()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_writer, "publish", fails)
+        with pytest.raises(KeyboardInterrupt):
+            mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1)
+    assert contents(tmp_path / "acts") == {}
+    mmcache.create(tmp_path / "acts", sites={"a": 4}, n_layers=1).close()
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", 5, print])
