@@ -367,24 +367,26 @@ class Mirror(ShardObjects):
 
     def extent(self, array: str, key: str, start: int, stop: int) -> Path:
         """A file of bytes `start` to `stop` of a shard and their checksum, fetched if not cached. Errors as `fetch`."""
+        # With the store's id: the bytes do not contain it, and another store may be put at the same URL.
+        name, size = self._file(array, key, f":{self._store}:{start}-{stop}"), stop - start + CHECKSUM_BYTES
+        # The checksum begins with the name: a part under the name of another one has a wrong checksum.
+        seed = crc32c.crc32c(name.encode())
 
         def fill(draft: AtomicFile) -> None:
-            at = digest = 0
+            at, digest = 0, seed
             # Through the page cache: all of them are read right afterwards.
             for data in self.stream(array, key, start, stop):
                 draft.write(np.frombuffer(data, np.uint8), at)
                 at, digest = at + len(data), crc32c.crc32c(data, digest)
             draft.write(np.array([digest], "<u4").view(np.uint8), at)
 
-        # With the store's id: the bytes do not contain it, and another store may be put at the same URL.
-        name, size = self._file(array, key, f":{self._store}:{start}-{stop}"), stop - start + CHECKSUM_BYTES
-        return self.cache.add(name, lambda: (size, fill), partial(_check_extent, size=size))
+        return self.cache.add(name, lambda: (size, fill), partial(_check_extent, size=size, seed=seed))
 
 
-def _check_extent(file: Path, size: int) -> None:
+def _check_extent(file: Path, size: int, seed: int) -> None:
     """Compare part of a shard with the checksum that follows it; errors as `check_copy`."""
     data = memoryview(read_file(file, size))
-    digest = crc32c.crc32c(data[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little")
+    digest = crc32c.crc32c(data[:-CHECKSUM_BYTES], seed).to_bytes(CHECKSUM_BYTES, "little")
     if len(data) != size or digest != data[-CHECKSUM_BYTES:]:
         raise CorruptError(f"{file} does not match its checksum")
 

@@ -172,6 +172,21 @@ def test_parts_of_shards_are_compared_too(tmp_path, request):
         damage(far, dice)
 
 
+def test_a_part_under_the_name_of_another_is_fetched_again(tmp_path):
+    far, small = Far(tmp_path, "grown, layer"), {"cache_bytes": 1 << 16}
+    for turn in range(2):
+        with far.open(**small) as found:
+            for start in (10, 300):
+                found["a"].read_ahead(start, start + 90)
+                assert same(found["a"].gather(range(start, start + 90)), far.rows["a"][start : start + 90]), turn
+        parts = [file for file in (far.cache / "shards").iterdir() if file.stat().st_size == 90 * 32 + 4]
+        assert len(parts) == 4, "two layers, two stretches"
+        for part, data in zip(
+            parts, [parts[-1].read_bytes(), *(part.read_bytes() for part in parts[:-1])], strict=True
+        ):
+            write(part, data)
+
+
 # What somebody does to the cache while the store is open.
 MEANWHILE = {
     "a bit flips": lambda file: write(file, flip(file.read_bytes(), random.Random(1), HEADER_BYTES)),  # noqa: S311
