@@ -26,7 +26,7 @@ from mmcache.format.shard import ids_digest, shard_rows
 from mmcache.format.signed_json import ROOT
 from mmcache.storage.listing import in_order
 from mmcache.storage.shard_folder import ShardFolder
-from mmcache.storage.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source
+from mmcache.storage.tokenizer_file import restore_tokenizer, save_tokenizer, tokenizer_source, tokenizer_text
 from mmcache.system.atomic import publish, publish_all, remove_drafts
 from mmcache.system.files import list_names, make_folder, read_file, remove_file, sync_folder
 from mmcache.system.locks import FolderLock
@@ -193,8 +193,9 @@ def _tokenised(
     shard = shard_rows(settings.row_bytes(settings.widths), settings.shard_tokens, state.tokens)
     manifest = replace(manifest, n_tokens=state.tokens, n_sequences=state.sequences)
     source = {**manifest.source, "tokenised": state.to_json(), "max_tokens": settings.max_tokens}
-    source |= {"tokens": _first_tokens(path, manifest), **tokenizer_source(tokenizer)}
-    save_tokenizer(path, tokenizer)
+    text = tokenizer_text(tokenizer)
+    source |= {"tokens": _first_tokens(path, manifest), **tokenizer_source(text)}
+    save_tokenizer(path, text)
     manifest = replace(manifest, source=source).with_geometry(shard, state.tokens)
     if old.n_tokens is not None:
         _check_idle(path, old)

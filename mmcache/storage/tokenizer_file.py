@@ -57,15 +57,13 @@ def tokenizer_identity(tokenizer: Any, special: Sequence[int]) -> str:
     return tokenizer_digest(text, special)
 
 
-def tokenizer_source(tokenizer: Any) -> dict[str, int]:
-    """The entry of a store's `source` for its tokenizer file; empty if `save_tokenizer` writes none."""
-    text = tokenizer_text(tokenizer)
+def tokenizer_source(text: str | None) -> dict[str, int]:
+    """The entry of a store's `source` for its tokenizer file, from `tokenizer_text`; empty if there is none."""
     return {} if text is None else {"tokenizer_bytes": len(text.encode())}
 
 
-def save_tokenizer(path: Path, tokenizer: Any, *, durable: bool = True) -> None:
-    """Write a tokenizer into a store, if it has JSON; blocks until it is written and, if `durable`, synced."""
-    text = tokenizer_text(tokenizer)
+def save_tokenizer(path: Path, text: str | None, *, durable: bool = True) -> None:
+    """Write `tokenizer_text` into a store, if there is one; blocks until it is written and, if `durable`, synced."""
     if text is None:
         return
     make_folder(path, TOKENIZER_FOLDER)
@@ -79,7 +77,7 @@ def restore_tokenizer(path: Path, manifest: Manifest, tokenizer: Any) -> None:
     The plan's identity ensures that the tokenizer is the same.
     """
     if "tokenizer_bytes" in manifest.source and Path(TOKENIZER).name not in list_names(path / TOKENIZER_FOLDER):
-        save_tokenizer(path, tokenizer)
+        save_tokenizer(path, tokenizer_text(tokenizer))
 
 
 def read_tokenizer(path: Path, manifest: Manifest) -> str | None:

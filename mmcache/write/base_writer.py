@@ -10,7 +10,7 @@ import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from mmcache.errors import ClosedError, MmcacheError, StoreExistsError, WriteError
 from mmcache.format.manifest import array_json, is_store
@@ -126,16 +126,15 @@ class BaseWriter:
                 f"committed before is intact; close this and go on from there"
             )
 
-    def _create(self, manifest: Manifest, arrays: dict[str, int], tokenizer: Any = None) -> None:
-        """Commit an empty store, with a tokenizer if there is one; on failure, leave the path as it was.
+    def _create(self, manifest: Manifest, arrays: dict[str, int], tokenizer: str | None = None) -> None:
+        """Commit an empty store, with the JSON of a tokenizer if there is one; on failure, leave the path as it was.
 
         The root is written first: a crash leaves a store, or a path that is free.
         """
         claim(self._path, tuple(manifest.sites))
         try:
             self._commit_root(replace(manifest, source={}), {})
-            if tokenizer is not None:
-                save_tokenizer(self._path, tokenizer, durable=self._durable)
+            save_tokenizer(self._path, tokenizer, durable=self._durable)
             if arrays:
                 self._commit_root(manifest, arrays)
         except BaseException:

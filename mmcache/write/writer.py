@@ -20,7 +20,7 @@ from mmcache.format.shard import shard_rows
 from mmcache.format.token_flags import FIRST, counted, flagged
 from mmcache.read.store import open_store
 from mmcache.storage.shard_folder import ShardFolder
-from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source
+from mmcache.storage.tokenizer_file import tokenizer_identity, tokenizer_source, tokenizer_text
 from mmcache.system.arguments import a_folder, a_switch, a_tokenizer, choice, count, optional, public, token_ids
 from mmcache.system.atomic import remove_drafts
 from mmcache.system.devices import check_dense
@@ -187,7 +187,7 @@ class Writer(BaseWriter):
     thread at a time.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None, tokenizer: Any = None) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None, tokenizer: str | None = None) -> None:
         super().__init__(path)
         try:
             if manifest is None:
@@ -409,10 +409,12 @@ def create(
     """
     special = set(special_tokens or ())
     source: dict[str, Any] = {}
+    text: str | None = None
     if tokenizer is not None:
+        text = tokenizer_text(tokenizer)
         special |= set(tokenizer.all_special_ids)
         source = {"identity": {"tokenizer": tokenizer_identity(tokenizer, sorted(special))}}
-        source |= tokenizer_source(tokenizer)
+        source |= tokenizer_source(text)
     manifest = Manifest(
         kind="grown",
         store=secrets.token_hex(16),
@@ -428,7 +430,7 @@ def create(
     )
     manifest = manifest.with_geometry(shard_rows(row_sizes(manifest), shard_tokens, None), None)
     check_new(manifest)
-    return Writer(claim(path, tuple(sites)), manifest, tokenizer)
+    return Writer(claim(path, tuple(sites)), manifest, text)
 
 
 @public(path=a_folder)
